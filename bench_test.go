@@ -1,0 +1,91 @@
+package caddysse_test
+
+import (
+	"bytes"
+	"net/http"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	caddysse "github.com/caddy-sse/caddy-sse"
+)
+
+// event is one of 200 bytes, as a language model's answer is made of.
+var event = append(append([]byte("data: "), bytes.Repeat([]byte("x"), 192)...), "\n\n"...)
+
+func prepared(w http.ResponseWriter) *http.Request {
+	return caddyhttp.PrepareRequest(get("text/event-stream"), caddy.NewReplacer(), w, new(caddyhttp.Server))
+}
+
+// BenchmarkHandlerWrite says what one write of one event costs: without the
+// module, with nothing but a lock around it, and with the module.
+func BenchmarkHandlerWrite(b *testing.B) {
+	b.Run("bare", func(b *testing.B) { benchmarkWrite(b, absent{}, true) })
+	b.Run("lock", func(b *testing.B) { benchmarkWrite(b, locking{}, true) })
+	b.Run("sse", func(b *testing.B) { benchmarkWrite(b, provision(b, &caddysse.Handler{}), false) })
+	b.Run("sse with a handler that flushes", func(b *testing.B) { benchmarkWrite(b, provision(b, &caddysse.Handler{}), true) })
+}
+
+func benchmarkWrite(b *testing.B, h caddyhttp.MiddlewareHandler, flush bool) {
+	b.ReportAllocs()
+	w := &discard{header: make(http.Header)}
+	err := h.ServeHTTP(w, prepared(w), stream(func(w http.ResponseWriter) {
+		flusher := w.(interface{ FlushError() error })
+		for b.Loop() {
+			if _, err := w.Write(event); err != nil {
+				b.Fatal(err)
+			}
+			if flush {
+				_ = flusher.FlushError()
+			}
+		}
+	}))
+	if err != nil {
+		b.Fatal(err)
+	}
+}
+
+// locking is the least that a handler must do which has something else to write
+// to the same client.
+type locking struct{}
+
+func (locking) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+	return next.ServeHTTP(&lockedWriter{ResponseWriterWrapper: caddyhttp.ResponseWriterWrapper{ResponseWriter: w}, rc: http.NewResponseController(w)}, r)
+}
+
+type lockedWriter struct {
+	caddyhttp.ResponseWriterWrapper
+	mu sync.Mutex
+	rc *http.ResponseController
+}
+
+func (w *lockedWriter) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.ResponseWriter.Write(p)
+}
+
+func (w *lockedWriter) FlushError() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.rc.Flush()
+}
+
+func TestAWriteAllocatesNothing(t *testing.T) {
+	h := provision(t, &caddysse.Handler{Retry: &caddysse.Retry{Min: caddy.Duration(time.Second)}})
+	w := &discard{header: make(http.Header)}
+	err := h.ServeHTTP(w, prepared(w), stream(func(w http.ResponseWriter) {
+		withID := append([]byte("id: 1\nevent: x\n"), event...)
+		for name, text := range map[string][]byte{"an event": event, "an event with an ID": withID} {
+			if allocs := testing.AllocsPerRun(1000, func() { _, _ = w.Write(text) }); allocs != 0 {
+				t.Errorf("%s: %v allocations per write", name, allocs)
+			}
+		}
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+}

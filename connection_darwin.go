@@ -1,0 +1,58 @@
+package caddysse
+
+import (
+	"math"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// checkDeadClientTimeout reports whether this platform has what
+// dead_client_timeout needs. Darwin has, as TCP_RXT_CONNDROPTIME.
+func checkDeadClientTimeout() error { return nil }
+
+// userTimeout returns a socket's TCP_RXT_CONNDROPTIME (netinet/tcp.h: "time
+// after which tcp retransmissions will be stopped and the connection will be
+// dropped"); 0: the system's limit holds. It does not act on a zero window, nor
+// on keepalive probes.
+func userTimeout(fd int) (time.Duration, error) {
+	seconds, err := unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_RXT_CONNDROPTIME)
+	return time.Duration(seconds) * time.Second, err
+}
+
+// setUserTimeout sets a socket's TCP_RXT_CONNDROPTIME, in seconds, rounded up.
+func setUserTimeout(fd int, timeout time.Duration) error {
+	return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_RXT_CONNDROPTIME, roundUp(timeout, time.Second))
+}
+
+// States of a connection (netinet/tcp_fsm.h); TCP_CONNECTION_INFO tells them.
+const (
+	tcpsClosed      = 0
+	tcpsEstablished = 4
+)
+
+// observe asks for TCP_CONNECTION_INFO (netinet/tcp.h). It tells neither how
+// long data has been waiting nor when the client was heard last, so the time
+// since the last glance stands for both.
+func observe(fd int) (observation, error) {
+	info, err := unix.GetsockoptTCPConnectionInfo(fd, unix.IPPROTO_TCP, unix.TCP_CONNECTION_INFO)
+	if err != nil {
+		return observation{}, err
+	}
+	o := observation{
+		phase:    phaseLeaving,
+		waiting:  info.Snd_sbbytes > 0,
+		shut:     info.Snd_wnd == 0,
+		acked:    info.Rxpackets,
+		received: info.Rxpackets,
+		busy:     time.Duration(now()),
+		heard:    math.MaxInt64,
+	}
+	switch info.State {
+	case tcpsEstablished:
+		o.phase = phaseOpen
+	case tcpsClosed:
+		o.phase = phaseClosed
+	}
+	return o, nil
+}

@@ -1,0 +1,76 @@
+package caddysse
+
+import (
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// checkDeadClientTimeout reports whether this platform has what
+// dead_client_timeout needs. Linux has, since 2.6.37.
+func checkDeadClientTimeout() error { return nil }
+
+// userTimeout returns a socket's TCP_USER_TIMEOUT (tcp(7)); 0: the system's
+// limit of retransmissions holds.
+func userTimeout(fd int) (time.Duration, error) {
+	ms, err := unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT)
+	return time.Duration(ms) * time.Millisecond, err
+}
+
+// setUserTimeout sets a socket's TCP_USER_TIMEOUT, in milliseconds, rounded up; 0
+// gives the system's limit its place back. It is local: the client is not told
+// (RFC 5482 would have it as an option in the segments).
+func setUserTimeout(fd int, timeout time.Duration) error {
+	return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, roundUp(timeout, time.Millisecond))
+}
+
+// States of a connection (include/net/tcp_states.h); TCP_INFO tells them.
+const (
+	tcpEstablished = 1
+	tcpClose       = 7
+)
+
+// tellsWindow says that TCP_INFO has the client's window (Linux 5.4), which is
+// known when one was seen that is not zero.
+var tellsWindow atomic.Bool
+
+// observe asks for TCP_INFO (tcp(7); the fields are described in
+// include/uapi/linux/tcp.h). Behind a close the kernel still has its figures,
+// save that nothing counts as unacknowledged any more. Seen on Linux 6.18:
+//
+//	given up, sent data unacknowledged   CLOSE, unacked 0, last_ack_recv as long ago as the last ACK
+//	given up, zero window                CLOSE, snd_wnd 0, notsent > 0, bytes_acked as it was
+//	given up, keepalive unanswered       CLOSE, probes > 0, last_ack_recv at least the timeout
+//	reset by the client                  CLOSE, segs_in one more, last_ack_recv as before
+func observe(fd int) (observation, error) {
+	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+	if err != nil {
+		return observation{}, err
+	}
+	o := observation{
+		phase:    phaseLeaving,
+		waiting:  info.Unacked > 0 || info.Notsent_bytes > 0,
+		acked:    info.Bytes_acked,
+		received: uint64(info.Segs_in),
+		busy:     time.Duration(info.Busy_time) * time.Microsecond,
+		heard:    time.Duration(info.Last_ack_recv) * time.Millisecond,
+	}
+	switch info.State {
+	case tcpEstablished:
+		o.phase = phaseOpen
+	case tcpClose:
+		o.phase = phaseClosed
+	}
+	o.probing = !o.waiting && info.Probes > 0
+	if info.Snd_wnd > 0 {
+		tellsWindow.Store(true)
+	}
+	if tellsWindow.Load() {
+		o.shut = info.Snd_wnd == 0
+	} else {
+		// A window that lets nothing out is probed.
+		o.shut = info.Unacked == 0 && info.Notsent_bytes > 0 && info.Probes > 0
+	}
+	return o, nil
+}

@@ -1,0 +1,134 @@
+package caddysse
+
+import (
+	"context"
+	"math/rand/v2"
+	"sync/atomic"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+func init() {
+	// Behind the grace periods, when no current configuration has a handler.
+	caddy.OnExit(func(ctx context.Context) { _ = endWhatIsLeft(ctx) })
+}
+
+// exiting tells whether the process is about to end.
+var exiting = caddy.Exiting
+
+const (
+	// exitWatch is how soon a drain in a reload's window notices that the
+	// process exits: nothing tells it, as its server has been shut down before.
+	exitWatch = 50 * time.Millisecond
+
+	// lastWords is how long the process waits for the streams that it ends when
+	// its grace period is over.
+	lastWords = time.Second
+)
+
+// drain is how the streams of one handler end when its server stops. 0: nobody
+// is ended.
+type drain struct {
+	reload, exit time.Duration
+
+	// until is when the window ends, an instant; 0: the handler is in use.
+	until atomic.Int64
+}
+
+func newDrain(config *Drain) *drain {
+	switch {
+	case config == nil:
+		config = new(Drain)
+	case config.Reload == off:
+		return new(drain)
+	}
+	return &drain{
+		reload: orDefault(config.Reload, defaultReloadWindow),
+		exit:   orDefault(config.Exit, defaultExitWindow),
+	}
+}
+
+// drainStreams ends the resumable streams of the handler, one by one and evenly
+// over the window, so that their clients do not come back at once. It runs when
+// the handler's server begins to stop.
+func (h *Handler) drainStreams() {
+	if h.drain.reload == 0 {
+		return
+	}
+	if !exiting() && h.drainOver(h.drain.reload, exiting) {
+		return
+	}
+	// The process exits, maybe in the middle of a reload's window: who is left
+	// has the time of an exit.
+	if h.drain.exit > 0 {
+		h.drainOver(h.drain.exit, func() bool { return false })
+	}
+}
+
+// drainOver drains over a window, or returns false as soon as stop says so.
+func (h *Handler) drainOver(window time.Duration, stop func() bool) bool {
+	start := now()
+	h.drain.until.Store(int64(start) + int64(window))
+	streams := h.drainable()
+	for i, s := range streams {
+		due := time.Duration(float64(window) * float64(i) / float64(len(streams)))
+		if !waitUntil(start+instant(due), stop) {
+			return false
+		}
+		s.end(drained)
+	}
+	return waitUntil(start+instant(window), stop)
+}
+
+// waitUntil waits for a moment, or returns false as soon as stop says so.
+func waitUntil(moment instant, stop func() bool) bool {
+	for {
+		if stop() {
+			return false
+		}
+		wait := time.Duration(moment - now())
+		if wait <= 0 {
+			return true
+		}
+		time.Sleep(min(wait, exitWatch))
+	}
+}
+
+// drainable returns the handler's live streams that a drain ends.
+func (h *Handler) drainable() []*stream {
+	var streams []*stream
+	for _, s := range live.streams() {
+		if s.h == h && s.resumes() && s.ending.Load() == 0 {
+			streams = append(streams, s)
+		}
+	}
+	return streams
+}
+
+// joinDrain lets a stream that opens while its handler drains end in what is
+// left of the window.
+func (s *stream) joinDrain() {
+	until := instant(s.h.drain.until.Load())
+	if until == 0 || !s.resumes() {
+		return
+	}
+	left := max(time.Duration(until-now()), 0)
+	time.AfterFunc(rand.N(left+1), func() { s.end(drained) })
+}
+
+// endWhatIsLeft ends every stream of the process when it exits and the grace
+// period is over, so that the end of each is told. It is nobody's fault that
+// such a stream is not whole; its client sees that it is not.
+func endWhatIsLeft(context.Context) error {
+	if !exiting() {
+		return nil
+	}
+	for _, s := range live.streams() {
+		s.endNow(serverClosed)
+	}
+	for deadline := time.Now().Add(lastWords); len(live.streams()) > 0 && time.Now().Before(deadline); {
+		time.Sleep(time.Millisecond)
+	}
+	return nil
+}

@@ -1,0 +1,141 @@
+package caddysse
+
+import (
+	"fmt"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+// limits are how many streams may be open under one name; 0: any number.
+type limits struct {
+	total     int
+	perClient int
+}
+
+// refusedFor is how long a client that was refused is asked to stay away.
+const refusedFor = 5 * time.Second
+
+// limit is which limit refused a stream.
+type limit string
+
+const (
+	limitTotal     limit = "max_streams"
+	limitPerClient limit = "max_streams_per_client"
+)
+
+// refusal is the error that a refused request ends with.
+func (l limit) refusal(h *Handler) error {
+	if l == limitPerClient {
+		return caddyhttp.Error(http.StatusTooManyRequests,
+			fmt.Errorf("sse: %s: the client has %d streams open under the name %q", l, h.limits.perClient, h.Name))
+	}
+	return caddyhttp.Error(http.StatusServiceUnavailable,
+		fmt.Errorf("sse: %s: %d streams are open under the name %q", l, h.limits.total, h.Name))
+}
+
+// reservation is a place among the streams of a name, for a request that may
+// become one of them.
+type reservation uint8
+
+const (
+	noPlace      reservation = iota
+	place                    // counts as a stream of the name
+	clientsPlace             // and as one of its client
+)
+
+// reserve takes a place for a request, or tells which limit it meets.
+func (g *group) reserve(limits limits, ip string) (reservation, limit) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	open := g.reserved
+	for _, n := range g.open {
+		open += n
+	}
+	if limits.total > 0 && open >= limits.total {
+		return noPlace, limitTotal
+	}
+	key := clientKey(ip)
+	if limits.perClient > 0 && key.IsValid() && g.clients[key] >= limits.perClient {
+		return noPlace, limitPerClient
+	}
+	g.reserved++
+	if g.clients == nil {
+		return place, ""
+	}
+	g.countClientLocked(ip, +1)
+	return clientsPlace, ""
+}
+
+// release gives back a place that no stream came of.
+func (g *group) release(r reservation, ip string) {
+	if r == noPlace {
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.reserved--
+	if r == clientsPlace {
+		g.countClientLocked(ip, -1)
+	}
+}
+
+// countClients begins to count streams by client, which only names with such a
+// limit do. Those that are open already count too.
+func (g *group) countClients() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.clients != nil {
+		return
+	}
+	g.clients = make(map[netip.Prefix]int)
+	for s := g.oldest; s != nil; s = s.next {
+		g.countClientLocked(s.client.ip, +1)
+	}
+}
+
+func (g *group) countClientLocked(ip string, n int) {
+	key := clientKey(ip)
+	if g.clients == nil || !key.IsValid() {
+		return
+	}
+	if g.clients[key] += n; g.clients[key] == 0 {
+		delete(g.clients, key)
+	}
+}
+
+// clientKey is what counts as one client: an IPv4 address, or the /64 that an
+// IPv6 host can choose its addresses from. It is not valid where there is no
+// address, as on a Unix socket: nothing tells those clients apart.
+func clientKey(ip string) netip.Prefix {
+	addr, err := netip.ParseAddr(ip)
+	if err != nil {
+		return netip.Prefix{}
+	}
+	addr = addr.Unmap().WithZone("")
+	bits := 32
+	if addr.Is6() {
+		bits = 64
+	}
+	key, _ := addr.Prefix(bits)
+	return key
+}
+
+// takePlace takes a place for the request, or says how it is refused.
+func (rw *response) takePlace() error {
+	place, met := rw.h.group.reserve(rw.h.limits, clientIP(rw.r))
+	if place != noPlace {
+		rw.place = place
+		return nil
+	}
+	collector.refused.WithLabelValues(rw.h.Name, string(met)).Inc()
+	header := rw.w.Header()
+	if rw.rare != nil && rw.siteHeader != nil {
+		replaceHeader(header, rw.siteHeader) // what the upstream set is for a stream
+	}
+	header.Set("Retry-After", strconv.Itoa(int(refusedFor.Seconds())))
+	return met.refusal(rw.h)
+}

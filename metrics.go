@@ -1,0 +1,134 @@
+package caddysse
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// collector is the module's metrics on whatever registry the current
+// configuration has. It is one for the process: Caddy makes a registry for each
+// configuration, and counters must not start again with it.
+var collector = newMetrics()
+
+// registerMetrics puts the collector on the registry of a configuration, once
+// for all its handlers.
+func registerMetrics(registry *prometheus.Registry) error {
+	err := registry.Register(collector)
+	if _, again := errors.AsType[prometheus.AlreadyRegisteredError](err); err != nil && !again {
+		return fmt.Errorf("sse: registering metrics: %w", err)
+	}
+	return nil
+}
+
+// metrics collects what the registry of streams knows, and what is observed
+// once a stream. Nothing here is touched by a write.
+type metrics struct {
+	streams, opened, closed, events, bytes, heartbeats, deferred *prometheus.Desc
+
+	refused            *prometheus.CounterVec
+	unprotected        *prometheus.CounterVec
+	reconnects         *prometheus.CounterVec
+	earlyStartFailures *prometheus.CounterVec
+
+	duration         *prometheus.HistogramVec
+	timeToHeaders    *prometheus.HistogramVec
+	timeToFirstEvent *prometheus.HistogramVec
+}
+
+const metricsPrefix = "caddy_sse_"
+
+func newMetrics() *metrics {
+	desc := func(name, help string, labels ...string) *prometheus.Desc {
+		return prometheus.NewDesc(metricsPrefix+name, help, append([]string{"name"}, labels...), nil)
+	}
+	histogram := func(name, help string, buckets []float64) *prometheus.HistogramVec {
+		return prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: metricsPrefix + name, Help: help, Buckets: buckets,
+		}, []string{"name"})
+	}
+	counter := func(name, help, label string) *prometheus.CounterVec {
+		return prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: metricsPrefix + name, Help: help,
+		}, []string{"name", label})
+	}
+	waits := []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600}
+	return &metrics{
+		streams:    desc("streams", "Streams that are open.", "proto"),
+		opened:     desc("streams_opened_total", "Streams that have been opened.", "proto"),
+		closed:     desc("streams_closed_total", "Streams that have ended, by the reason of the end.", "reason"),
+		events:     desc("events_total", "Events that went by, heartbeats not counted."),
+		bytes:      desc("bytes_total", "Bytes of upstreams' bodies that went by, heartbeats not counted."),
+		heartbeats: desc("heartbeats_total", "Heartbeats that were sent, preludes included."),
+		deferred:   desc("heartbeats_deferred_total", "Heartbeats that were due where the format allows none."),
+
+		refused:            counter("streams_refused_total", "Requests that met a limit, by the limit.", "limit"),
+		unprotected:        counter("streams_unprotected_total", "Streams whose body is no text that heartbeats may go into, by cause.", "cause"),
+		reconnects:         counter("reconnects_answered_total", "Errors that were answered with a reconnection time, by the error's status.", "status"),
+		earlyStartFailures: counter("early_start_failures_total", "Streams that had started when their upstream turned out to have none, by its status.", "status"),
+
+		duration: histogram("stream_duration_seconds", "How long streams were open.",
+			[]float64{1, 5, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 43200, 86400}),
+		timeToHeaders:    histogram("time_to_headers_seconds", "Time from a request to the headers of its stream.", waits),
+		timeToFirstEvent: histogram("time_to_first_event_seconds", "Time from a request to the first event of its stream.", waits),
+	}
+}
+
+// vectors are the parts that collect themselves.
+func (m *metrics) vectors() []prometheus.Collector {
+	return []prometheus.Collector{
+		m.refused, m.unprotected, m.reconnects, m.earlyStartFailures,
+		m.duration, m.timeToHeaders, m.timeToFirstEvent,
+	}
+}
+
+// Describe implements prometheus.Collector.
+func (m *metrics) Describe(descs chan<- *prometheus.Desc) {
+	for _, desc := range []*prometheus.Desc{m.streams, m.opened, m.closed, m.events, m.bytes, m.heartbeats, m.deferred} {
+		descs <- desc
+	}
+	for _, vector := range m.vectors() {
+		vector.Describe(descs)
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (m *metrics) Collect(out chan<- prometheus.Metric) {
+	for _, g := range live.all() {
+		t := g.totals()
+		counter := func(desc *prometheus.Desc, n uint64, label ...string) {
+			out <- prometheus.MustNewConstMetric(desc, prometheus.CounterValue, float64(n), append([]string{t.name}, label...)...)
+		}
+		for p := range protoCount {
+			out <- prometheus.MustNewConstMetric(m.streams, prometheus.GaugeValue, float64(t.open[p]), t.name, p.String())
+			counter(m.opened, t.opened[p], p.String())
+		}
+		for why := notEnded + 1; why < reasonCount; why++ {
+			counter(m.closed, t.closed[why], why.String())
+		}
+		counter(m.events, t.counts.events)
+		counter(m.bytes, t.counts.bytes)
+		counter(m.heartbeats, t.counts.heartbeats)
+		counter(m.deferred, t.counts.deferred)
+	}
+	for _, vector := range m.vectors() {
+		vector.Collect(out)
+	}
+}
+
+// observeOpened takes the time that the headers took.
+func (m *metrics) observeOpened(s *stream) {
+	m.timeToHeaders.WithLabelValues(s.h.Name).Observe(s.opened.Seconds())
+}
+
+// observeClosed takes the times of a stream that has ended.
+func (m *metrics) observeClosed(r report) {
+	m.duration.WithLabelValues(r.name).Observe(r.duration.Seconds())
+	if r.end.timeToFirstEvent > 0 {
+		m.timeToFirstEvent.WithLabelValues(r.name).Observe(r.end.timeToFirstEvent.Seconds())
+	}
+}
+
+// Interface guards
+var _ prometheus.Collector = (*metrics)(nil)

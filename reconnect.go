@@ -1,0 +1,74 @@
+package caddysse
+
+import (
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+const (
+	// The reconnection time for clients of an upstream that fails, where no
+	// range is configured.
+	defaultReconnectMin = 2 * time.Second
+	defaultReconnectMax = 10 * time.Second
+
+	// longestRetryAfter is how much of a Retry-After is kept to: a page whose
+	// stream stays away for longer looks dead.
+	longestRetryAfter = time.Minute
+)
+
+// wantsReconnect reports whether the status is answered with a reconnection
+// time.
+func (rw *response) wantsReconnect(status int) bool {
+	return rw.resumable && slices.Contains(rw.h.ReconnectOn, status)
+}
+
+// answerReconnect answers an error with an empty stream and a reconnection
+// time. An EventSource takes a status other than 200 for final and an end for a
+// reason to come back (HTML Standard, section 9.2.3).
+func (rw *response) answerReconnect(status int) {
+	header := rw.w.Header()
+	after := retryAfter(header.Get("Retry-After"))
+	for field := range header {
+		if isOfErrorBody(field) {
+			delete(header, field)
+		}
+	}
+	header["Content-Type"] = []string{eventStreamType}
+	rw.h.headers.apply(header)
+	collector.reconnects.WithLabelValues(rw.h.Name, strconv.Itoa(status)).Inc()
+
+	frames := rw.h.frames
+	if frames.retryMin == 0 {
+		frames.retryMin, frames.retryMax = defaultReconnectMin, defaultReconnectMax
+	}
+	frames.retryMin = max(frames.retryMin, after)
+	frames.retryMax = max(frames.retryMax, after)
+	rw.w.WriteHeader(http.StatusOK)
+	// A client that has left needs no answer.
+	_, _ = rw.w.Write(frames.retry(nil, "\n"))
+	_ = http.NewResponseController(rw.w).Flush()
+	rw.cancel(errStreamEnded)
+}
+
+// isOfErrorBody reports whether a header describes a body that is not sent.
+func isOfErrorBody(field string) bool {
+	switch field {
+	case "Retry-After", "Trailer":
+		return true
+	}
+	return strings.HasPrefix(field, "Content-") && !strings.HasPrefix(field, "Content-Security-Policy")
+}
+
+// retryAfter reads a Retry-After: seconds or a date (RFC 9110, section 10.2.3).
+func retryAfter(value string) time.Duration {
+	var after time.Duration
+	if seconds, err := strconv.ParseUint(value, 10, 31); err == nil {
+		after = time.Duration(seconds) * time.Second
+	} else if date, err := http.ParseTime(value); err == nil {
+		after = time.Until(date)
+	}
+	return min(max(after, 0), longestRetryAfter)
+}

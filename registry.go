@@ -1,0 +1,167 @@
+package caddysse
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+	"sync"
+
+	"github.com/google/uuid"
+)
+
+// live is every stream of the process, those of configurations that a reload
+// has replaced included.
+var live registry
+
+// registry keeps the streams by the name of their handler. A name stays when
+// its handlers go, so that totals never go backwards; configurations have few.
+type registry struct {
+	mu     sync.Mutex
+	groups map[string]*group
+}
+
+// group is what handlers of one name have in common.
+type group struct {
+	name string
+
+	// mu guards what follows. It is never held while anything is written, and
+	// nothing but a stream's facts is locked inside it.
+	mu          sync.Mutex
+	oldest      *stream
+	newest      *stream
+	open        [protoCount]int
+	opened      [protoCount]uint64
+	closed      [reasonCount]uint64
+	closedTotal counts // what went by on streams that have closed
+
+	reserved int                  // places of requests that may become streams
+	clients  map[netip.Prefix]int // streams and places by client; nil without such a limit
+}
+
+// group returns the group of a name and makes it where there is none.
+func (r *registry) group(name string) *group {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	g := r.groups[name]
+	if g == nil {
+		g = &group{name: name}
+		if r.groups == nil {
+			r.groups = make(map[string]*group)
+		}
+		r.groups[name] = g
+	}
+	return g
+}
+
+// all returns the groups, sorted by name.
+func (r *registry) all() []*group {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	all := make([]*group, 0, len(r.groups))
+	for _, g := range r.groups {
+		all = append(all, g)
+	}
+	slices.SortFunc(all, func(a, b *group) int { return cmp.Compare(a.name, b.name) })
+	return all
+}
+
+// streams returns the live streams, each name's oldest first.
+func (r *registry) streams() []*stream {
+	var all []*stream
+	for _, g := range r.all() {
+		g.mu.Lock()
+		for s := g.oldest; s != nil; s = s.next {
+			all = append(all, s)
+		}
+		g.mu.Unlock()
+	}
+	return all
+}
+
+// stream returns the live stream with the id, or nil.
+func (r *registry) stream(id uuid.UUID) *stream {
+	for _, g := range r.all() {
+		g.mu.Lock()
+		s := g.oldest
+		for s != nil && s.id != id {
+			s = s.next
+		}
+		g.mu.Unlock()
+		if s != nil {
+			return s
+		}
+	}
+	return nil
+}
+
+// add counts a stream as opened, in the place that was reserved for it if any.
+func (g *group) add(s *stream, r reservation) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if r != noPlace {
+		g.reserved--
+	}
+	if r != clientsPlace {
+		g.countClientLocked(s.client.ip, +1)
+	}
+	g.opened[s.proto]++
+	g.open[s.proto]++
+	s.previous = g.newest
+	if g.newest == nil {
+		g.oldest = s
+	} else {
+		g.newest.next = s
+	}
+	g.newest = s
+}
+
+// remove counts a stream as closed. What went by on it moves from the live
+// streams to the total in one step, so that no scrape sees it twice or not at
+// all.
+func (g *group) remove(s *stream, why reason, last counts) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.open[s.proto]--
+	g.closed[why]++
+	g.countClientLocked(s.client.ip, -1)
+	g.closedTotal.add(last)
+	if s.previous == nil {
+		g.oldest = s.next
+	} else {
+		s.previous.next = s.next
+	}
+	if s.next == nil {
+		g.newest = s.previous
+	} else {
+		s.next.previous = s.previous
+	}
+	s.previous, s.next = nil, nil
+}
+
+// totals is a group at one moment.
+type totals struct {
+	name   string
+	open   [protoCount]int
+	opened [protoCount]uint64
+	closed [reasonCount]uint64
+	counts counts
+}
+
+func (g *group) totals() totals {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	t := totals{name: g.name, open: g.open, opened: g.opened, closed: g.closed, counts: g.closedTotal}
+	for s := g.oldest; s != nil; s = s.next {
+		s.facts.Lock()
+		t.counts.add(s.countsLocked())
+		s.facts.Unlock()
+	}
+	return t
+}
+
+func (c *counts) add(other counts) {
+	c.events += other.events
+	c.bytes += other.bytes
+	c.heartbeats += other.heartbeats
+	c.deferred += other.deferred
+}

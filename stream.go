@@ -1,0 +1,588 @@
+package caddysse
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"math"
+	"net/http"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/caddy-sse/caddy-sse/internal/eventstream"
+)
+
+// errStreamEnded is what the upstream's side gets for writing to a stream that
+// is over, and the cause of its context.
+var errStreamEnded = errors.New("sse: the stream has ended")
+
+// bom is the byte order mark that clients strip, but only as the first bytes of
+// a stream (WHATWG HTML, section 9.2.6).
+const bom = "\xef\xbb\xbf"
+
+// endPatience is how long an early end waits for the event that is on its way.
+const endPatience = time.Second
+
+// bodyKind says what a stream's body is, and with it whether frames may go.
+type bodyKind uint8
+
+const (
+	eventStreamBody bodyKind = iota
+	encodedBody              // some Content-Encoding: a frame would corrupt it
+	otherBody                // says text/event-stream and is a JSON document
+)
+
+// stream is one live stream, the client's half: the only owner of its
+// ResponseWriter from the headers on. It does not know who feeds it.
+//
+// There are many of them, most of them quiet: mind what it weighs.
+type stream struct {
+	*exchange                 // the request it answers
+	ctx       context.Context // the request's, over for the upstream's half when cancel is called
+	id        uuid.UUID       // the request's
+	client    client          // who is at the other end
+
+	// Neighbours among the live streams of the same name, guarded by the
+	// group's lock.
+	previous, next *stream
+
+	opened time.Duration // age at which the headers went out
+
+	// ending is the reason of an early end that has been asked for.
+	ending         atomic.Uint32
+	status         uint16 // what the client got
+	upstreamStatus uint16 // what the upstream answered; guarded by facts
+	proto          proto
+	resumable      bool // its client comes back by itself, so it may be ended on purpose
+
+	agendaIndex int32 // kept by the agenda
+
+	// mu guards w and all that decides what may be written next. It is
+	// held across writes, so a client that does not read holds it too: whoever
+	// must not wait for that client uses TryLock. It is given back by unlock.
+	mu        sync.Mutex
+	lastHeard time.Duration // age at which the client heard something last
+	wait      time.Duration // silence after which the next frame is due; 0: none
+
+	body       bodyKind // changes with facts locked too
+	bomHeld    uint8
+	failed     reason // what the writer's first error means; nothing goes out behind it
+	cut        bool   // ended early; what the upstream still sends is dropped
+	closed     bool
+	told       bool // the client has been told of the error
+	unflushed  bool
+	spoken     bool // something followed the headers
+	overdue    bool // a frame was due where none may go
+	retryOwed  bool // the reconnection time is still to be told
+	lfOwed     bool // a frame brought the LF of the upstream's last CR along
+	bomChecked bool // the body does not begin with a BOM any more
+
+	// These are guarded by facts.
+	gone    bool // the ResponseWriter must not be touched from outside any more
+	broken  bool // its write was broken off by an early end
+	waiting bool // started early: the upstream has not answered
+
+	// facts guards what observers ask for. It is never held across a write.
+	facts      sync.Mutex
+	heartbeats uint32
+	deferred   uint32        // heartbeats that were due where none may go
+	bytes      uint64        // of the upstream's body
+	lastBytes  time.Duration // age at which the upstream sent something last
+	longestGap time.Duration // the longest time it sent nothing
+	firstEvent time.Duration // age at which the client had the first event; 0: none yet
+	scan       eventstream.Scanner
+}
+
+// instant is a moment on the monotonic clock. It weighs a third of a time.Time.
+type instant time.Duration
+
+// clockStart is where instants count from.
+var clockStart = time.Now()
+
+func now() instant { return instant(time.Since(clockStart)) }
+
+// age is the time since the request came.
+func (s *stream) age() time.Duration { return time.Duration(now() - s.began) }
+
+// counts is what has gone by.
+type counts struct {
+	events, bytes, heartbeats, deferred uint64
+}
+
+// countsLocked wants facts to be locked.
+func (s *stream) countsLocked() counts {
+	return counts{
+		events:     s.scan.Events(),
+		bytes:      s.bytes,
+		heartbeats: uint64(s.heartbeats),
+		deferred:   uint64(s.deferred),
+	}
+}
+
+// begin opens the stream, in the place that was reserved for it if any, and
+// lets it be known.
+func (s *stream) begin(place reservation) {
+	s.w = ownTimeouts(s.w, s.proto, s.h.writeTimeout, s.h.logger)
+	s.open()
+	s.h.group.add(s, place)
+	s.joinDrain()
+	if s.h.deadClientTimeout > 0 {
+		connectionOf(s.ctx).watch(s.h.deadClientTimeout)
+	}
+	collector.observeOpened(s)
+	s.h.tellOpened(s)
+}
+
+// unwatchConnection undoes what begin did to the connection.
+func (s *stream) unwatchConnection() {
+	if s.h.deadClientTimeout > 0 {
+		connectionOf(s.ctx).unwatch(s.h.deadClientTimeout)
+	}
+}
+
+// open sends the headers and starts the clocks.
+func (s *stream) open() {
+	s.mu.Lock()
+	defer s.unlock()
+	s.w.WriteHeader(int(s.status))
+	s.unflushed = true
+	err := s.flushLocked(s.age())
+	if s.id == uuid.Nil {
+		s.id = newID(s.ctx) // handlers around this one may have asked for it on seeing the headers
+	}
+	s.opened = s.age()
+	s.lastHeard = s.opened
+	s.lastBytes = s.opened
+	if err != nil {
+		return
+	}
+	if s.body == eventStreamBody {
+		frames := &s.h.frames
+		s.retryOwed = frames.retryMin > 0
+		s.wait = frames.prelude
+		if s.wait == 0 {
+			s.wait = frames.wait()
+		}
+	}
+	s.scheduleLocked()
+}
+
+// scheduleLocked has tick called when the next thing is due, if any.
+func (s *stream) scheduleLocked() {
+	wait, _ := s.untilEnd()
+	if s.wait > 0 && s.body == eventStreamBody {
+		wait = min(wait, s.lastHeard+s.wait-s.age())
+	}
+	if wait < never {
+		s.callIn(wait)
+	}
+}
+
+// never is a wait without end.
+const never = time.Duration(math.MaxInt64)
+
+// callIn has tick called.
+func (s *stream) callIn(wait time.Duration) {
+	s.h.agenda.set(s, now()+instant(wait))
+}
+
+// untilEnd returns how long it is until the stream's own limits end it, and
+// why.
+func (s *stream) untilEnd() (wait time.Duration, why reason) {
+	wait = never
+	age := s.age()
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	if timeout := s.h.upstreamTimeout; timeout > 0 {
+		wait, why = s.lastBytes+timeout-age, upstreamTimeout
+	}
+	if limit := s.h.MaxDuration; limit != nil && limit.Duration > 0 && s.resumesLocked() {
+		oldest := time.Duration(limit.Duration) + time.Duration(s.share()*float64(limit.Jitter))
+		if left := s.opened + oldest - age; left < wait {
+			wait, why = left, maxDuration
+		}
+	}
+	return wait, why
+}
+
+// share is a number from 0 to 1 that differs from stream to stream. It comes
+// from the id, so that it needs no memory.
+func (s *stream) share() float64 {
+	return float64(binary.BigEndian.Uint64(s.id[8:])<<2) / math.MaxUint64
+}
+
+// resumes reports whether the stream may be ended on purpose: its client comes
+// back by itself, and its body has event boundaries to end at.
+func (s *stream) resumes() bool {
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	return s.resumesLocked()
+}
+
+// resumesLocked wants facts to be locked.
+func (s *stream) resumesLocked() bool {
+	return s.resumable && s.body == eventStreamBody
+}
+
+// unlock gives mu back. An end that was asked for meanwhile could not get it
+// and relies on being looked for here.
+func (s *stream) unlock() {
+	s.mu.Unlock()
+	if s.ending.Load() != 0 {
+		s.cutAtBoundary()
+	}
+}
+
+// write passes on what the upstream sent, and flushes it. Only a stream whose
+// first bytes meet a frame or a retry field can take bytes without passing them
+// on: those of a BOM, which must not follow anything, or an LF that the client
+// has already.
+func (s *stream) write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.unlock()
+	if err := s.errLocked(); err != nil || len(p) == 0 {
+		return 0, err
+	}
+	lead, body := s.followLocked(p)
+	if len(lead) == 0 && len(body) == 0 {
+		if s.overdue {
+			s.beatLocked() // the silence is still on, and here a frame may go
+		}
+		return len(p), s.errLocked()
+	}
+	if err := s.sendLocked(s.lastBytes, lead, body); err != nil {
+		return 0, err
+	}
+	if s.firstEvent == 0 && s.scan.Events() > 0 {
+		s.facts.Lock()
+		s.firstEvent = s.lastHeard
+		s.facts.Unlock()
+	}
+	return len(p), nil
+}
+
+// followLocked takes note of what the upstream sent and returns what the client
+// gets for it.
+func (s *stream) followLocked(p []byte) (lead, body []byte) {
+	if p = s.noteLocked(p); s.body != eventStreamBody {
+		return nil, p
+	}
+	if s.lfOwed {
+		s.lfOwed = false
+		if p[0] == '\n' {
+			p = p[1:]
+		}
+	}
+	if s.scan.LooksLikeJSON() {
+		s.facts.Lock()
+		s.body = otherBody
+		s.facts.Unlock()
+		s.h.unprotected(causeOtherBody)
+		lead, s.bomHeld = []byte(bom[:s.bomHeld]), 0
+		return lead, p
+	}
+	if s.bomChecked && !s.retryOwed {
+		return nil, p
+	}
+	return s.beginLocked(p)
+}
+
+// noteLocked is what observers see of the upstream's bytes. It returns those
+// that belong to the stream: all of them, unless an early end waits for the end
+// of an event.
+func (s *stream) noteLocked(p []byte) []byte {
+	age := s.age()
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	s.longestGap = max(s.longestGap, age-s.lastBytes)
+	s.lastBytes = age
+	if s.body == eventStreamBody {
+		if s.ending.Load() != 0 {
+			p = p[:s.scan.ScanToBoundary(p)]
+		} else {
+			s.scan.Scan(p)
+		}
+	}
+	s.bytes += uint64(len(p))
+	return p
+}
+
+// beginLocked is followLocked for the first bytes of an event stream.
+func (s *stream) beginLocked(p []byte) (lead, body []byte) {
+	if !s.bomChecked && (s.spoken || s.retryOwed) {
+		for len(p) > 0 && s.bomHeld < uint8(len(bom)) && p[0] == bom[s.bomHeld] {
+			s.bomHeld++
+			p = p[1:]
+		}
+		switch {
+		case s.bomHeld == uint8(len(bom)):
+			s.bomHeld = 0
+		case len(p) == 0:
+			return nil, nil
+		}
+	}
+	s.bomChecked = true
+	if len(p) == 0 {
+		return nil, nil
+	}
+	if s.retryOwed {
+		s.retryOwed = false
+		lead = s.h.frames.retry(lead, s.scan.LineEnding().Text())
+	}
+	lead = append(lead, bom[:s.bomHeld]...)
+	s.bomHeld = 0
+	return lead, p
+}
+
+// flush sends what a handler may have left in a buffer on the way. Every write
+// has been flushed already, so there is nothing to do, and doing nothing keeps
+// one write one flush.
+func (s *stream) flush() error {
+	s.mu.Lock()
+	defer s.unlock()
+	if err := s.errLocked(); err != nil {
+		return err
+	}
+	return s.flushLocked(s.age())
+}
+
+func (s *stream) setWriteDeadline(deadline time.Time) error {
+	s.mu.Lock()
+	defer s.unlock()
+	if err := s.errLocked(); err != nil {
+		return err
+	}
+	return http.NewResponseController(s.w).SetWriteDeadline(deadline)
+}
+
+func (s *stream) errLocked() error {
+	if s.closed || s.cut || s.failed != notEnded {
+		return errStreamEnded
+	}
+	return nil
+}
+
+// failLocked notes that the client can't be written to any more. since is the
+// age at which the write began: on HTTP/2 a timeout resets the stream, and
+// nothing but the time tells that from a client that did.
+func (s *stream) failLocked(err error, since time.Duration) {
+	s.failed = clientClosed
+	timeout := s.h.writeTimeout
+	if errors.Is(err, os.ErrDeadlineExceeded) || (timeout > 0 && s.age()-since >= timeout) {
+		s.failed = writeTimeout
+	}
+}
+
+// sendLocked writes and flushes. since is the age at which the bytes were there
+// to be written.
+func (s *stream) sendLocked(since time.Duration, lead, body []byte) error {
+	for _, part := range [2][]byte{lead, body} {
+		if len(part) == 0 {
+			continue
+		}
+		s.unflushed = true
+		if _, err := s.w.Write(part); err != nil {
+			s.failLocked(err, since)
+			return err
+		}
+	}
+	if err := s.flushLocked(since); err != nil {
+		return err
+	}
+	s.lastHeard = s.age()
+	if !s.spoken || s.overdue {
+		// The silence is over, and with it the prelude.
+		s.spoken, s.overdue = true, false
+		s.wait = s.h.frames.wait()
+	}
+	return nil
+}
+
+func (s *stream) flushLocked(since time.Duration) error {
+	if !s.unflushed {
+		return nil
+	}
+	s.unflushed = false
+	err := http.NewResponseController(s.w).Flush()
+	if err == nil || errors.Is(err, http.ErrNotSupported) {
+		return nil
+	}
+	s.failLocked(err, since)
+	return err
+}
+
+// tick is called by the agenda when something may be due.
+func (s *stream) tick() {
+	if left, why := s.untilEnd(); left <= 0 {
+		s.end(why)
+		return
+	}
+	if !s.mu.TryLock() {
+		// A write is on its way and restarts the clock; if it is stuck, a frame
+		// would be stuck behind it.
+		s.callIn(max(s.h.frames.reserve, time.Millisecond))
+		return
+	}
+	defer s.unlock()
+	if s.errLocked() != nil {
+		return
+	}
+	if s.wait > 0 && s.body == eventStreamBody && s.age()-s.lastHeard >= s.wait {
+		s.beatLocked()
+		if s.failed != notEnded {
+			return
+		}
+		s.wait = s.h.frames.wait()
+		if s.overdue {
+			s.wait += s.age() - s.lastHeard
+		}
+	}
+	s.scheduleLocked()
+}
+
+// beatLocked sends a frame, or notes that it is due and can't go here.
+func (s *stream) beatLocked() {
+	place, ending, pendingCR := s.scan.Place(), s.scan.LineEnding(), s.scan.PendingCR()
+	eol := ending.Text()
+	var lead []byte
+	if s.retryOwed && place == eventstream.Start {
+		lead = s.h.frames.retry(lead, eol)
+	}
+	if pendingCR && ending != eventstream.CR {
+		// The LF of this CR may still come, and behind a frame it would be a
+		// blank line. The client gets it first and the upstream's is dropped.
+		// (Where lines end in CR, an LF would join the CR that ends the frame.)
+		if ending == eventstream.NoLineEnding {
+			eol = eventstream.CRLF.Text()
+		}
+		if !s.lfOwed {
+			lead = append(lead, '\n')
+		}
+	}
+	frame, ok := s.h.frames.heartbeat(lead, place, eol)
+	if !ok {
+		s.overdue = true
+		s.facts.Lock()
+		s.deferred++
+		s.facts.Unlock()
+		return
+	}
+	if err := s.sendLocked(s.age(), nil, frame); err != nil {
+		s.cancel(err)
+		return
+	}
+	s.retryOwed = s.retryOwed && place != eventstream.Start
+	s.lfOwed = pendingCR && ending != eventstream.CR
+	s.facts.Lock()
+	s.heartbeats++
+	s.facts.Unlock()
+}
+
+// end asks for an early end and never waits for the client. The first reason
+// counts. The end comes at the next event boundary: now, if the stream is at
+// one, else behind the event that is on its way, which gets endPatience.
+func (s *stream) end(why reason) bool {
+	if !s.ending.CompareAndSwap(0, uint32(why)) {
+		return false
+	}
+	if !s.cutAtBoundary() {
+		time.AfterFunc(endPatience, s.cutAnyway)
+	}
+	return true
+}
+
+// endNow ends the stream without waiting for an event or for the client.
+func (s *stream) endNow(why reason) {
+	s.ending.CompareAndSwap(0, uint32(why))
+	s.cutAnyway()
+}
+
+// cutAtBoundary cuts a stream that is to end where that harms no event.
+// Whoever holds mu does it on giving it back.
+func (s *stream) cutAtBoundary() (done bool) {
+	if !s.mu.TryLock() {
+		return false
+	}
+	defer s.mu.Unlock()
+	if place := s.scan.Place(); s.body == eventStreamBody && place != eventstream.Start && place != eventstream.Boundary {
+		return false
+	}
+	s.cutLocked()
+	return true
+}
+
+// cutAnyway is the end of the patience with an upstream in mid-event or with a
+// client that takes no bytes.
+func (s *stream) cutAnyway() {
+	if s.mu.TryLock() {
+		s.cutLocked()
+		s.mu.Unlock()
+		return
+	}
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	if s.gone {
+		return
+	}
+	s.broken = true
+	breakWrite(s.w)
+	s.cancel(errStreamEnded)
+	time.AfterFunc(endPatience, s.cutAnyway) // a writer between two pieces may have set a deadline of its own
+}
+
+func (s *stream) cutLocked() {
+	if s.closed || s.cut || s.failed != notEnded {
+		return
+	}
+	s.cut = true
+	s.cancel(errStreamEnded)
+}
+
+// aborts reports whether the client must see that its answer is not whole.
+func (s *stream) aborts(why reason) bool {
+	switch why {
+	case upstreamError:
+		return !s.told
+	case writeTimeout, deadClient, serverClosed:
+		return true
+	case upstreamTimeout:
+		return s.broken || !s.resumable || s.body != eventStreamBody
+	case drained, maxDuration, endedByAdmin:
+		return s.broken || s.body != eventStreamBody
+	}
+	return false
+}
+
+// breakWrite makes a write that blocks return. It goes to the connection's own
+// writer: those around it are not made for a second goroutine, while a
+// connection's deadline may be set from any.
+func breakWrite(w http.ResponseWriter) {
+	for {
+		inner, ok := w.(interface{ Unwrap() http.ResponseWriter })
+		if !ok {
+			break
+		}
+		w = inner.Unwrap()
+	}
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0))
+}
+
+// close waits until nobody writes, and lets nobody write again.
+func (s *stream) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.h.agenda.drop(s)
+	if s.bomHeld > 0 && s.errLocked() == nil {
+		// The body was a piece of a BOM, which makes it no BOM.
+		_ = s.sendLocked(s.age(), nil, []byte(bom[:s.bomHeld]))
+	}
+	s.closed = true
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	s.gone = true
+	s.longestGap = max(s.longestGap, s.age()-s.lastBytes)
+}

@@ -1,0 +1,60 @@
+package caddysse
+
+import (
+	"math"
+	"net/http"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+// progressUnit is how much of a write has to go out within the write timeout:
+// a client that takes less than this in that time counts as one that takes
+// nothing.
+const progressUnit = 4 << 10
+
+// ownTimeouts takes a stream out of the server's timeouts and minimum rates, and
+// returns the writer that bounds its writes by timeout instead; 0 means not at
+// all. What it changes belongs to this request: the next one on the connection
+// gets the server's timeouts again (net/http sets a connection's deadlines for
+// each request, Caddy wraps the writer for each).
+func ownTimeouts(w http.ResponseWriter, p proto, timeout time.Duration, logger *zap.Logger) http.ResponseWriter {
+	bounded := false
+	connection := w
+	for {
+		if idle, ok := connection.(*caddyhttp.IdleTimeoutWriter); ok {
+			// Both would be applied again before every write.
+			idle.Deadline.HardDeadline = time.Time{}
+			if timeout > 0 {
+				idle.Override(timeout, 0, progressUnit)
+			} else {
+				idle.Override(math.MaxInt64/2, 0, 0)
+			}
+			bounded = true
+		}
+		inner, ok := connection.(interface{ Unwrap() http.ResponseWriter })
+		if !ok {
+			break
+		}
+		connection = inner.Unwrap()
+	}
+	// The read timeout would show up as if the client had left. Where deadlines
+	// are not supported there is none to clear, and none to set.
+	controller := http.NewResponseController(connection)
+	_ = controller.SetReadDeadline(time.Time{})
+	err := controller.SetWriteDeadline(time.Time{})
+
+	if bounded || timeout == 0 || err != nil {
+		return w
+	}
+	return &caddyhttp.IdleTimeoutWriter{
+		ResponseWriterWrapper: &caddyhttp.ResponseWriterWrapper{ResponseWriter: w},
+		Ctrl:                  controller,
+		Deadline:              caddyhttp.IdleDeadline{Timeout: timeout},
+		MaxChunk:              progressUnit,
+		Logger:                logger,
+		ClearBetweenWrites:    p == http2,
+	}
+}
