@@ -722,7 +722,11 @@ func (c *upstreamCall) end() {
 	if !c.over {
 		c.over = true
 		close(c.steps)
-		<-c.done
+		select {
+		case <-c.done:
+		case <-time.After(patience):
+			c.t.Errorf("the answer to %s is still under way after %v", c.URL.Path, patience)
+		}
 	}
 }
 

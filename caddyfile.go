@@ -1,6 +1,7 @@
 package caddysse
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -110,7 +111,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			return d.Errf("sse: %s: wrong number of arguments (%d); usage: %s %s", name, len(args), name, sub.usage)
 		}
 		if slices.Contains(args, "") {
-			return d.Errf("sse: %s: an argument is empty; leave it out for the default", name)
+			return d.Errf("sse: %s: \"\" is an empty argument; leave it out for the default", name)
 		}
 		if err := sub.set(h, args); err != nil {
 			return d.WrapErr(err)
@@ -231,6 +232,9 @@ func setDrain(h *Handler, args []string) (err error) {
 		return err
 	}
 	if len(args) > 1 {
+		if h.Drain.Reload == off {
+			return errors.New("sse: drain: off ends nobody, on exit neither; leave the exit window out")
+		}
 		h.Drain.Exit, err = parseDuration("drain", args[1])
 	}
 	return err

@@ -344,6 +344,7 @@ func everyWriteArrivesBeforeTheNextIsMade(t *testing.T, encode string) {
 		t.Run("FromAHandlerThatCopies", func(t *testing.T) {
 			client, call := open(t, cl, handler.testUpstream, "/handled")
 			from, to := io.Pipe()
+			defer to.Close()
 			copied := make(chan error, 1)
 			go call.do(func(w http.ResponseWriter) {
 				w.Header().Set("Content-Type", "text/event-stream")

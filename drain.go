@@ -11,7 +11,10 @@ import (
 
 func init() {
 	// Behind the grace periods, when no current configuration has a handler.
-	caddy.OnExit(func(ctx context.Context) { _ = endWhatIsLeft(ctx) })
+	caddy.OnExit(func(ctx context.Context) {
+		awaitDrains()
+		_ = endWhatIsLeft(ctx)
+	})
 }
 
 // exiting tells whether the process is about to end.
@@ -34,34 +37,45 @@ type drain struct {
 
 	// until is when the window ends, an instant; 0: the handler is in use.
 	until atomic.Int64
+
+	// requests are those that the handler is busy with: streams, and what may
+	// become one.
+	requests atomic.Int64
 }
 
+func (d *drain) idle() bool { return d.requests.Load() == 0 }
+
 func newDrain(config *Drain) *drain {
-	switch {
-	case config == nil:
+	if config == nil {
 		config = new(Drain)
-	case config.Reload == off:
-		return new(drain)
 	}
-	return &drain{
+	d := &drain{
 		reload: orDefault(config.Reload, defaultReloadWindow),
 		exit:   orDefault(config.Exit, defaultExitWindow),
 	}
+	if config.Reload == off && config.Exit == 0 {
+		d.exit = 0
+	}
+	return d
 }
 
 // drainStreams ends the resumable streams of the handler, one by one and evenly
 // over the window, so that their clients do not come back at once. It runs when
 // the handler's server begins to stop.
 func (h *Handler) drainStreams() {
-	if h.drain.reload == 0 {
-		return
-	}
-	if !exiting() && h.drainOver(h.drain.reload, exiting) {
-		return
+	if !exiting() {
+		switch {
+		case h.drain.reload > 0:
+			if h.drainOver(h.drain.reload, exiting) {
+				return
+			}
+		case h.drain.exit > 0:
+			waitUntil(instant(never), func() bool { return exiting() || h.drain.idle() })
+		}
 	}
 	// The process exits, maybe in the middle of a reload's window: who is left
 	// has the time of an exit.
-	if h.drain.exit > 0 {
+	if exiting() && h.drain.exit > 0 {
 		h.drainOver(h.drain.exit, func() bool { return false })
 	}
 }
@@ -73,24 +87,20 @@ func (h *Handler) drainOver(window time.Duration, stop func() bool) bool {
 	streams := h.drainable()
 	for i, s := range streams {
 		due := time.Duration(float64(window) * float64(i) / float64(len(streams)))
-		if !waitUntil(start+instant(due), stop) {
+		if waitUntil(start+instant(due), stop); stop() {
 			return false
 		}
 		s.end(drained)
 	}
-	return waitUntil(start+instant(window), stop)
+	// Who opens a stream from now on ends it in time (joinDrain), but would not
+	// notice that the process exits.
+	waitUntil(start+instant(window), func() bool { return stop() || h.drain.idle() })
+	return !stop()
 }
 
-// waitUntil waits for a moment, or returns false as soon as stop says so.
-func waitUntil(moment instant, stop func() bool) bool {
-	for {
-		if stop() {
-			return false
-		}
-		wait := time.Duration(moment - now())
-		if wait <= 0 {
-			return true
-		}
+// waitUntil waits for a moment, or until stop says so.
+func waitUntil(moment instant, stop func() bool) {
+	for wait := time.Duration(moment - now()); wait > 0 && !stop(); wait = time.Duration(moment - now()) {
 		time.Sleep(min(wait, exitWatch))
 	}
 }
@@ -115,6 +125,24 @@ func (s *stream) joinDrain() {
 	}
 	left := max(time.Duration(until-now()), 0)
 	time.AfterFunc(rand.N(left+1), func() { s.end(drained) })
+}
+
+// awaitDrains waits for the streams that drains still end. Where the current
+// configuration has an HTTP server, that has waited for them already.
+func awaitDrains() {
+	start := now()
+	for {
+		var last time.Duration
+		for _, s := range live.streams() {
+			if s.h.drain.exit > 0 && s.resumes() {
+				last = max(last, exitWatch+s.h.drain.exit+endPatience)
+			}
+		}
+		if time.Duration(now()-start) >= last {
+			return
+		}
+		time.Sleep(exitWatch)
+	}
 }
 
 // endWhatIsLeft ends every stream of the process when it exits and the grace

@@ -45,6 +45,17 @@ func (rw *response) startEarly() {
 	s.id = newID(s.ctx)
 	adoptID(s.ctx, s.id)
 
+	if rw.r.ContentLength != 0 {
+		// net/http reads what is left of an HTTP/1 request's body before it sends
+		// headers, and the upstream would miss it. Where this is not supported
+		// there is no such habit.
+		_ = http.NewResponseController(rw.w).EnableFullDuplex()
+	}
+	if rw.r.ProtoMajor == 1 && rw.r.ContentLength != 0 {
+		// Else net/http takes what is left of the request's body from the
+		// upstream when the response begins. Not every server offers it.
+		_ = http.NewResponseController(rw.w).EnableFullDuplex()
+	}
 	e := &early{header: rw.w.Header().Clone()}
 	rw.rarely().early = e
 	e.mu.Lock()
@@ -134,9 +145,6 @@ func (s *stream) unanswered(err error, panicked any) {
 	if panicked != nil {
 		status = http.StatusBadGateway
 	}
-	s.facts.Lock()
-	s.upstreamStatus = uint16(status)
-	s.facts.Unlock()
 	s.failEarly(status, "the upstream did not answer")
 }
 
@@ -161,6 +169,9 @@ func (s *stream) failEarly(status int, message string) {
 	if s.errLocked() != nil || s.ctx.Err() != nil || !s.ending.CompareAndSwap(0, uint32(upstreamError)) {
 		return
 	}
+	s.facts.Lock()
+	s.upstreamStatus = uint16(status)
+	s.facts.Unlock()
 	collector.earlyStartFailures.WithLabelValues(s.h.Name, strconv.Itoa(status)).Inc()
 	data, err := json.Marshal(struct {
 		Status  int    `json:"status"`

@@ -33,6 +33,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		}
 	}
 
+	h.drain.requests.Add(1)
+	defer h.drain.requests.Add(-1)
+
 	// The context goes into the request that everybody has: placeholders read
 	// that one, and would miss what is rewritten in a copy.
 	own := r.Context()
@@ -87,7 +90,7 @@ func (rw *response) leave(err error, panicked any) error {
 		}
 		return rw.conclude(err, panicked)
 	}
-	rw.h.group.release(rw.place, clientIP(rw.r))
+	rw.givePlaceBack()
 	if panicked != nil && !isAbort(panicked) {
 		panic(panicked)
 	}

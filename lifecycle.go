@@ -470,6 +470,6 @@ func (r closedFields) addFigures(enc zapcore.ObjectEncoder) {
 		enc.AddBool("invalid_utf8", true)
 	}
 	if r.end.err != nil {
-		enc.AddString("error", r.end.err.Error())
+		enc.AddString("error", printable(r.end.err.Error(), 512))
 	}
 }

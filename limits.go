@@ -124,6 +124,13 @@ func clientKey(ip string) netip.Prefix {
 	return key
 }
 
+// givePlaceBack gives back the request's place, if it has one, as soon as it is
+// known that no stream comes of it.
+func (rw *response) givePlaceBack() {
+	rw.h.group.release(rw.place, clientIP(rw.r))
+	rw.place = noPlace
+}
+
 // takePlace takes a place for the request, or says how it is refused.
 func (rw *response) takePlace() error {
 	place, met := rw.h.group.reserve(rw.h.limits, clientIP(rw.r))

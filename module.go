@@ -171,7 +171,7 @@ type MaxDuration struct {
 // Drain says over which time streams are ended, one by one and evenly.
 type Drain struct {
 	// The window on config reload. Default: 10s. -1: nobody is ended, on exit
-	// neither.
+	// neither unless exit is given.
 	Reload caddy.Duration `json:"reload,omitempty"`
 
 	// The window when the process exits. Default: 3s. -1: nobody is ended.
@@ -318,6 +318,12 @@ func (m *MaxDuration) validate() error {
 	}
 	if m.Jitter < 0 {
 		return fmt.Errorf("sse: max_duration: the jitter %q is not a positive duration", time.Duration(m.Jitter))
+	}
+	if m.Jitter > 0 && m.Duration <= 0 {
+		return errors.New("sse: max_duration: a jitter needs a duration that it comes on top of")
+	}
+	if m.Jitter > 0 && m.Duration <= 0 {
+		return errors.New("sse: max_duration: a jitter goes with a duration, and there is none")
 	}
 	return validateDuration("max_duration", m.Duration)
 }

@@ -118,7 +118,7 @@ type listAnswer struct {
 
 func TestTenThousandStreamsAreListedWhileOthersWrite(t *testing.T) {
 	quietOnes, writing := 10_000, 4
-	if testing.Short() {
+	if testing.Short() || raceEnabled {
 		quietOnes = 1000
 	}
 	name := "ten thousand"

@@ -153,9 +153,11 @@ func (rw *response) decide(status int) {
 		rw.stream.answered(status, header, upstreamOf(rw.r))
 	case rw.wantsReconnect(status):
 		rw.role = answered
+		rw.givePlaceBack()
 		rw.answerReconnect(status)
 	case !isStream(status, header):
 		rw.role = aside
+		rw.givePlaceBack()
 	case rw.h.limits != limits{} && rw.place == noPlace:
 		if err := rw.takePlace(); err != nil {
 			rw.role, rw.refusal = refused, err
@@ -201,6 +203,7 @@ func (rw *response) begin() {
 		rw.WriteHeader(http.StatusOK)
 	} else {
 		rw.role = aside
+		rw.givePlaceBack()
 	}
 }
 

@@ -24,6 +24,10 @@ var errStreamEnded = errors.New("sse: the stream has ended")
 // a stream (WHATWG HTML, section 9.2.6).
 const bom = "\xef\xbb\xbf"
 
+// slowWrite is how long a write may take before it counts that the upstream can
+// send nothing meanwhile.
+const slowWrite = 100 * time.Millisecond
+
 // endPatience is how long an early end waits for the event that is on its way.
 const endPatience = time.Second
 
@@ -126,7 +130,7 @@ func (s *stream) countsLocked() counts {
 // begin opens the stream, in the place that was reserved for it if any, and
 // lets it be known.
 func (s *stream) begin(place reservation) {
-	s.w = ownTimeouts(s.w, s.proto, s.h.writeTimeout, s.h.logger)
+	s.w = ownTimeouts(s.w, s.h.writeTimeout, s.h.logger)
 	s.open()
 	s.h.group.add(s, place)
 	s.joinDrain()
@@ -173,7 +177,7 @@ func (s *stream) open() {
 
 // scheduleLocked has tick called when the next thing is due, if any.
 func (s *stream) scheduleLocked() {
-	wait, _ := s.untilEnd()
+	wait, _ := s.untilEnd(false)
 	if s.wait > 0 && s.body == eventStreamBody {
 		wait = min(wait, s.lastHeard+s.wait-s.age())
 	}
@@ -191,13 +195,13 @@ func (s *stream) callIn(wait time.Duration) {
 }
 
 // untilEnd returns how long it is until the stream's own limits end it, and
-// why.
-func (s *stream) untilEnd() (wait time.Duration, why reason) {
+// why. While something is being written, the upstream is not silent.
+func (s *stream) untilEnd(writing bool) (wait time.Duration, why reason) {
 	wait = never
 	age := s.age()
 	s.facts.Lock()
 	defer s.facts.Unlock()
-	if timeout := s.h.upstreamTimeout; timeout > 0 {
+	if timeout := s.h.upstreamTimeout; timeout > 0 && !writing {
 		wait, why = s.lastBytes+timeout-age, upstreamTimeout
 	}
 	if limit := s.h.MaxDuration; limit != nil && limit.Duration > 0 && s.resumesLocked() {
@@ -257,9 +261,13 @@ func (s *stream) write(p []byte) (int, error) {
 	if err := s.sendLocked(s.lastBytes, lead, body); err != nil {
 		return 0, err
 	}
-	if s.firstEvent == 0 && s.scan.Events() > 0 {
+	first, slow := s.firstEvent == 0 && s.scan.Events() > 0, s.lastHeard-s.lastBytes > slowWrite
+	if first || slow {
 		s.facts.Lock()
-		s.firstEvent = s.lastHeard
+		if first {
+			s.firstEvent = s.lastHeard
+		}
+		s.lastBytes = s.lastHeard // the upstream was not listened to meanwhile
 		s.facts.Unlock()
 	}
 	return len(p), nil
@@ -378,16 +386,20 @@ func (s *stream) failLocked(err error, since time.Duration) {
 }
 
 // sendLocked writes and flushes. since is the age at which the bytes were there
-// to be written.
+// to be written. Many are written piece by piece, so that a client that is slow
+// is not taken for one that takes nothing.
 func (s *stream) sendLocked(since time.Duration, lead, body []byte) error {
 	for _, part := range [2][]byte{lead, body} {
-		if len(part) == 0 {
-			continue
-		}
-		s.unflushed = true
-		if _, err := s.w.Write(part); err != nil {
-			s.failLocked(err, since)
-			return err
+		for len(part) > 0 {
+			piece := part[:min(len(part), progressUnit)]
+			s.unflushed = true
+			if _, err := s.w.Write(piece); err != nil {
+				s.failLocked(err, since)
+				return err
+			}
+			if part = part[len(piece):]; len(part) > 0 {
+				since = s.age()
+			}
 		}
 	}
 	if err := s.flushLocked(since); err != nil {
@@ -417,11 +429,15 @@ func (s *stream) flushLocked(since time.Duration) error {
 
 // tick is called by the agenda when something may be due.
 func (s *stream) tick() {
-	if left, why := s.untilEnd(); left <= 0 {
+	free := s.mu.TryLock()
+	if left, why := s.untilEnd(!free); left <= 0 {
+		if free {
+			s.unlock()
+		}
 		s.end(why)
 		return
 	}
-	if !s.mu.TryLock() {
+	if !free {
 		// A write is on its way and restarts the clock; if it is stuck, a frame
 		// would be stuck behind it.
 		s.callIn(max(s.h.frames.reserve, time.Millisecond))

@@ -20,7 +20,7 @@ const progressUnit = 4 << 10
 // all. What it changes belongs to this request: the next one on the connection
 // gets the server's timeouts again (net/http sets a connection's deadlines for
 // each request, Caddy wraps the writer for each).
-func ownTimeouts(w http.ResponseWriter, p proto, timeout time.Duration, logger *zap.Logger) http.ResponseWriter {
+func ownTimeouts(w http.ResponseWriter, timeout time.Duration, logger *zap.Logger) http.ResponseWriter {
 	bounded := false
 	connection := w
 	for {
@@ -55,6 +55,7 @@ func ownTimeouts(w http.ResponseWriter, p proto, timeout time.Duration, logger *
 		Deadline:              caddyhttp.IdleDeadline{Timeout: timeout},
 		MaxChunk:              progressUnit,
 		Logger:                logger,
-		ClearBetweenWrites:    p == http2,
+		// A deadline that is left on the connection would meet the next request.
+		ClearBetweenWrites: true,
 	}
 }
