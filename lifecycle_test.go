@@ -11,7 +11,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"slices"
 	"strings"
 	"sync"
@@ -177,31 +176,7 @@ func playUpstream() {
 // upstreamProcess starts an upstream that is a process of its own.
 func upstreamProcess(t testing.TB) (addr string, kill func()) {
 	t.Helper()
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), upstreamVariable+"=1")
-	cmd.Stderr = os.Stderr
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	kill = sync.OnceFunc(func() {
-		_ = cmd.Process.Kill() // SIGKILL
-		stdin.Close()
-		_ = cmd.Wait()
-	})
-	t.Cleanup(kill)
-	addr, err = bufio.NewReader(stdout).ReadString('\n')
-	if err != nil {
-		t.Fatalf("the upstream's process: %v", err)
-	}
-	return strings.TrimSpace(addr), kill
+	return startProcess(t, upstreamVariable+"=1")
 }
 
 func TestEveryEndHasItsReason(t *testing.T) {
