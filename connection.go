@@ -213,7 +213,8 @@ func (c *connection) begin() {
 	if err == nil {
 		c.apply()
 	}
-	// A socket that can't be asked or set, a closed one most likely, is left alone.
+	// A socket that can't be asked or set is left alone: a closed one, or a
+	// multipath one (MPTCP, RFC 8684), which Linux 6.18 has no user timeout for.
 	if c.settled = c.applied == 0; c.settled {
 		return
 	}
@@ -301,8 +302,8 @@ func (c *connection) look() fate {
 	return c.verdict
 }
 
-// roundUp counts a socket's timeout in units of unit, as many as fit. What is
-// not 0 does not become 0, which is how a socket has none.
+// roundUp returns timeout in units of unit, for a socket's option of 32 bits.
+// What is not 0 does not become 0, which would switch the option off.
 func roundUp(timeout, unit time.Duration) int {
 	n := timeout / unit
 	if timeout%unit > 0 {

@@ -33,7 +33,8 @@ const (
 
 // observe asks for TCP_CONNECTION_INFO (netinet/tcp.h). It tells neither how
 // long data has been waiting nor when the client was heard last, so the time
-// since the last glance stands for both.
+// since the last glance stands for both. This is written from the headers, and
+// has been compiled but not been run.
 func observe(fd int) (observation, error) {
 	info, err := unix.GetsockoptTCPConnectionInfo(fd, unix.IPPROTO_TCP, unix.TCP_CONNECTION_INFO)
 	if err != nil {

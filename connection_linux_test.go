@@ -30,8 +30,7 @@ var transports = []string{"plain", "TLS", "h2"}
 // client is gone, and tell how.
 type watchedServer struct {
 	*httptest.Server
-	keepAlive net.KeepAliveConfig
-	ends      chan connectionEnd
+	ends chan connectionEnd
 }
 
 type connectionEnd struct {

@@ -251,6 +251,37 @@ func TestAConnectionThatIsClosedAlreadyIsLeftAlone(t *testing.T) {
 	}
 }
 
+// Listeners of Go accept MPTCP where the system has it.
+func TestAMultipathConnectionIsLeftAloneOrWatched(t *testing.T) {
+	needUserTimeout(t)
+	ln := listen(t)
+	defer ln.Close()
+	dialer := new(net.Dialer)
+	dialer.SetMultipathTCP(true)
+	client, err := dialer.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	server, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	c := connectionOf(withConnection(t.Context(), server))
+	c.watch(time.Second)
+	if watched := c.timer != nil; watched != (c.applied == time.Second) || watched == c.settled {
+		t.Errorf("neither: timer %v, %v on the socket, settled %v", c.timer, c.applied, c.settled)
+	}
+	if f := c.fate(); f != connectionAlive {
+		t.Errorf("it is %v, want alive", f)
+	}
+	c.unwatch(time.Second)
+	if c.timer != nil || len(c.watchers) != 0 {
+		t.Errorf("left behind: timer %v, watchers %v", c.timer, c.watchers)
+	}
+}
+
 func TestStreamsOfOneConnectionComeAndGoTogether(t *testing.T) {
 	needUserTimeout(t)
 	c, server, _ := newConnection(t)

@@ -75,7 +75,8 @@ type Handler struct {
 	// Ends a stream whose client's host acknowledges nothing for this long after
 	// something was sent. It is a setting of the connection (TCP_USER_TIMEOUT,
 	// RFC 5482), which gets the shortest of its streams; it has no effect on
-	// HTTP/3 and Unix sockets, and is an error where the platform has none.
+	// HTTP/3, Multipath TCP and Unix sockets, and is an error where the platform
+	// has none.
 	// Default: off.
 	DeadClientTimeout caddy.Duration `json:"dead_client_timeout,omitempty"`
 

@@ -355,7 +355,7 @@ func (s *stream) flush() error {
 	if err := s.errLocked(); err != nil {
 		return err
 	}
-	return s.flushLocked(s.age())
+	return s.flushLocked(s.lastBytes)
 }
 
 func (s *stream) setWriteDeadline(deadline time.Time) error {
