@@ -1,0 +1,255 @@
+// Package harness is what the interop suite's tests share: it builds Caddy
+// with this module, starts it and other people's programs as real processes on
+// loopback, installs what these need, and reads event streams with the time
+// at which each byte arrived. interop/README.md shows how a test looks.
+package harness
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// Patience bounds every wait for something that has to happen; nothing waits
+// for it where all is well.
+const Patience = 30 * time.Second
+
+// Missing is for what this machine can't provide. It skips the test, or fails
+// it where CADDY_SSE_INTEROP=all says that nothing may be skipped. It fails it
+// without -v too: go test hides the skips of a package that passes, and a skip
+// that nobody sees looks like proof.
+func Missing(t testing.TB, what string, cause error) {
+	t.Helper()
+	message := fmt.Sprintf("SKIPPED, NOT SHOWN: %s: %v", what, cause)
+	switch {
+	case os.Getenv("CADDY_SSE_INTEROP") == "all":
+		t.Fatalf("%s: %v (CADDY_SSE_INTEROP=all: nothing may be skipped)", what, cause)
+	case !testing.Verbose():
+		t.Fatalf("%s (a failure because go test shows skips only with -v)", message)
+	default:
+		t.Skip(message)
+	}
+}
+
+// Root is the folder of the checkout. A path in it: Root(t, "examples", "flask").
+func Root(t testing.TB, elements ...string) string {
+	t.Helper()
+	dir, err := os.Getwd() // go test starts a test in its package's folder
+	if err != nil {
+		t.Fatal(err)
+	}
+	for ; ; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, "interop", "go.mod")); err == nil {
+			return filepath.Join(append([]string{dir}, elements...)...)
+		}
+		if dir == filepath.Dir(dir) {
+			t.Fatal("the tests do not run in a checkout: no interop/go.mod above them")
+		}
+	}
+}
+
+// cache is the folder where installs are kept from run to run, in the user's
+// cache folder or where CADDY_SSE_INTEROP_CACHE says.
+func cache(t testing.TB, elements ...string) string {
+	t.Helper()
+	dir := os.Getenv("CADDY_SSE_INTEROP_CACHE")
+	if dir == "" {
+		user, err := os.UserCacheDir()
+		if err != nil {
+			user = filepath.Join(os.TempDir(), "cache-"+strconv.Itoa(os.Getuid()))
+		}
+		dir = filepath.Join(user, "caddy-sse-interop")
+	}
+	dir = filepath.Join(append([]string{dir}, elements...)...)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// lock keeps the other test processes out, as go test runs packages side by
+// side. It is released by the function that it returns, and with the process.
+func lock(t testing.TB, name string) (unlock func()) {
+	t.Helper()
+	file, err := os.OpenFile(filepath.Join(cache(t), name+".lock"), os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	return func() { file.Close() }
+}
+
+// once fills a folder of the cache with what make puts there, if it is not
+// there already. The key says what the content depends on.
+func once(t testing.TB, kind string, key string, fill func(dir string) error) (string, error) {
+	t.Helper()
+	defer lock(t, kind)()
+	dir := filepath.Join(cache(t, kind), key)
+	done := filepath.Join(dir, ".complete")
+	if _, err := os.Stat(done); err == nil {
+		return dir, nil
+	}
+	// What is there was broken off.
+	if err := os.RemoveAll(dir); err != nil {
+		return "", err
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	if err := fill(dir); err != nil {
+		return "", err
+	}
+	return dir, os.WriteFile(done, nil, 0o644)
+}
+
+func digest(parts ...string) string {
+	sum := sha256.New()
+	for _, part := range parts {
+		fmt.Fprintf(sum, "%d %s\n", len(part), part)
+	}
+	return hex.EncodeToString(sum.Sum(nil)[:8])
+}
+
+// builtFolders are what tools leave in a project's folder, and no part of it.
+var builtFolders = []string{"node_modules", "target", "__pycache__", ".venv", "dist"}
+
+// sources are the files of a project's folder by their relative paths.
+func sources(dir string) (map[string][]byte, error) {
+	files := make(map[string][]byte)
+	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case entry.IsDir() && path != dir && slices.Contains(builtFolders, entry.Name()):
+			return filepath.SkipDir
+		case !entry.Type().IsRegular():
+			return nil
+		}
+		content, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		relative, err := filepath.Rel(dir, path)
+		files[relative] = content
+		return err
+	})
+	return files, err
+}
+
+func writeSources(files map[string][]byte, dir string) error {
+	for name, content := range files {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(path, content, 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+var (
+	portsMutex sync.Mutex
+	portsGiven = make(map[int]bool)
+)
+
+// FreePort is a port on loopback that nobody listens on. It lies below the
+// ports that the kernel gives to outgoing connections, which could otherwise
+// take it before its listener does.
+func FreePort(t testing.TB) int {
+	t.Helper()
+	portsMutex.Lock()
+	defer portsMutex.Unlock()
+	for range 1000 {
+		port := 15000 + rand.IntN(17000)
+		if portsGiven[port] {
+			continue
+		}
+		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err != nil {
+			continue
+		}
+		listener.Close()
+		portsGiven[port] = true
+		return port
+	}
+	t.Fatal("no free port on loopback")
+	return 0
+}
+
+// FreeAddr is 127.0.0.1 with a free port.
+func FreeAddr(t testing.TB) string {
+	t.Helper()
+	return fmt.Sprintf("127.0.0.1:%d", FreePort(t))
+}
+
+// ShortTempDir is a t.TempDir whose path is short enough for Unix sockets in
+// it.
+func ShortTempDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "sse")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// WriteFile writes a file into a folder and returns its path.
+func WriteFile(t testing.TB, dir, name, content string) string {
+	t.Helper()
+	path := filepath.Join(dir, name)
+	if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// ReadFile is the content of a file.
+func ReadFile(t testing.TB, path string) string {
+	t.Helper()
+	content, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(content)
+}
+
+// Replace is text with each old string replaced by the new one behind it. An
+// old one that is not there fails the test: a Caddyfile of an example that has
+// changed must not be tested with its own ports by accident.
+func Replace(t testing.TB, text string, oldnew ...string) string {
+	t.Helper()
+	for i := 0; i < len(oldnew); i += 2 {
+		if !strings.Contains(text, oldnew[i]) {
+			t.Fatalf("there is no %q in:\n%s", oldnew[i], text)
+		}
+	}
+	return strings.NewReplacer(oldnew...).Replace(text)
+}
+
+// Eventually polls until the condition holds, and fails the test if it does
+// not within the time.
+func Eventually(t testing.TB, within time.Duration, what string, holds func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(within); !holds(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within %v: %s", within, what)
+		}
+	}
+}

@@ -1,0 +1,283 @@
+package harness
+
+import (
+	"bytes"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// Process is a program that runs until the test ends, in a process group of
+// its own.
+type Process struct {
+	Name string
+
+	command *exec.Cmd
+	ended   chan struct{} // closed when the process is gone and its output read
+
+	mutex  sync.Mutex
+	output bytes.Buffer
+	err    error // of Wait
+}
+
+// Setting changes a command before it starts.
+type Setting func(*exec.Cmd)
+
+// Settings are several in one.
+func Settings(all ...Setting) Setting {
+	return func(c *exec.Cmd) {
+		for _, set := range all {
+			set(c)
+		}
+	}
+}
+
+// In sets the working folder.
+func In(dir string) Setting {
+	return func(c *exec.Cmd) { c.Dir = dir }
+}
+
+// Env adds variables, "NAME=value".
+func Env(variables ...string) Setting {
+	return func(c *exec.Cmd) { c.Env = append(c.Environ(), variables...) }
+}
+
+// Command makes an argument list readable: Command("node", "server.js").
+func Command(words ...string) []string { return words }
+
+// Start runs a program in the background. The test's end ends it, first with
+// SIGTERM, and its output is shown if the test failed.
+func Start(t testing.TB, command []string, settings ...Setting) *Process {
+	t.Helper()
+	p := &Process{
+		Name:    filepath.Base(command[0]),
+		command: exec.Command(command[0], command[1:]...),
+		ended:   make(chan struct{}),
+	}
+	p.command.Stdout = writerFunc(p.write)
+	p.command.Stderr = p.command.Stdout
+	p.command.SysProcAttr = processGroup()
+	// Children that have left the group would keep the output open for ever.
+	p.command.WaitDelay = 2 * time.Second
+	for _, set := range settings {
+		set(p.command)
+	}
+	if err := p.command.Start(); err != nil {
+		t.Fatalf("%s: %v", p.Name, err)
+	}
+	groups.add(p.PID())
+	go func() {
+		err := p.command.Wait()
+		// Children that outlive their leader, if there are any.
+		syscall.Kill(-p.PID(), syscall.SIGKILL)
+		groups.remove(p.PID())
+		p.mutex.Lock()
+		p.err = err
+		p.mutex.Unlock()
+		close(p.ended)
+	}()
+	t.Cleanup(func() {
+		p.Stop(t)
+		if t.Failed() {
+			t.Logf("output of %s:\n%s", p.Name, lastLines(p.Output(), 200))
+		}
+	})
+	return p
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
+
+func (p *Process) write(b []byte) (int, error) {
+	p.mutex.Lock()
+	defer p.mutex.Unlock()
+	return p.output.Write(b)
+}
+
+// Output is what the process has printed so far, both streams together.
+func (p *Process) Output() string {
+	p.mutex.Lock()
+	defer p.mutex.Unlock()
+	return p.output.String()
+}
+
+// PID is the process id, and that of its group.
+func (p *Process) PID() int { return p.command.Process.Pid }
+
+// Signal goes to the whole process group.
+func (p *Process) Signal(signal syscall.Signal) {
+	select {
+	case <-p.ended: // the id may be somebody else's by now
+	default:
+		syscall.Kill(-p.PID(), signal)
+	}
+}
+
+// Stop ends the process with SIGTERM, after five seconds with SIGKILL.
+func (p *Process) Stop(t testing.TB) {
+	t.Helper()
+	p.Signal(syscall.SIGTERM)
+	if !p.endsWithin(5 * time.Second) {
+		p.Signal(syscall.SIGKILL)
+		if !p.endsWithin(5 * time.Second) {
+			t.Errorf("%s (%d) did not end after SIGKILL", p.Name, p.PID())
+		}
+	}
+}
+
+// Kill ends the process with SIGKILL.
+func (p *Process) Kill(t testing.TB) {
+	t.Helper()
+	p.Signal(syscall.SIGKILL)
+	if !p.endsWithin(5 * time.Second) {
+		t.Fatalf("%s (%d) did not end after SIGKILL", p.Name, p.PID())
+	}
+}
+
+func (p *Process) endsWithin(d time.Duration) bool {
+	select {
+	case <-p.ended:
+		return true
+	case <-time.After(d):
+		return false
+	}
+}
+
+// Running says whether the process is still there.
+func (p *Process) Running() bool {
+	select {
+	case <-p.ended:
+		return false
+	default:
+		return true
+	}
+}
+
+// Wait waits for the process's own end and returns its output; the test fails
+// if it takes longer or exits with another status than 0.
+func (p *Process) Wait(t testing.TB, within time.Duration) string {
+	t.Helper()
+	if !p.endsWithin(within) {
+		t.Fatalf("%s did not end within %v", p.Name, within)
+	}
+	p.mutex.Lock()
+	defer p.mutex.Unlock()
+	if p.err != nil {
+		t.Fatalf("%s: %v", p.Name, p.err)
+	}
+	return p.output.String()
+}
+
+// AwaitOutput waits until the process has printed the text.
+func (p *Process) AwaitOutput(t testing.TB, text string) {
+	t.Helper()
+	p.await(t, "print "+text, func() bool { return strings.Contains(p.Output(), text) })
+}
+
+// AwaitPort waits until somebody listens at the address.
+func (p *Process) AwaitPort(t testing.TB, addr string) {
+	t.Helper()
+	p.await(t, "listen on "+addr, func() bool {
+		conn, err := net.DialTimeout("tcp", addr, time.Second)
+		if err != nil {
+			return false
+		}
+		conn.Close()
+		return true
+	})
+}
+
+// AwaitHTTP waits until a GET of the address is answered with 200.
+func (p *Process) AwaitHTTP(t testing.TB, url string) {
+	t.Helper()
+	client := &http.Client{Timeout: 2 * time.Second}
+	defer client.CloseIdleConnections()
+	p.await(t, "answer at "+url, func() bool {
+		response, err := client.Get(url)
+		if err != nil {
+			return false
+		}
+		defer response.Body.Close()
+		io.Copy(io.Discard, response.Body)
+		return response.StatusCode == http.StatusOK
+	})
+}
+
+// A Java program on a busy machine takes its time.
+const readiness = 90 * time.Second
+
+func (p *Process) await(t testing.TB, what string, holds func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(readiness); ; time.Sleep(20 * time.Millisecond) {
+		running := p.Running()
+		if holds() {
+			return
+		}
+		if !running {
+			t.Fatalf("%s ended before it did %s", p.Name, what)
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s did not %s within %v", p.Name, what, readiness)
+		}
+	}
+}
+
+// Run runs a program to its end and returns its output; an exit status other
+// than 0 fails the test.
+func Run(t testing.TB, within time.Duration, command []string, settings ...Setting) string {
+	t.Helper()
+	return Start(t, command, settings...).Wait(t, within)
+}
+
+// run is Run for installs, whose failure is told as an error.
+func run(t testing.TB, command []string, settings ...Setting) error {
+	t.Helper()
+	t.Logf("%s", strings.Join(command, " "))
+	cmd := exec.Command(command[0], command[1:]...)
+	cmd.SysProcAttr = processGroup()
+	for _, set := range settings {
+		set(cmd)
+	}
+	kill := time.AfterFunc(15*time.Minute, func() {
+		if cmd.Process != nil {
+			syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+		}
+	})
+	defer kill.Stop()
+	output, err := cmd.CombinedOutput()
+	if err != nil {
+		return &installError{strings.Join(command, " "), err, lastLines(string(output), 40)}
+	}
+	return nil
+}
+
+type installError struct {
+	command string
+	cause   error
+	output  string
+}
+
+func (e *installError) Error() string {
+	return e.command + ": " + e.cause.Error() + "\n" + e.output
+}
+
+func (e *installError) Unwrap() error { return e.cause }
+
+func lastLines(text string, n int) string {
+	lines := strings.SplitAfter(text, "\n")
+	return strings.Join(lines[max(0, len(lines)-n):], "")
+}
+
+var _ io.Writer = writerFunc(nil)
+
+// isRoot says whether Debian packages can be installed without sudo.
+func isRoot() bool { return os.Geteuid() == 0 }
