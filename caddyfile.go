@@ -1,7 +1,6 @@
 package caddysse
 
 import (
-	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -232,9 +231,6 @@ func setDrain(h *Handler, args []string) (err error) {
 		return err
 	}
 	if len(args) > 1 {
-		if h.Drain.Reload == off {
-			return errors.New("sse: drain: off ends nobody, on exit neither; leave the exit window out")
-		}
 		h.Drain.Exit, err = parseDuration("drain", args[1])
 	}
 	return err

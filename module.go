@@ -323,9 +323,6 @@ func (m *MaxDuration) validate() error {
 	if m.Jitter > 0 && m.Duration <= 0 {
 		return errors.New("sse: max_duration: a jitter needs a duration that it comes on top of")
 	}
-	if m.Jitter > 0 && m.Duration <= 0 {
-		return errors.New("sse: max_duration: a jitter goes with a duration, and there is none")
-	}
 	return validateDuration("max_duration", m.Duration)
 }
 
