@@ -16,7 +16,7 @@ const (
 
 // maxReserve bounds the part of an interval that is left for the way from a
 // timer to the wire.
-const maxReserve = 250 * time.Millisecond
+const maxReserve = 500 * time.Millisecond
 
 // frames is what the configuration says of the bytes that this module adds to
 // a stream: when one is due and what it looks like.
@@ -61,7 +61,7 @@ func newFrames(hb *Heartbeat, retry *Retry) frames {
 	}
 	f.reserve = maxReserve
 	if period := max(f.interval, f.prelude); period > 0 {
-		f.reserve = min(period/20, maxReserve)
+		f.reserve = min(period/10, maxReserve)
 	}
 	if f.style == "" {
 		f.style = styleBlock

@@ -1,0 +1,208 @@
+//go:build interop
+
+package clients
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caddy-sse/caddy-sse/interop/harness"
+)
+
+// chunk is one of a streamed chat completion.
+func chunk(delta string) string {
+	return `data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1700000000,"model":"stand-in",` +
+		`"choices":[{"index":0,"delta":` + delta + `,"finish_reason":null}]}` + "\n\n"
+}
+
+// chatScript is an answer with silences before its first chunk, between two,
+// and before its end.
+var chatScript = []string{
+	"",
+	chunk(`{"role":"assistant","content":""}`),
+	chunk(`{"content":"Hel"}`),
+	"",
+	chunk(`{"content":"lo"}`),
+	"",
+	chunk(`{"content":"!"}`),
+	"data: [DONE]\n\n",
+}
+
+var chatEvents = []event{{"chunk", "", ""}, {"chunk", "Hel", ""}, {"chunk", "lo", ""}, {"chunk", "!", ""}}
+
+func responseEvent(typ, more string) string {
+	return "event: " + typ + "\ndata: {\"type\":\"" + typ + "\"," + more + "}\n\n"
+}
+
+const responseObject = `"id":"resp_1","object":"response","created_at":1700000000,"model":"stand-in",` +
+	`"parallel_tool_calls":false,"tool_choice":"auto","tools":[],`
+
+var responsesScript = []string{
+	"",
+	responseEvent("response.created", `"sequence_number":0,"response":{`+responseObject+`"status":"in_progress","output":[]}`),
+	responseEvent("response.output_text.delta", `"sequence_number":1,"item_id":"msg_1","output_index":0,"content_index":0,"logprobs":[],"delta":"Hel"`),
+	"",
+	responseEvent("response.output_text.delta", `"sequence_number":2,"item_id":"msg_1","output_index":0,"content_index":0,"logprobs":[],"delta":"lo!"`),
+	"",
+	responseEvent("response.completed", `"sequence_number":3,"response":{`+responseObject+`"status":"completed","output":[`+
+		`{"id":"msg_1","type":"message","role":"assistant","status":"completed","content":[{"type":"output_text","text":"Hello!","annotations":[]}]}]}`),
+}
+
+var responsesEvents = []event{
+	{"response.created", "", ""},
+	{"response.output_text.delta", "Hel", ""},
+	{"response.output_text.delta", "lo!", ""},
+	{"response.completed", "Hello!", ""},
+}
+
+// serveLLM is a stand-in for an LLM API: /v1, /ids/v1, which has an id with each
+// event, /slow/v1, which takes a second for its headers, and /broken/v1, which
+// takes one to fail.
+func serveLLM(t *testing.T) (addr string) {
+	return harness.Serve(t, func(w http.ResponseWriter, r *http.Request) {
+		var asked struct{ Stream bool }
+		if err := json.NewDecoder(r.Body).Decode(&asked); err != nil || r.Method != http.MethodPost || !asked.Stream {
+			http.Error(w, "want a POST that asks for a stream", http.StatusBadRequest)
+			return
+		}
+		kind, path, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "v1/")
+		script := map[string][]string{"chat/completions": chatScript, "responses": responsesScript}[path]
+		switch kind {
+		case "slow/":
+			time.Sleep(time.Second)
+		case "broken/":
+			time.Sleep(time.Second)
+			http.Error(w, `{"error":{"message":"overloaded"}}`, http.StatusInternalServerError)
+			return
+		}
+		harness.Begin(w)
+		for i, text := range script {
+			if text == "" {
+				time.Sleep(silence)
+				continue
+			}
+			if kind == "ids/" {
+				text = fmt.Sprintf("id: %d\n%s", i, text)
+			}
+			harness.Send(w, text)
+		}
+	})
+}
+
+// TestLLMClientsInEveryStyle shows too why the style is a setting: what one of
+// these clients takes, another trips over.
+func TestLLMClientsInEveryStyle(t *testing.T) {
+	caddy := harness.StartSite(t, styleSite(serveLLM(t), ""))
+	rows := []struct {
+		name, path string
+		start      func(t *testing.T, streams []string) program
+		want       []event
+		known      map[string]string
+	}{
+		{"openai, chat completions", "/v1", pythonLLM("chat"), chatEvents,
+			map[string]string{"event": "ping as a chunk"}},
+		{"openai, chat completions, async", "/v1", pythonLLM("chat-async"), chatEvents,
+			map[string]string{"event": "ping as a chunk"}},
+		{"openai, responses", "/v1", pythonLLM("responses"), responsesEvents,
+			map[string]string{"event": "ping as an event"}},
+		// Once there was an id, each blank line is an event to it, and an empty
+		// one no JSON.
+		{"openai, chat completions with ids", "/ids/v1", pythonLLM("chat"), chatEvents,
+			map[string]string{"block": "lost", "event": "ping as a chunk"}},
+		// With the bare comment line the next block does not begin with "data:".
+		{"hand-written, splits on blank lines", "/v1", handWritten, chatEvents,
+			map[string]string{"line": "lost"}},
+	}
+	cells := newMatrix(styles...)
+	for _, row := range rows {
+		cells.row(row.name)
+	}
+	t.Run("clients", func(t *testing.T) {
+		for _, row := range rows {
+			t.Run(row.name, func(t *testing.T) {
+				t.Parallel()
+				var streams []string
+				for _, style := range styles {
+					streams = append(streams, style+"="+caddy.URL+"/"+style+row.path)
+				}
+				running := row.start(t, streams)
+				running.awaitCount(t, "end", 1, styles...)
+				all := running.reports()
+				for _, style := range styles {
+					text, noise := verdict(events(all, style), row.want)
+					cells.cells[row.name][style] = text
+					failures := of(all, style, "error")
+					if len(failures) > 0 {
+						cells.cells[row.name][style] += ", " + failures[0].Error
+					}
+					if noise != row.known[style] || len(failures) > 0 && noise != "lost" {
+						t.Errorf("%s: %s, %v; known is %q", style, text, failures, row.known[style])
+					}
+				}
+			})
+		}
+	})
+	t.Logf("what each client shows its application of each heartbeat style:\n%s", cells)
+	for _, closed := range caddy.ClosedStreams() {
+		if closed.Resumable || closed.Heartbeats < 3 && closed.Reason == "upstream_closed" {
+			t.Errorf("%+v", closed)
+		}
+	}
+	caddy.CheckNoErrors(t)
+}
+
+func pythonLLM(client string) func(*testing.T, []string) program {
+	return func(t *testing.T, streams []string) program {
+		return startPython(t, append([]string{client}, streams...))
+	}
+}
+
+func handWritten(t *testing.T, streams []string) program {
+	return startNode(t, "clients.mjs", append([]string{"hand-written"}, streams...))
+}
+
+// TestAnAnswerOutlivesAReload: an answer to a POST is nobody's to ask for again.
+func TestAnAnswerOutlivesAReload(t *testing.T) {
+	t.Parallel()
+	upstream := serveLLM(t)
+	plain, tls := harness.FreeAddr(t), harness.FreePort(t)
+	caddy := harness.StartCaddy(t, harness.SiteCaddyfile(plain, tls, styleSite(upstream, "drain 100ms")))
+	running := pythonLLM("chat")(t, []string{"chat=http://" + plain + "/block/v1"})
+	running.awaitCount(t, "event", 1, "chat")
+	caddy.Reload(t, harness.SiteCaddyfile(plain, tls, "header X-Generation 2\n"+styleSite(upstream, "drain 100ms")))
+	running.awaitCount(t, "end", 1, "chat")
+	all := running.reports()
+	if text, _ := verdict(events(all, "chat"), chatEvents); text != "exact" || len(of(all, "chat", "error")) > 0 {
+		t.Errorf("%s, %v", text, of(all, "chat", "error"))
+	}
+	if closed := caddy.AwaitClosed(t); closed.Reason != "upstream_closed" {
+		t.Errorf("%+v", closed)
+	}
+}
+
+// TestAnEarlyStartForAnSDK: openai asks with Accept: application/json, so it
+// needs `any`.
+func TestAnEarlyStartForAnSDK(t *testing.T) {
+	t.Parallel()
+	caddy := harness.StartSite(t, styleSite(serveLLM(t), "early_start 300ms any"))
+	running := pythonLLM("chat")(t, []string{
+		"slow=" + caddy.URL + "/block/slow/v1",
+		"broken=" + caddy.URL + "/block/broken/v1",
+	})
+	running.awaitCount(t, "end", 1, "slow", "broken")
+	all := running.reports()
+	if text, _ := verdict(events(all, "slow"), chatEvents); text != "exact" || len(of(all, "slow", "error")) > 0 {
+		t.Errorf("slow: %s, %v", text, of(all, "slow", "error"))
+	}
+	// It takes the module's `event: error` for a chunk, as it looks for a member
+	// "error" in the data and not at the event's name.
+	failed := events(all, "broken")
+	t.Logf("an upstream that fails after an early start: events %q, errors %v", failed, of(all, "broken", "error"))
+	if len(failed) != 1 || !strings.Contains(failed[0].Data, `"status":502`) || failed[0].Type != "no choices" {
+		t.Errorf("broken: %q", failed)
+	}
+}

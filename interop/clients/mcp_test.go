@@ -1,0 +1,123 @@
+//go:build interop
+
+package clients
+
+import (
+	"fmt"
+	"net/http"
+	"net/url"
+	"testing"
+	"time"
+
+	"github.com/caddy-sse/caddy-sse/interop/harness"
+)
+
+// TestMCP has a client of the MCP TypeScript SDK talk to a server of it through
+// the proxy: answers to POST as event streams, the session's GET stream, its
+// resumption, and the session's end.
+func TestMCP(t *testing.T) {
+	for _, style := range styles {
+		t.Run(style, func(t *testing.T) {
+			t.Parallel()
+			port := harness.FreePort(t)
+			server := startNode(t, "mcp-server.mjs", []string{fmt.Sprint(port)})
+			server.AwaitOutput(t, "listening")
+			testMCP(t, fmt.Sprintf("127.0.0.1:%d", port), style)
+		})
+	}
+}
+
+func testMCP(t *testing.T, upstream, style string) {
+	plain, tls := harness.FreeAddr(t), harness.FreePort(t)
+	site := styleSite(upstream, "drain 100ms")
+	caddy := harness.StartCaddy(t, harness.SiteCaddyfile(plain, tls, site))
+	client := startNode(t, "mcp-client.mjs", []string{"mcp=http://" + plain + "/" + style + "/mcp"})
+
+	// saw are the events of a type, in their order.
+	saw := func(all []report, typ string) (data []string) {
+		for _, e := range events(all, "mcp") {
+			if e.Type == typ {
+				data = append(data, e.Data)
+			}
+		}
+		return data
+	}
+	await := func(typ string, count int) {
+		t.Helper()
+		client.await(t, fmt.Sprintf("%d × %s", count, typ), func(all []report) bool { return len(saw(all, typ)) >= count })
+	}
+	notify := func(text string) {
+		t.Helper()
+		response, err := http.Post("http://"+upstream+"/notify?text="+url.QueryEscape(text), "", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+	}
+	// listening is whether the client's GET stream is there.
+	listening := func() bool {
+		return len(caddy.OpenStreams(t)) == 1
+	}
+
+	// initialize, tools/list, and a call with a heartbeat's silence before each
+	// step: each is a POST that is answered with a stream.
+	await("result", 1)
+	harness.Eventually(t, harness.Patience, "only the GET stream is open", listening)
+	notify("one")
+	await("log", 1)
+
+	// The GET stream ends, and the server has something to say before the client
+	// is back. Last-Event-ID gets it.
+	harness.Run(t, harness.Patience, harness.Command(harness.CaddyBinary(t), "sse", "close", "--all", "--address", caddy.AdminAddress))
+	harness.Eventually(t, harness.Patience, "the GET stream has ended", func() bool { return len(caddy.OpenStreams(t)) == 0 })
+	notify("two")
+	begin := time.Now()
+	await("log", 2)
+	t.Logf("the GET stream was back with what it had missed after %v", time.Since(begin).Round(time.Millisecond))
+
+	// A call outlives a reload that drains the GET stream.
+	notify("call")
+	await("progress", 3)
+	caddy.Reload(t, harness.SiteCaddyfile(plain, tls, "header X-Generation 2\n"+site))
+	await("result", 2)
+	harness.Eventually(t, harness.Patience, "the GET stream is back after the reload", listening)
+
+	notify("end")
+	client.awaitCount(t, "end", 1, "mcp")
+
+	all := client.reports()
+	for typ, want := range map[string]string{
+		"tools":    "[count]",
+		"progress": "[1 of 2 2 of 2 1 of 3 2 of 3 3 of 3]",
+		"result":   "[counted to 2 counted to 3]",
+		"log":      "[one two call end]",
+	} {
+		if got := fmt.Sprint(saw(all, typ)); got != want {
+			t.Errorf("%s: %s, want %s", typ, got, want)
+		}
+	}
+	for _, e := range of(all, "mcp", "error") {
+		t.Errorf("the client's error: %s", e.Error)
+	}
+	if ended := of(all, "mcp", "end")[0]; ended.Data != "no session" {
+		t.Errorf("the session was not ended: %s", ended.Data)
+	}
+
+	harness.Eventually(t, harness.Patience, "every stream has ended", func() bool { return len(caddy.OpenStreams(t)) == 0 })
+	reasons := make(map[string]int)
+	beats := 0
+	for _, closed := range caddy.ClosedStreams() {
+		method := "POST"
+		if closed.Resumable {
+			method = "GET"
+		} else {
+			beats += closed.Heartbeats
+		}
+		reasons[method+" "+closed.Reason]++
+	}
+	t.Logf("%s: streams by method and reason: %v; %d heartbeats in answers to POST", style, reasons, beats)
+	if reasons["POST upstream_closed"] != 4 || reasons["GET admin"] != 1 || reasons["GET drained"] != 1 || beats < 2 {
+		t.Errorf("%v", reasons)
+	}
+	caddy.CheckNoErrors(t)
+}
