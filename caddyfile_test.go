@@ -378,6 +378,8 @@ func TestJSONThatCannotBeKeptToIsAnErrorThatSaysWhy(t *testing.T) {
 		{`{"heartbeat": {"interval": -2}}`, []string{"heartbeat", "positive", "-1"}},
 		{`{"heartbeat": {"interval": "-15s"}}`, []string{"heartbeat", "-15s", "positive"}},
 		{`{"heartbeat": {"prelude": "-1s"}}`, []string{"prelude", "-1s", "positive"}},
+		{`{"heartbeat": {"interval": "999us"}}`, []string{"heartbeat", "millisecond"}},
+		{`{"heartbeat": {"prelude": "1ns"}}`, []string{"prelude", "millisecond"}},
 		{`{"heartbeat": {"prelude": -1000000}}`, []string{"prelude", "positive"}},
 		{`{"heartbeat": {"comment": "a\nb"}}`, []string{"heartbeat", "comment", "line break"}},
 		{`{"heartbeat": {"comment": "a\r"}}`, []string{"heartbeat", "comment", "line break"}},

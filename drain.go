@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
 func init() {
@@ -38,12 +39,22 @@ type drain struct {
 	// until is when the window ends, an instant; 0: the handler is in use.
 	until atomic.Int64
 
+	// graceEnds is when Caddy's grace period ends, an instant; 0: it does not.
+	graceEnds atomic.Int64
+
 	// requests are those that the handler is busy with: streams, and what may
 	// become one.
 	requests atomic.Int64
 }
 
 func (d *drain) idle() bool { return d.requests.Load() == 0 }
+
+// graceIsOver reports whether the grace period of the handler's server is over,
+// or about to be.
+func (d *drain) graceIsOver() bool {
+	ends := instant(d.graceEnds.Load())
+	return ends != 0 && now() > ends-instant(exitWatch)
+}
 
 func newDrain(config *Drain) *drain {
 	if config == nil {
@@ -63,6 +74,11 @@ func newDrain(config *Drain) *drain {
 // over the window, so that their clients do not come back at once. It runs when
 // the handler's server begins to stop.
 func (h *Handler) drainStreams() {
+	if app, err := h.ctx.AppIfConfigured("http"); err == nil {
+		if grace := app.(*caddyhttp.App).GracePeriod; grace > 0 {
+			h.drain.graceEnds.Store(int64(now()) + int64(grace))
+		}
+	}
 	if !exiting() {
 		switch {
 		case h.drain.reload > 0:
@@ -85,8 +101,9 @@ func (h *Handler) drainOver(window time.Duration, stop func() bool) bool {
 	start := now()
 	h.drain.until.Store(int64(start) + int64(window))
 	streams := h.drainable()
+	phase := rand.Float64() // so that many handlers with few streams don't begin together
 	for i, s := range streams {
-		due := time.Duration(float64(window) * float64(i) / float64(len(streams)))
+		due := time.Duration(float64(window) * (float64(i) + phase) / float64(len(streams)))
 		if waitUntil(start+instant(due), stop); stop() {
 			return false
 		}
@@ -130,6 +147,11 @@ func (s *stream) joinDrain() {
 // awaitDrains waits for the streams that drains still end. Where the current
 // configuration has an HTTP server, that has waited for them already.
 func awaitDrains() {
+	if len(live.streams()) == 0 {
+		return
+	}
+	// The server still has last bytes to send when a stream has ended here.
+	defer time.Sleep(2 * exitWatch)
 	start := now()
 	for {
 		var last time.Duration

@@ -45,15 +45,10 @@ func (rw *response) startEarly() {
 	s.id = newID(s.ctx)
 	adoptID(s.ctx, s.id)
 
-	if rw.r.ContentLength != 0 {
-		// net/http reads what is left of an HTTP/1 request's body before it sends
-		// headers, and the upstream would miss it. Where this is not supported
-		// there is no such habit.
-		_ = http.NewResponseController(rw.w).EnableFullDuplex()
-	}
 	if rw.r.ProtoMajor == 1 && rw.r.ContentLength != 0 {
 		// Else net/http takes what is left of the request's body from the
-		// upstream when the response begins. Not every server offers it.
+		// upstream when the headers go out. Where this is not supported there is
+		// no such habit.
 		_ = http.NewResponseController(rw.w).EnableFullDuplex()
 	}
 	e := &early{header: rw.w.Header().Clone()}
@@ -116,6 +111,9 @@ func (e *early) setWriteDeadline(w http.ResponseWriter, deadline time.Time) erro
 // answered takes the upstream's late headers: those of a stream are all that
 // is usable.
 func (s *stream) answered(status int, header http.Header, upstream string) {
+	if s.ctx.Err() != nil {
+		return // it is the proxy that answers, for an upstream that was given up
+	}
 	age := s.age()
 	s.facts.Lock()
 	s.upstreamStatus = uint16(status)

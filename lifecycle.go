@@ -314,8 +314,12 @@ func errUnusable(err error) error {
 	return errors.New("the upstream's answer to an early start was no stream")
 }
 
-// whyGone tells a client that went away from one whose host is dead.
+// whyGone tells a client that went away from one whose host is dead, and from
+// one that has been sent away.
 func (s *stream) whyGone() reason {
+	if s.proto == http3 && s.h.drain.graceIsOver() {
+		return serverClosed // its server closes connections, before we come to it
+	}
 	if s.h.deadClientTimeout == 0 {
 		return clientClosed
 	}

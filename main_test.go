@@ -34,6 +34,7 @@ var raceEnabled = func() bool {
 func TestMain(m *testing.M) {
 	playUpstream()
 	playReplay() // where this process is an upstream of another one's tests
+	playCaddy()
 	os.Exit(runTests(m))
 }
 

@@ -1,0 +1,383 @@
+package caddysse_test
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+	"weak"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+const acceptStream = "Accept: text/event-stream"
+
+// drainSite is a site whose streams say when they open.
+func drainSite(upstream, sse string) string {
+	return `
+		sse 1h {
+			prelude off
+			` + sse + `
+		}
+		reverse_proxy ` + upstream
+}
+
+// endOf waits for a body's end and tells when it came.
+func endOf(t testing.TB, body *follower) (at time.Time, err error) {
+	_, err = body.rest()
+	return time.Now(), err
+}
+
+func TestAReloadEndsResumableStreamsEvenlyOverTheWindow(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", eventStream)
+		io.WriteString(w, "data: 1\n\n")
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+	})
+	const window, streams = 1500 * time.Millisecond, 30
+	site := drainSite(up.addr, "drain 1500ms")
+	c := startCaddy(t, site, withAdmin())
+	clients := []*testClient{c.client("h2"), c.client("h3")} // of one server, and so of one handler
+	var bodies []*follower
+	for i := range streams {
+		cl := clients[i%2]
+		body := cl.get(t, fmt.Sprintf("/%d", i), acceptStream).follow()
+		body.expect(t, "data: 1\n\n")
+		bodies = append(bodies, body)
+	}
+	began := time.Now()
+	c.reload(drainSite(up.addr, "drain 1500ms\nname other"))
+
+	ends := make([]time.Duration, streams)
+	var waiting sync.WaitGroup
+	for i, body := range bodies {
+		waiting.Go(func() {
+			if at, err := endOf(t, body); err != io.EOF {
+				t.Errorf("stream %d ended with %v", i, err)
+			} else {
+				ends[i] = at.Sub(began)
+			}
+		})
+	}
+	waiting.Wait()
+	slices.Sort(ends)
+	for i, end := range ends {
+		// Each has a slot of its own; how late in it is chance, and the machine's.
+		slot := window / streams * time.Duration(i)
+		if late := end - slot; late < -5*time.Millisecond || late > window/5 {
+			t.Errorf("the %dth stream ended at %v, its slot was at %v", i, end, slot)
+		}
+	}
+	for i := range streams {
+		expectEnd(t, c.closedLine(t, fmt.Sprintf("/%d", i)), "drained", "info")
+	}
+}
+
+func TestADrainEndsAStreamAtAnEventBoundary(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	reloads := 0
+	site := func() string { reloads++; return drainSite(up.addr, fmt.Sprintf("drain 10ms\nretry %ds", reloads)) }
+	c := startCaddy(t, site(), withAdmin())
+	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+		begin := func(path string) *opened {
+			o := c.open(t, cl, up, path, acceptStream)
+			o.call.send(":\n\n")
+			o.body.expect(t, fmt.Sprintf("retry: %d000\n\n:\n\n", reloads))
+			return o
+		}
+		ended := func(o *opened) {
+			t.Helper()
+			o.body.expectEnd(t)
+			o.call.expectGone()
+			expectEnd(t, c.closedLine(t, o.path), "drained", "info")
+		}
+		whole := begin("/whole" + cl.proto)
+		half := begin("/half" + cl.proto)
+		stuck := begin("/stuck" + cl.proto)
+		flood := begin("/flood" + cl.proto)
+		half.call.send("data: ha")
+		half.body.expect(t, "data: ha")
+		stuck.call.send("data: ha")
+		stuck.body.expect(t, "data: ha")
+		began := time.Now()
+		c.reload(site())
+		flood.call.send("data: 1\n\ndata: 2\n\n") // in one write: all or the first of it
+		ended(whole)
+		// One that is on its way is not cut, and nothing follows it.
+		c.waitForStream(t, half.path, func(s map[string]any) bool { return s["state"] == "ending" })
+		half.call.send("lf\n\ndata: another\n\n")
+		half.body.expect(t, "lf\n\n")
+		ended(half)
+		if text, err := flood.body.rest(); err != io.EOF || (text != "" && text != "data: 1\n\n" && text != "data: 1\n\ndata: 2\n\n") {
+			t.Errorf("got %q, %v", text, err)
+		}
+		ended(&opened{path: stuck.path, call: stuck.call, body: stuck.body})
+		if took := time.Since(began); took < time.Second || took > 2*time.Second {
+			t.Errorf("the upstream in mid-event had %v", took)
+		}
+		if line := c.closedLine(t, stuck.path); line["incomplete_event"] != true {
+			t.Errorf("told: %v", line)
+		}
+	})
+}
+
+func TestADrainLetsOthersRunOn(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, drainSite(up.addr, "drain 1ms"), withAdmin())
+	type request struct{ name, method, accept, contentType, encoding string }
+	var streams []*opened
+	for _, proto := range clientProtocols {
+		for _, r := range []request{
+			{"post", "POST", acceptStream, eventStream, ""},
+			{"any", "GET", "Accept: */*", eventStream, ""},
+			{"none", "GET", "X-No: accept", eventStream, ""},
+			{"zero", "GET", acceptStream + ";q=0", eventStream, ""},
+			{"encoded", "GET", acceptStream, eventStream, "Content-Encoding: gzip"},
+			{"json", "GET", acceptStream, eventStream, ""},
+		} {
+			cl := c.client(proto)
+			o := &opened{path: "/" + r.name + proto, exchange: cl.begin(cl.request(t, r.method, "/"+r.name+proto, nil, r.accept))}
+			o.call = up.accept(t)
+			o.call.start(r.contentType, slices.DeleteFunc([]string{r.encoding}, func(s string) bool { return s == "" })...)
+			o.body = o.headers(t).follow()
+			o.call.send("{\n")
+			o.body.expect(t, "{\n")
+			streams = append(streams, o)
+		}
+	}
+	// A stream that is resumable says when the drain is through.
+	last := c.open(t, c.client("h1"), up, "/last", acceptStream)
+	for range 3 {
+		c.reload(drainSite(up.addr, fmt.Sprintf("drain 1ms\nname n%d", len(c.logs()))))
+	}
+	last.body.expectEnd(t)
+	for _, o := range streams {
+		o.call.send("}\n")
+		o.body.expect(t, "}\n")
+		if s := c.listed(t, o.path); s["state"] != "open" || s["name"] != "sse" {
+			t.Errorf("%v", s)
+		}
+	}
+	for _, o := range streams {
+		o.call.end()
+		o.body.expectEnd(t)
+		expectEnd(t, c.closedLine(t, o.path), "upstream_closed", "info")
+	}
+}
+
+// The witness tells when a configuration has been released: it is in the same
+// route as the handler.
+type witness struct{ ctx caddy.Context }
+
+var witnesses struct {
+	sync.Mutex
+	all []weak.Pointer[witness]
+}
+
+func init() {
+	caddy.RegisterModule(witness{})
+	httpcaddyfile.RegisterHandlerDirective("test_witness", func(httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
+		return new(witness), nil
+	})
+	httpcaddyfile.RegisterDirectiveOrder("test_witness", httpcaddyfile.Before, "reverse_proxy")
+}
+
+func (witness) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "http.handlers.test_witness", New: func() caddy.Module { return new(witness) }}
+}
+
+func (w *witness) Provision(ctx caddy.Context) error {
+	w.ctx = ctx
+	witnesses.Lock()
+	defer witnesses.Unlock()
+	witnesses.all = append(witnesses.all, weak.Make(w))
+	return nil
+}
+
+func (w *witness) ServeHTTP(rw http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+	return next.ServeHTTP(rw, r)
+}
+
+// drainingGoroutines counts those that wait for streams of replaced
+// configurations.
+func drainingGoroutines() (n int) {
+	for _, stack := range goroutineStacks() {
+		if strings.Contains(stack, "(*Handler).drain") || strings.Contains(stack, ".(*Server).Shutdown(") {
+			n++
+		}
+	}
+	return n
+}
+
+func TestAReplacedConfigurationIsReleasedWhenItsLastStreamEnds(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	site := func(more string) string {
+		// An idle connection to the upstream would hold on to plain Caddy's
+		// configuration too, for up to two minutes.
+		return drainSite(up.addr, "drain 50ms\nmax_duration 24h\nmax_streams_per_client 100\n"+more) + " {\ntransport http {\nkeepalive off\n}\n}\ntest_witness"
+	}
+	c := startCaddy(t, site(""), withAdmin())
+	witnesses.Lock()
+	old := slices.Clone(witnesses.all[len(witnesses.all)-2:]) // one for each server
+	witnesses.Unlock()
+	alive := func() bool {
+		runtime.GC()
+		return slices.ContainsFunc(old, func(w weak.Pointer[witness]) bool { return w.Value() != nil })
+	}
+	var posts []*opened
+	for _, proto := range clientProtocols {
+		cl := c.client(proto)
+		o := &opened{path: "/post" + proto, exchange: cl.begin(cl.request(t, "POST", "/post"+proto, nil, acceptStream))}
+		o.call = up.accept(t)
+		o.call.start(eventStream)
+		o.body = o.headers(t).follow()
+		c.listed(t, o.path)
+		posts = append(posts, o)
+	}
+	resumable := c.open(t, c.client("h1"), up, "/get", acceptStream)
+	c.reload(site("name b"))
+	resumable.body.expectEnd(t)
+	if !alive() {
+		t.Fatal("the configuration is gone, and its streams are not")
+	}
+	for _, o := range posts {
+		o.call.send("data: 1\n\n")
+		o.body.expect(t, "data: 1\n\n")
+		o.call.end()
+		o.body.expectEnd(t)
+	}
+	c.waitForStreams(t, 0)
+	for deadline := time.Now().Add(patience); alive() || drainingGoroutines() > 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("still there: configuration %v, %d goroutines", alive(), drainingGoroutines())
+		}
+	}
+}
+
+func TestReloadsWithinTheWindowDrainEachTheirOwn(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	site := func(i int) string { return drainSite(up.addr, fmt.Sprintf("drain 600ms\nname reload%d", i)) }
+	c := startCaddy(t, site(0), withAdmin())
+	type generation []*opened
+	var all []generation
+	var reloaded []time.Time
+	for i := range 3 {
+		var g generation
+		for _, proto := range clientProtocols {
+			g = append(g, c.open(t, c.client(proto), up, fmt.Sprintf("/%d%s", i, proto), acceptStream))
+		}
+		all = append(all, g)
+		reloaded = append(reloaded, time.Now())
+		c.reload(site(i + 1))
+	}
+	for i, g := range all {
+		for _, o := range g {
+			if at, err := endOf(t, o.body); err != io.EOF || at.Sub(reloaded[i]) > 900*time.Millisecond {
+				t.Errorf("%s ended %v behind the reload: %v", o.path, at.Sub(reloaded[i]), err)
+			}
+			line := c.closedLine(t, o.path)
+			expectEnd(t, line, "drained", "info")
+			if line["name"] != fmt.Sprintf("reload%d", i) {
+				t.Errorf("told: %v", line)
+			}
+		}
+	}
+	after := c.open(t, c.client("h2"), up, "/after", acceptStream)
+	after.call.send("data: 1\n\n")
+	after.body.expect(t, "data: 1\n\n")
+}
+
+func TestDrainOffEndsNobody(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, drainSite(up.addr, "drain off"), withAdmin())
+	kept := c.open(t, c.client("h1"), up, "/kept", acceptStream)
+	c.reload(drainSite(up.addr, "drain 1ms"))
+	drained := c.open(t, c.client("h1"), up, "/drained", acceptStream)
+	c.reload(drainSite(up.addr, "drain off"))
+	drained.body.expectEnd(t)
+	kept.call.send("data: 1\n\n")
+	kept.body.expect(t, "data: 1\n\n")
+	if s := c.listed(t, "/kept"); s["state"] != "open" {
+		t.Errorf("%v", s)
+	}
+	kept.call.end()
+	kept.body.expectEnd(t)
+	expectEnd(t, c.closedLine(t, "/kept"), "upstream_closed", "info")
+}
+
+func TestAStreamThatOpensWhileItsConfigurationDrainsJoinsIn(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, drainSite(up.addr, "drain 500ms"), withAdmin())
+	var late []*opened
+	for _, proto := range clientProtocols {
+		for _, method := range []string{"GET", "POST"} {
+			cl := c.client(proto)
+			path := "/" + method + proto
+			o := &opened{path: path, exchange: cl.begin(cl.request(t, method, path, nil, acceptStream))}
+			o.call = up.accept(t)
+			late = append(late, o)
+		}
+	}
+	began := time.Now()
+	c.reload(drainSite(up.addr, "drain 500ms\nname new"))
+	for _, o := range late {
+		o.call.start(eventStream)
+		o.body = o.headers(t).follow()
+	}
+	for _, o := range late {
+		if strings.HasPrefix(o.path, "/POST") {
+			continue
+		}
+		if at, err := endOf(t, o.body); err != io.EOF || at.Sub(began) > time.Second {
+			t.Errorf("%s ended behind %v with %v", o.path, at.Sub(began), err)
+		}
+		expectEnd(t, c.closedLine(t, o.path), "drained", "info")
+	}
+	for _, o := range late {
+		if strings.HasPrefix(o.path, "/POST") {
+			o.call.send("data: 1\n\n")
+			o.body.expect(t, "data: 1\n\n")
+			o.call.end()
+			o.body.expectEnd(t)
+		}
+	}
+}
+
+// A client that reads nothing can't hold up a drain.
+func TestADrainEndsAStreamWhoseClientReadsNothing(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, drainSite(up.addr, "drain 1ms"), withAdmin())
+	for _, proto := range clientProtocols {
+		path := "/" + proto
+		cl := c.client(proto)
+		e := cl.begin(cl.request(t, "GET", path, nil, acceptStream))
+		call := up.accept(t)
+		call.start(eventStream)
+		res := e.headers(t)
+		call.floodUntilStuck()
+		c.reload(drainSite(up.addr, "drain 1ms\nname n"+proto))
+		call.expectGone()
+		expectEnd(t, c.closedLine(t, path), "drained", "info")
+		// On a machine that is busy enough, the client was not stuck after all.
+		if body, err := io.ReadAll(res.Body); err == nil && !strings.HasSuffix(string(body), "\n\n") {
+			t.Errorf("%s: a cut stream looks whole", proto)
+		}
+		res.leave()
+	}
+}

@@ -1,0 +1,297 @@
+package caddysse_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+
+	caddysse "github.com/caddy-sse/caddy-sse"
+)
+
+// Whatever comes together, a stream has one reason, and its response is either
+// complete or broken off. In a bubble, all of it comes in the very same instant.
+func TestAllEndsInOneInstantGiveOneEnd(t *testing.T) {
+	seeds := 400
+	if raceEnabled {
+		seeds = 150
+	}
+	reasons := make(map[string]int)
+	for seed := range seeds {
+		random := rand.New(rand.NewPCG(uint64(seed), 0))
+		chance := func(n int) bool { return random.IntN(n) == 0 }
+		synctest.Test(t, func(t *testing.T) {
+			config := heartbeat(time.Second, -1)
+			config.Name = "instant"
+			config.MaxStreams, config.MaxStreamsPerClient = 3, 3
+			if chance(2) {
+				config.UpstreamTimeout = caddy.Duration(10 * time.Second)
+			}
+			if chance(2) {
+				config.MaxDuration = &caddysse.MaxDuration{Duration: caddy.Duration(10 * time.Second)}
+			}
+			if chance(2) {
+				config.EarlyStart = &caddysse.EarlyStart{Delay: caddy.Duration(time.Duration(1+random.IntN(10)) * time.Second)}
+			}
+			h := provision(t, config)
+			c := newClient(t)
+			if chance(4) {
+				c.stall = make(chan struct{})
+				time.AfterFunc(10*time.Second, func() { close(c.stall) })
+			}
+			ctx, leave := context.WithCancel(t.Context())
+			defer leave()
+			if chance(2) {
+				time.AfterFunc(10*time.Second, leave)
+			}
+			admin := chance(2)
+			if admin {
+				time.AfterFunc(10*time.Second, func() { deleteStreams(t, "name=instant") })
+			}
+			method := "GET"
+			if chance(3) {
+				method = "POST"
+			}
+			early, answers, tail, how := chance(4), !chance(4), "data: ha"[:8*random.IntN(2)], random.IntN(5)
+			r := get("text/event-stream").WithContext(ctx)
+			r.Method = method
+			done := make(chan struct{})
+			var err error
+			var panicked any
+			go func() {
+				defer close(done)
+				err, panicked = serveRecovering(h, c, r, func(w http.ResponseWriter, r *http.Request) error {
+					if early {
+						time.Sleep(10 * time.Second)
+					}
+					if answers {
+						w.Header().Set("Content-Type", "text/event-stream")
+						w.WriteHeader(200)
+						io.WriteString(w, "data: 1\n\n"+tail)
+					}
+					select {
+					case <-r.Context().Done():
+						if how == 4 {
+							return r.Context().Err()
+						}
+						panic(http.ErrAbortHandler)
+					case <-time.After(10*time.Second - time.Since(c.start)):
+					}
+					switch how {
+					case 0:
+						panic(http.ErrAbortHandler)
+					case 1:
+						return errors.New("it failed")
+					case 2:
+						io.WriteString(w, "lf\n\ndata: 2\n\n")
+					case 3:
+						<-r.Context().Done()
+						panic(http.ErrAbortHandler)
+					}
+					return nil
+				})
+			}()
+			select {
+			case <-done:
+			case <-time.After(time.Minute):
+				// Nobody ends some of them.
+				leave()
+				<-done
+			}
+			synctest.Wait()
+			if panicked != nil && panicked != http.ErrAbortHandler {
+				t.Errorf("seed %d: %v", seed, panicked)
+			}
+			list := callAdmin(t, "/sse/streams?name=instant").Body.String()
+			if !strings.Contains(list, `"total":0`) {
+				t.Errorf("seed %d: still listed: %s", seed, list)
+			}
+			end := "complete"
+			if panicked != nil {
+				end = "aborted"
+			} else if err != nil {
+				end = "error"
+			}
+			reasons[end]++
+			// All places are free again.
+			for range 2 {
+				if again := play(t, h, func(w http.ResponseWriter) {}); !isStream(again) {
+					t.Errorf("seed %d: a place is lost", seed)
+				}
+			}
+		})
+	}
+	t.Logf("%d seeds: %v", seeds, reasons)
+}
+
+// deleteStreams calls the admin API without a network.
+func deleteStreams(t testing.TB, query string) {
+	module, err := caddy.GetModule("admin.api.sse")
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	r := httptest.NewRequest(http.MethodDelete, "/sse/streams?"+query, nil)
+	for _, route := range module.New().(caddy.AdminRouter).Routes() {
+		if route.Pattern == r.URL.Path {
+			if err := route.Handler.ServeHTTP(httptest.NewRecorder(), r); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
+// The same over sockets, with a reload among the ends.
+func TestAllEndsAtOnceGiveEachStreamOneEnd(t *testing.T) {
+	checkLeaks(t)
+	rounds := 4
+	if raceEnabled {
+		rounds = 2
+	}
+	const streams = 60
+	abrupt := map[string]bool{ // what a client sees; it has left where it can't tell
+		"upstream_closed": false, "drained": false, "max_duration": false, "admin": false,
+		"upstream_error": true, "write_timeout": true, "dead_client": true, "server_closed": true,
+	}
+	for seed := range rounds {
+		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
+			all := make(chan struct{})
+			up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
+				random := rand.New(rand.NewPCG(uint64(seed), uint64(len(r.URL.Path))+uint64(r.URL.Path[len(r.URL.Path)-1])))
+				w.Header().Set("Content-Type", eventStream)
+				io.WriteString(w, "data: 1\n\n")
+				if random.IntN(3) == 0 {
+					io.WriteString(w, "data: ha")
+				}
+				w.(http.Flusher).Flush()
+				select {
+				case <-all:
+				case <-r.Context().Done():
+					return
+				}
+				switch random.IntN(6) {
+				case 0:
+					panic(http.ErrAbortHandler)
+				case 1:
+					if conn, _, err := http.NewResponseController(w).Hijack(); err == nil {
+						conn.(*net.TCPConn).SetLinger(0)
+						conn.Close()
+					}
+				case 2:
+					io.WriteString(w, "lf\n\ndata: 2\n\n")
+				case 3:
+					for range 100_000 { // more than fits between here and a client that does not read
+						if _, err := io.WriteString(w, "data: 3\n\n"); err != nil {
+							return
+						}
+					}
+					<-r.Context().Done()
+				case 4:
+				default:
+					<-r.Context().Done()
+				}
+			})
+			name := fmt.Sprint("ends", seed)
+			site := func(more string) string {
+				return `
+				sse 1s {
+					name ` + name + `
+					prelude 10ms
+					drain 1ms
+					upstream_timeout 1500ms
+					write_timeout 1500ms
+					max_duration 1500ms
+					max_streams_per_client 1000
+					` + more + `
+				}
+				route {
+					test_no_body
+					reverse_proxy ` + up.addr + `
+				}`
+			}
+			c := startCaddy(t, site(""), withAdmin())
+			random := rand.New(rand.NewPCG(uint64(seed), 1))
+			type stream struct {
+				path  string
+				res   *reply
+				body  *follower // nil: it reads nothing
+				leave bool
+			}
+			clients := map[string]*testClient{}
+			for _, proto := range clientProtocols {
+				clients[proto] = c.client(proto)
+			}
+			var open []*stream
+			for i := range streams {
+				method := "GET"
+				if random.IntN(3) == 0 {
+					method = "POST"
+				}
+				cl := clients[clientProtocols[i%3]]
+				s := &stream{path: fmt.Sprintf("/%s/%d", name, i), leave: random.IntN(4) == 0}
+				s.res = cl.do(t, cl.request(t, method, s.path, nil, acceptStream))
+				if random.IntN(5) > 0 {
+					s.body = s.res.follow()
+				}
+				open = append(open, s)
+			}
+			began := time.Now()
+			var ending sync.WaitGroup
+			close(all)
+			for _, s := range open {
+				if s.leave {
+					ending.Go(s.res.leave)
+				}
+			}
+			ending.Go(func() {
+				c.admin("DELETE", "/sse/streams?path=/"+name+"/1")
+				c.reload(site("retry 1s")) // which has an admin API of its own
+			})
+			ending.Wait()
+
+			ended := make(map[string]int)
+			for _, s := range open {
+				line := c.closedLine(t, s.path)
+				reason := line["reason"].(string)
+				ended[reason]++
+				if s.body == nil || s.leave {
+					continue
+				}
+				_, err := s.body.rest()
+				want, known := abrupt[reason]
+				if !known && reason == "upstream_timeout" {
+					want, known = line["method"] == "POST", true
+				}
+				if !known || (err == io.EOF) == want {
+					t.Errorf("%s ended with %v for the client: %v", s.path, err, line)
+				}
+			}
+			for _, s := range open {
+				s.res.leave()
+				if s.body == nil {
+					s.res.Body.Close()
+				}
+			}
+			if took := time.Since(began); took > 8*time.Second {
+				t.Errorf("it took %v", took)
+			}
+			c.waitForStreams(t, 0)
+			s := c.scrape(t)
+			if live := s.expectAccounted(t, name); live != 0 {
+				t.Errorf("%v are live", live)
+			}
+			t.Logf("%v behind %v", ended, time.Since(began))
+		})
+	}
+}

@@ -1,0 +1,396 @@
+package caddysse_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+)
+
+// caddyVariable makes a test binary a Caddy, with the arguments that follow.
+const caddyVariable = "CADDYSSE_TEST_CADDY"
+
+// playCaddy is the caddy command, if this process was started for that.
+func playCaddy() {
+	if os.Getenv(caddyVariable) != "" {
+		caddycmd.Main()
+		os.Exit(0)
+	}
+}
+
+// caddyProcess is a Caddy in a process of its own, which can exit. As testCaddy,
+// it has one site with and without TLS.
+type caddyProcess struct {
+	*testCaddy
+	cmd    *exec.Cmd
+	stderr bytes.Buffer
+	exited chan struct{}
+	logs   string // the file
+}
+
+// startCaddyProcess runs `caddy run` with the directives of one site.
+func startCaddyProcess(t testing.TB, site, global string) *caddyProcess {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "caddy")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	c := &caddyProcess{testCaddy: &testCaddy{t: t, dir: dir}, exited: make(chan struct{}), logs: filepath.Join(dir, "log")}
+	c.addr, c.tlsAddr = freeAddress(t), freeAddress(t)
+	c.url, c.tlsURL = "http://"+c.addr, "https://"+c.tlsAddr
+	c.h3Once.Do(func() { c.h3Addr = c.tlsAddr })
+	certificate, err := testCertificate()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, content := range map[string][]byte{
+		"cert.pem": certificate.cert, "key.pem": certificate.key, "Caddyfile": []byte(c.config(site, global)),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.cmd = c.command("run", "--config", filepath.Join(dir, "Caddyfile"))
+	c.cmd.Stderr = &c.stderr
+	if err := c.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		defer close(c.exited)
+		_ = c.cmd.Wait()
+	}()
+	t.Cleanup(func() {
+		_ = c.cmd.Process.Kill()
+		<-c.exited
+	})
+	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+		if res, err := http.Get(c.url + "/up"); err == nil {
+			res.Body.Close()
+			http.DefaultClient.CloseIdleConnections()
+			return c
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("Caddy does not answer")
+		}
+	}
+}
+
+// freeAddress is an address that nobody listens on, for TCP and UDP.
+func freeAddress(t testing.TB) string {
+	t.Helper()
+	for range 100 {
+		tcp, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		addr := tcp.Addr().String()
+		udp, err := net.ListenPacket("udp", addr)
+		tcp.Close()
+		if err == nil {
+			udp.Close()
+			return addr
+		}
+	}
+	t.Fatal("no port is free")
+	return ""
+}
+
+func (c *caddyProcess) command(args ...string) *exec.Cmd {
+	cmd := exec.Command(os.Args[0], args...)
+	cmd.Env = append(os.Environ(), caddyVariable+"=1")
+	return cmd
+}
+
+func (c *caddyProcess) config(site, global string) string {
+	text := fmt.Sprintf(`{
+	admin unix/%[1]s/admin
+	persist_config off
+	auto_https off
+	skip_install_trust
+	storage file_system %[1]s
+	log default {
+		output file %[2]s
+		format json
+		level INFO
+	}
+	%[3]s
+}
+`, c.dir, c.logs, global)
+	if site == "" {
+		return text // no HTTP server at all
+	}
+	for _, addr := range []string{"http://" + c.addr, "https://" + c.tlsAddr} {
+		_, port, _ := net.SplitHostPort(addr[strings.LastIndex(addr, "/")+1:])
+		scheme, _, _ := strings.Cut(addr, ":")
+		tls := ""
+		if scheme == "https" {
+			tls = fmt.Sprintf("tls %[1]s/cert.pem %[1]s/key.pem", c.dir)
+		}
+		text += fmt.Sprintf("%s://:%s {\n\tbind 127.0.0.1\n\t%s\n\trespond /up 204\n\t%s\n}\n", scheme, port, tls, site)
+	}
+	return text
+}
+
+// reload replaces the configuration by the admin API.
+func (c *caddyProcess) reload(site, global string) {
+	c.t.Helper()
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, Dial: func(string, string) (net.Conn, error) {
+		return net.Dial("unix", c.adminSocket())
+	}}}
+	res, err := client.Post("http://127.0.0.1/load", "text/caddyfile", strings.NewReader(c.config(site, global)))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	defer res.Body.Close()
+	if body, _ := io.ReadAll(res.Body); res.StatusCode != 200 {
+		c.t.Fatalf("reloading: %s %s", res.Status, body)
+	}
+}
+
+// stop asks Caddy to exit and returns how long it took to be gone.
+func (c *caddyProcess) stop(how string) time.Duration {
+	c.t.Helper()
+	began := time.Now()
+	if how == "caddy stop" {
+		go func() { _ = c.command("stop", "--address", "unix/"+c.adminSocket()).Run() }()
+	} else if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		c.t.Fatal(err)
+	}
+	select {
+	case <-c.exited:
+	case <-time.After(patience):
+		_ = c.cmd.Process.Signal(syscall.SIGABRT) // which tells what it waits for
+		<-c.exited
+		c.t.Fatalf("%s: Caddy still ran after %v\nclosed: %v\n%s", how, patience, c.closedReasons(), c.stderr.String())
+	}
+	if code := c.cmd.ProcessState.ExitCode(); code != 0 {
+		c.t.Errorf("%s: exit status %d", how, code)
+	}
+	return time.Since(began)
+}
+
+// closedReasons counts the ends that the log of an exited Caddy tells of.
+func (c *caddyProcess) closedReasons() map[string]int {
+	c.t.Helper()
+	text, err := os.ReadFile(c.logs)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	reasons := make(map[string]int)
+	for line := range bytes.Lines(text) {
+		var entry logEntry
+		if json.Unmarshal(line, &entry) == nil && entry.message() == "stream closed" {
+			reasons[fmt.Sprint(entry["reason"])]++
+		}
+	}
+	return reasons
+}
+
+// followMany opens streams over every protocol, a hundred to a connection, and
+// waits for the first event of each.
+func (c *caddyProcess) followMany(n int) []*follower {
+	c.t.Helper()
+	bodies := make([]*follower, n)
+	clients := make(map[string]*testClient)
+	var opening sync.WaitGroup
+	slots := make(chan struct{}, 50)
+	for i := range n {
+		proto := clientProtocols[i%3]
+		key := fmt.Sprint(proto, i/240)
+		newClient := clients[key] == nil
+		if newClient {
+			clients[key] = c.client(proto)
+		}
+		cl := clients[key]
+		req := cl.request(c.t, "GET", fmt.Sprint("/", i), nil, acceptStream)
+		if newClient {
+			// Alone, so that it makes one connection. Plain Caddy, too, waits for one
+			// without requests that it accepted in the very moment of a reload.
+			res, err := cl.begin(cl.request(c.t, "GET", "/up", nil)).outcome()
+			if err != nil {
+				c.t.Fatal(err)
+			}
+			_, _ = res.text()
+		}
+		slots <- struct{}{}
+		opening.Go(func() {
+			defer func() { <-slots }()
+			res, err := cl.begin(req).outcome()
+			if err != nil { // a reload closes a listener, and who was not accepted yet comes again
+				res, err = cl.begin(req).outcome()
+			}
+			if err != nil {
+				c.t.Error(err)
+				return
+			}
+			bodies[i] = res.follow()
+			if text, err := bodies[i].wait(func(unread string) bool { return unread == "data: 1\n\n" }); text != "data: 1\n\n" {
+				c.t.Errorf("got %q, %v", text, err)
+			}
+		})
+	}
+	opening.Wait()
+	if c.t.Failed() {
+		c.t.FailNow()
+	}
+	return bodies
+}
+
+// eventThenSilence answers with one event and then keeps silent, but for
+// requests for /end, which it ends after a second.
+func eventThenSilence(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", eventStream)
+	io.WriteString(w, "data: 1\n\n")
+	w.(http.Flusher).Flush()
+	if r.URL.Path == "/end" {
+		time.Sleep(time.Second)
+		io.WriteString(w, "data: end\n\n")
+		return
+	}
+	<-r.Context().Done()
+}
+
+// exitingStreams is how many streams are open when Caddy exits; 5000 were tried
+// by hand.
+func exitingStreams(t testing.TB) int {
+	if n, err := strconv.Atoi(os.Getenv("CADDYSSE_TEST_EXIT_STREAMS")); err == nil {
+		return n
+	}
+	return 500
+}
+
+// exitLimit is a window of a second and a second more; under the race detector
+// the process is ten times as slow.
+var exitLimit = func() time.Duration {
+	if raceEnabled {
+		return 8 * time.Second
+	}
+	return 2 * time.Second
+}()
+
+// Plain Caddy does not return at all with one stream open: its grace period is
+// eternal by default.
+func TestCaddyExitsWithinTheExitWindowWithManyStreamsOpen(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstreamFunc(t, eventThenSilence)
+	for _, how := range []string{"SIGTERM", "caddy stop"} {
+		t.Run(how, func(t *testing.T) {
+			c := startCaddyProcess(t, drainSite(up.addr, "drain 1m 1s"), "")
+			streams := exitingStreams(t)
+			bodies := c.followMany(streams)
+			began := time.Now()
+			var ends [4]int // in each quarter of the window, and behind it
+			var mu sync.Mutex
+			var waiting sync.WaitGroup
+			for _, body := range bodies {
+				waiting.Go(func() {
+					if at, err := endOf(t, body); err != io.EOF {
+						t.Errorf("a stream ended with %v", err)
+					} else {
+						mu.Lock()
+						ends[min(int(at.Sub(began)*4/time.Second), 3)]++
+						mu.Unlock()
+					}
+				})
+			}
+			took := c.stop(how)
+			if took > exitLimit {
+				t.Errorf("it took %v", took)
+			}
+			waiting.Wait()
+			if reasons := c.closedReasons(); reasons["drained"] != streams || len(reasons) != 1 {
+				t.Errorf("told: %v", reasons)
+			}
+			if !raceEnabled && (ends[0] > streams/2 || ends[1] < streams/10 || ends[2] < streams/10) {
+				t.Errorf("the streams ended in bursts: %v", ends)
+			}
+			t.Logf("%d streams: %v, by quarters of the window %v", streams, took, ends)
+		})
+	}
+}
+
+func TestCaddyExitsInTheMiddleOfAReloadsWindow(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstreamFunc(t, eventThenSilence)
+	for name, current := range map[string]string{
+		"with sse":            drainSite(up.addr, "drain 1m 500ms\nname other"),
+		"without sse":         "respond hello",
+		"without any servers": "",
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := startCaddyProcess(t, drainSite(up.addr, "drain 1m 1s"), "")
+			first := c.followMany(30)
+			c.reload(drainSite(up.addr, "drain 2m 1s\nname second"), "")
+			second := c.followMany(30)
+			c.reload(current, "")
+			took := c.stop("SIGTERM")
+			if took > exitLimit {
+				t.Errorf("it took %v", took)
+			}
+			for _, body := range append(first, second...) {
+				if _, err := body.rest(); err != io.EOF {
+					t.Errorf("a stream ended with %v", err)
+				}
+			}
+			if reasons := c.closedReasons(); reasons["drained"] != 60 || len(reasons) != 1 {
+				t.Errorf("told: %v", reasons)
+			}
+			t.Log(took)
+		})
+	}
+}
+
+func TestAtExitRequestScopedStreamsHaveCaddysGracePeriod(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstreamFunc(t, eventThenSilence)
+	for _, how := range []string{"SIGTERM", "caddy stop"} {
+		for _, reloaded := range []bool{false, true} {
+			t.Run(fmt.Sprint(how, " reloaded ", reloaded), func(t *testing.T) {
+				const global = "grace_period 2s"
+				c := startCaddyProcess(t, drainSite(up.addr, "drain 1m 500ms"), global)
+				post := func(path, proto string) *follower {
+					cl := c.client(proto)
+					body := cl.do(t, cl.request(t, "POST", path, nil, acceptStream)).follow()
+					body.expect(t, "data: 1\n\n")
+					return body
+				}
+				var ending, stuck []*follower
+				for _, proto := range clientProtocols {
+					ending = append(ending, post("/end", proto))
+					stuck = append(stuck, post("/stuck", proto))
+				}
+				if reloaded {
+					c.reload(drainSite(up.addr, "drain 1m 500ms\nname other"), global)
+				}
+				took := c.stop(how)
+				if took < 1500*time.Millisecond || took > 3*time.Second {
+					t.Errorf("it took %v", took)
+				}
+				for i, proto := range clientProtocols {
+					if text, err := ending[i].rest(); text != "data: end\n\n" || err != io.EOF {
+						t.Errorf("%s: the one that ends got %q, %v", proto, text, err)
+					}
+					stuck[i].expectAbort(t)
+				}
+				if reasons := c.closedReasons(); reasons["upstream_closed"] != 3 || reasons["server_closed"] != 3 || len(reasons) != 2 {
+					t.Errorf("told: %v", reasons)
+				}
+				t.Log(took)
+			})
+		}
+	}
+}

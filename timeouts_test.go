@@ -1,0 +1,432 @@
+package caddysse_test
+
+import (
+	"bufio"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+
+	caddysse "github.com/caddy-sse/caddy-sse"
+)
+
+// The server's timeouts
+
+// serverTimeouts are short ones, for everything that is no stream.
+const serverTimeouts = `servers {
+	timeouts {
+		read_body 400ms
+		write 400ms
+		idle 2s
+		read_body_idle 300ms 1000
+		write_idle 300ms 1000
+	}
+}`
+
+func TestServerWideTimeoutsSpareStreamsAndNothingElse(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasPrefix(r.URL.Path, "/slow") {
+			w.Header().Set("Content-Type", "text/plain")
+			for range 6 {
+				if _, err := io.WriteString(w, "tick "); err != nil {
+					return
+				}
+				w.(http.Flusher).Flush()
+				time.Sleep(100 * time.Millisecond)
+			}
+			return
+		}
+		w.Header().Set("Content-Type", eventStream)
+		for range 4 {
+			io.WriteString(w, "data: 1\n\n")
+			w.(http.Flusher).Flush()
+			time.Sleep(250 * time.Millisecond)
+		}
+		io.WriteString(w, "data: end\n\n")
+	})
+	for name, global := range map[string]string{
+		"timeouts and rates": serverTimeouts,
+		"timeouts":           "servers {\ntimeouts {\nread_body 400ms\nwrite 400ms\nidle 2s\n}\n}",
+		"no idle timeouts":   "servers {\ntimeouts {\nread_body 400ms\nwrite 400ms\nidle 2s\nread_body_idle -1s\nwrite_idle -1s\n}\n}",
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := startCaddy(t, `
+				sse 1h {
+					prelude off
+				}
+				reverse_proxy `+up.addr, withGlobal(global))
+			for _, proto := range clientProtocols {
+				t.Run(proto, func(t *testing.T) {
+					t.Parallel()
+					cl := c.client(proto)
+					slow := func() {
+						t.Helper()
+						e := cl.begin(cl.request(t, "GET", "/slow", nil))
+						res, err := e.outcome()
+						if err != nil {
+							return // cut before its headers
+						}
+						if text, err := res.text(); err == nil {
+							t.Errorf("a slow answer was not cut: %q", text)
+						}
+					}
+					for _, method := range []string{"GET", "POST"} {
+						var body io.Reader
+						if method == "POST" {
+							body = strings.NewReader("{}")
+						}
+						res := cl.do(t, cl.request(t, method, "/stream", body, acceptStream))
+						text, err := res.text()
+						if want := strings.Repeat("data: 1\n\n", 4) + "data: end\n\n"; text != want || err != nil {
+							t.Errorf("%s: got %q, %v", method, text, err)
+						}
+						if proto != "h3" { // quic-go's server has no write timeout
+							slow() // on the same connection
+						}
+					}
+				})
+			}
+		})
+	}
+}
+
+func TestTheNextRequestOnTheConnectionHasNoDeadlineOfTheStreams(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/stream" {
+			w.Header().Set("Content-Type", eventStream)
+			io.WriteString(w, "data: 1\n\n")
+			return
+		}
+		time.Sleep(500 * time.Millisecond)
+		io.WriteString(w, "slow")
+	})
+	c := startCaddy(t, `
+		sse 1h {
+			write_timeout 200ms
+		}
+		reverse_proxy `+up.addr, withGlobal("servers {\ntimeouts {\nwrite_idle -1s\n}\n}"))
+	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+		for _, path := range []string{"/stream", "/slow", "/stream", "/slow"} {
+			text, err := cl.get(t, path, acceptStream).text()
+			if err != nil || text == "" {
+				t.Errorf("%s: got %q, %v", path, text, err)
+			}
+		}
+	})
+}
+
+// The client's side
+
+// flooding sends events until the client's side takes no more, and tells how
+// much that was.
+func flooding(total *atomic.Int64) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", eventStream)
+		piece := "data: " + strings.Repeat("x", 16<<10) + "\n\n"
+		for r.Context().Err() == nil {
+			n, err := io.WriteString(w, piece)
+			total.Add(int64(n))
+			if err != nil {
+				return
+			}
+			w.(http.Flusher).Flush()
+			if r.URL.Query().Has("slow") {
+				time.Sleep(20 * time.Millisecond)
+			}
+		}
+	}
+}
+
+func TestAClientThatTakesNothingIsEndedAfterTheWriteTimeout(t *testing.T) {
+	checkLeaks(t)
+	for _, idle := range []string{"", "write_idle -1s", "write_idle 200ms", "write_idle 100ms 100000000"} {
+		t.Run("with "+idle, func(t *testing.T) {
+			var sent atomic.Int64
+			up := newUpstreamFunc(t, flooding(&sent))
+			c := startCaddy(t, `
+				sse 1h {
+					prelude off
+					write_timeout 700ms
+				}
+				reverse_proxy `+up.addr, withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
+			overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+				sent.Store(0)
+				path := "/" + cl.proto
+				// Another one on the same connection, where it can be, notices
+				// nothing.
+				other := cl.get(t, path+"/other?slow", acceptStream).follow()
+				res := cl.get(t, path, acceptStream)
+				line := c.closedLine(t, path)
+				expectEnd(t, line, "write_timeout", "info")
+				took := seconds(line["duration"])
+				if took < 700*time.Millisecond || took > 2*time.Second {
+					t.Errorf("it took %v", took)
+				}
+				if n, err := io.Copy(io.Discard, res.Body); err == nil {
+					t.Errorf("behind %d bytes the stream looks whole", n)
+				}
+				res.leave()
+				before := len(other.all())
+				other.wait(func(string) bool { return len(other.all()) > before+3 })
+				if _, err := other.wait(func(string) bool { return true }); err != nil {
+					t.Errorf("the other stream ended with %v", err)
+				}
+				t.Logf("%d bytes of %v were sent", sent.Load(), line["bytes"])
+			})
+		})
+	}
+}
+
+func TestAClientThatReadsSlowlyLivesAndLeavesAsAClient(t *testing.T) {
+	checkLeaks(t)
+	var sent atomic.Int64
+	up := newUpstreamFunc(t, flooding(&sent))
+	c := startCaddy(t, `
+		sse 1h {
+			prelude off
+			write_timeout 700ms
+		}
+		reverse_proxy `+up.addr)
+	for _, proto := range clientProtocols {
+		t.Run(proto, func(t *testing.T) {
+			t.Parallel()
+			cl := c.client(proto)
+			path := "/slow" + proto
+			res := cl.get(t, path, acceptStream)
+			// On HTTP/1.1 the kernel lets a writer go on when a third of what it
+			// holds, up to 4 MiB, has been taken.
+			piece := make([]byte, 512<<10)
+			for began := time.Now(); time.Since(began) < 2*time.Second; time.Sleep(100 * time.Millisecond) {
+				if _, err := io.ReadFull(res.Body, piece); err != nil {
+					t.Fatalf("behind %v: %v", time.Since(began), err)
+				}
+			}
+			res.leave()
+			expectEnd(t, c.closedLine(t, path), "client_closed", "info")
+		})
+	}
+}
+
+func TestAWriteTimeoutThatIsOffEndsNobody(t *testing.T) {
+	checkLeaks(t)
+	var sent atomic.Int64
+	up := newUpstreamFunc(t, flooding(&sent))
+	c := startCaddy(t, `
+		sse 1h {
+			prelude off
+			write_timeout off
+		}
+		reverse_proxy `+up.addr, withAdmin(), withGlobal("servers {\ntimeouts {\nwrite_idle 200ms\nwrite 200ms\n}\n}"))
+	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+		path := "/" + cl.proto
+		res := cl.get(t, path, acceptStream)
+		for before := int64(-1); sent.Load() != before; time.Sleep(200 * time.Millisecond) {
+			before = sent.Load() // until nothing goes any more
+		}
+		time.Sleep(500 * time.Millisecond)
+		if s := c.listed(t, path); s["state"] != "open" {
+			t.Errorf("%v", s)
+		}
+		if n, err := io.CopyN(io.Discard, res.Body, 4<<20); err != nil {
+			t.Errorf("behind %d bytes: %v", n, err)
+		}
+		res.leave()
+		expectEnd(t, c.closedLine(t, path), "client_closed", "info")
+	})
+}
+
+// The upstream's side
+
+func TestAnUpstreamTimeoutCountsNoHeartbeats(t *testing.T) {
+	checkLeaks(t)
+	gone := make(chan string, 100)
+	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", eventStream)
+		io.WriteString(w, r.Header.Get("X-Send"))
+		if strings.HasPrefix(r.Header.Get("X-Send"), "data: 1") {
+			io.WriteString(w, "\n\n")
+		}
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+		gone <- r.URL.Path
+	})
+	c := startCaddy(t, `
+		sse 100ms {
+			prelude off
+			upstream_timeout 500ms
+		}
+		reverse_proxy `+up.addr)
+	for _, proto := range clientProtocols {
+		for _, r := range []struct{ method, sent, want string }{
+			{"GET", "data: 1", "end"},
+			{"GET", "data: ha", "end"},
+			{"POST", "data: 1", "abort"},
+			{"GET", "{", "abort"},
+		} {
+			t.Run(fmt.Sprintf("%s %s %q", proto, r.method, r.sent), func(t *testing.T) {
+				t.Parallel()
+				cl, path := c.client(proto), fmt.Sprintf("/%s%s%x", proto, r.method, r.sent)
+				last := time.Now()
+				body := cl.do(t, cl.request(t, r.method, path, nil, acceptStream, "X-Send: "+r.sent)).follow()
+				text, err := body.rest()
+				if (err == io.EOF) != (r.want == "end") || err == errNothingMore {
+					t.Errorf("got %q, %v, want an %s", text, err, r.want)
+				}
+				took := time.Since(last)
+				if limit := 500 * time.Millisecond; took < limit-50*time.Millisecond || took > limit+1500*time.Millisecond {
+					t.Errorf("it ended after %v", took)
+				}
+				line := c.closedLine(t, path)
+				expectEnd(t, line, "upstream_timeout", "info")
+				if r.sent == "data: 1" && line["heartbeats"].(float64) < 3 {
+					t.Errorf("the client heard nothing meanwhile: %v", line)
+				}
+				<-gone
+			})
+		}
+	}
+}
+
+func TestAnUpstreamIsNotSilentWhileItsBytesWaitForTheClient(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		config := silent()
+		config.UpstreamTimeout = caddy.Duration(10 * time.Second)
+		config.WriteTimeout = -1
+		h := provision(t, config)
+		c := newClient(t)
+		c.stall = make(chan struct{})
+		var ended time.Duration
+		began := time.Now()
+		time.AfterFunc(15*time.Second, func() { close(c.stall) })
+		err := serve(h, c, get("text/event-stream"), func(w http.ResponseWriter, r *http.Request) error {
+			w.Header().Set("Content-Type", "text/event-stream")
+			w.WriteHeader(200)
+			write(t, w, "data: 1\n\n") // takes 15 seconds
+			<-r.Context().Done()
+			ended = time.Since(began)
+			return r.Context().Err()
+		})
+		if err != nil || ended < 25*time.Second || ended > 26*time.Second {
+			t.Errorf("it ended after %v with %v, want 25s", ended, err)
+		}
+	})
+}
+
+// A reading client over raw HTTP/1.1, whose connection is TLS or not, sees an
+// abort as a missing last chunk.
+func TestAnEndThatAbortsHasNoLastChunk(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		sse 1h {
+			prelude off
+			upstream_timeout 200ms
+		}
+		reverse_proxy `+up.addr)
+	for _, method := range []string{"GET", "POST"} {
+		for _, secure := range []bool{false, true} {
+			addr := c.addr
+			if secure {
+				addr = c.tlsAddr
+			}
+			var conn net.Conn
+			conn, err := net.Dial("tcp", addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			if secure {
+				conn = tls.Client(conn, &tls.Config{InsecureSkipVerify: true, ServerName: "localhost", NextProtos: []string{"http/1.1"}})
+			}
+			conn.SetDeadline(time.Now().Add(patience))
+			fmt.Fprintf(conn, "%s /%v HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", method, secure)
+			call := up.accept(t)
+			call.start(eventStream)
+			text, err := io.ReadAll(bufio.NewReader(conn))
+			if clean := strings.HasSuffix(string(text), "0\r\n\r\n"); clean != (method == "GET") || (clean && err != nil) {
+				t.Errorf("%s, TLS %v: got %q, %v", method, secure, text, err)
+			}
+		}
+	}
+}
+
+// Ages
+
+func TestAResumableStreamEndsAtItsAge(t *testing.T) {
+	ages := make(map[time.Duration]bool)
+	for range 50 {
+		synctest.Test(t, func(t *testing.T) {
+			config := heartbeat(20*time.Second, -1)
+			config.MaxDuration = &caddysse.MaxDuration{Duration: caddy.Duration(time.Hour), Jitter: caddy.Duration(10 * time.Minute)}
+			h := provision(t, config)
+			began := time.Now()
+			c := play(t, h, func(w http.ResponseWriter) {
+				for {
+					if _, err := io.WriteString(w, "data: 1\n\n"); err != nil {
+						return
+					}
+					time.Sleep(time.Minute)
+					if time.Since(began) > 2*time.Hour {
+						t.Fatal("it goes on")
+					}
+				}
+			})
+			last := c.log[len(c.log)-1].at
+			ages[last] = true
+			if last < time.Hour-time.Minute || last > 70*time.Minute {
+				t.Errorf("its last write was at %v", last)
+			}
+		})
+	}
+	if len(ages) < 10 {
+		t.Errorf("fifty streams have %d ages", len(ages))
+	}
+}
+
+func TestOnlyAResumableStreamHasAMaximalAge(t *testing.T) {
+	for _, test := range []struct {
+		method, accept, body string
+		event                string // what is unfinished at the age
+		want                 time.Duration
+	}{
+		{"GET", "text/event-stream", "data: 1\n\n", "", time.Hour},
+		{"GET", "text/event-stream", "data: 1\n\n", "data: ha", time.Hour + time.Second},
+		{"GET", "*/*", "data: 1\n\n", "", 2 * time.Hour},
+		{"POST", "text/event-stream", "data: 1\n\n", "", 2 * time.Hour},
+		{"GET", "text/event-stream", "{", "", 2 * time.Hour},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			config := silent()
+			config.MaxDuration = &caddysse.MaxDuration{Duration: caddy.Duration(time.Hour)}
+			h := provision(t, config)
+			c := newClient(t)
+			r := get(test.accept)
+			r.Method = test.method
+			began := time.Now()
+			var ended time.Duration
+			err := serve(h, c, r, func(w http.ResponseWriter, r *http.Request) error {
+				w.Header().Set("Content-Type", "text/event-stream")
+				write(t, w, test.body+test.event)
+				select {
+				case <-r.Context().Done():
+				case <-time.After(2 * time.Hour):
+				}
+				ended = time.Since(began)
+				return nil
+			})
+			if err != nil || ended != test.want || c.body.String() != test.body+test.event {
+				t.Errorf("%+v: it ended at %v with %v and %q", test, ended, err, c.body.String())
+			}
+		})
+	}
+}
