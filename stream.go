@@ -131,12 +131,6 @@ func (s *stream) countsLocked() counts {
 // lets it be known.
 func (s *stream) begin(place reservation) {
 	s.w = ownTimeouts(s.w, s.h.writeTimeout, s.h.logger)
-	if s.proto == http2 && s.h.drain.until.Load() != 0 {
-		// A connection that came as its server began to shut down has not been
-		// told, and idle it would hold up an exit. For HTTP/2, net/http makes a
-		// GOAWAY of this.
-		s.w.Header()["Connection"] = []string{"close"}
-	}
 	s.open()
 	s.h.group.add(s, place)
 	s.joinDrain()
