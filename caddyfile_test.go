@@ -91,6 +91,7 @@ func TestACaddyfileBecomesTheDocumentedJSON(t *testing.T) {
 		{"sse {\ndrain 20s\n}", `{"drain": {"reload": 20000000000}}`},
 		{"sse {\ndrain 20s 5s\n}", `{"drain": {"reload": 20000000000, "exit": 5000000000}}`},
 		{"sse {\ndrain off\n}", `{"drain": {"reload": -1}}`},
+		{"sse {\ndrain off 3s\n}", `{"drain": {"reload": -1, "exit": 3000000000}}`},
 		{"sse {\nmax_streams 1000\n}", `{"max_streams": 1000}`},
 		{"sse {\nmax_streams_per_client 5\n}", `{"max_streams_per_client": 5}`},
 		{"sse {\nreconnect_on 502\n}", `{"reconnect_on": [502]}`},

@@ -577,21 +577,21 @@ func (s *stream) aborts(why reason) bool {
 // writer: those around it are not made for a second goroutine, while a
 // connection's deadline may be set from any.
 func breakWrite(w http.ResponseWriter) {
-	for {
-		inner, ok := w.(interface{ Unwrap() http.ResponseWriter })
-		if !ok {
-			break
-		}
-		w = inner.Unwrap()
-	}
-	_ = http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0))
+	setConnectionDeadline(w, time.Unix(1, 0))
 }
 
 // close waits until nobody writes, and lets nobody write again.
 func (s *stream) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.facts.Lock()
+	s.gone = true
+	broken := s.broken
+	s.facts.Unlock()
 	s.h.agenda.drop(s)
+	if s.proto == http1 && s.failed == notEnded && !broken {
+		renewDeadline(s.w, s.h.writeTimeout)
+	}
 	if s.bomHeld > 0 && s.errLocked() == nil {
 		// The body was a piece of a BOM, which makes it no BOM.
 		_ = s.sendLocked(s.age(), nil, []byte(bom[:s.bomHeld]))
@@ -599,6 +599,5 @@ func (s *stream) close() {
 	s.closed = true
 	s.facts.Lock()
 	defer s.facts.Unlock()
-	s.gone = true
 	s.longestGap = max(s.longestGap, s.age()-s.lastBytes)
 }

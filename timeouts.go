@@ -59,3 +59,26 @@ func ownTimeouts(w http.ResponseWriter, timeout time.Duration, logger *zap.Logge
 		ClearBetweenWrites: true,
 	}
 }
+
+// renewDeadline gives the server time to complete an HTTP/1 response. Caddy
+// leaves the deadline of the last write on the connection, and on a stream that
+// has been quiet it has passed.
+func renewDeadline(w http.ResponseWriter, timeout time.Duration) {
+	if own, ok := w.(*caddyhttp.IdleTimeoutWriter); timeout == 0 || ok && own.ClearBetweenWrites {
+		return // there is none
+	}
+	setConnectionDeadline(w, time.Now().Add(timeout))
+}
+
+// setConnectionDeadline sets a write deadline past all writers around the
+// connection's own.
+func setConnectionDeadline(w http.ResponseWriter, deadline time.Time) {
+	for {
+		inner, ok := w.(interface{ Unwrap() http.ResponseWriter })
+		if !ok {
+			break
+		}
+		w = inner.Unwrap()
+	}
+	_ = http.NewResponseController(w).SetWriteDeadline(deadline)
+}

@@ -125,6 +125,41 @@ func TestTheNextRequestOnTheConnectionHasNoDeadlineOfTheStreams(t *testing.T) {
 	})
 }
 
+// On HTTP/1.1 the deadline of the last write stays on the connection.
+func TestAQuietStreamEndsCleanlyLongAfterItsLastWrite(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", eventStream)
+		io.WriteString(w, "data: 1\n\n")
+		w.(http.Flusher).Flush()
+		select {
+		case <-time.After(300 * time.Millisecond):
+		case <-r.Context().Done():
+		}
+	})
+	for _, idle := range []string{"", "write_idle -1s", "write_idle 100ms"} {
+		for _, age := range []string{"", "max_duration 200ms"} {
+			t.Run(idle+" "+age, func(t *testing.T) {
+				c := startCaddy(t, `
+					sse {
+						heartbeat off
+						write_timeout 100ms
+						`+age+`
+					}
+					reverse_proxy `+up.addr, withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
+				overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+					for range 2 { // on the same connection, where there is one
+						text, err := cl.get(t, "/", acceptStream).text()
+						if text != "data: 1\n\n" || err != nil {
+							t.Errorf("got %q, %v", text, err)
+						}
+					}
+				})
+			})
+		}
+	}
+}
+
 // The client's side
 
 // flooding sends events until the client's side takes no more, and tells how
