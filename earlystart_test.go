@@ -427,7 +427,7 @@ func TestAnUpstreamThatAnswersAtTheInstantOfTheDelay(t *testing.T) {
 			h := provision(t, config)
 			c := newClient(t)
 			c.header.Set("X-Site", "1")
-			err, _ := serveRecovering(h, c, get("text/event-stream"), func(w http.ResponseWriter, r *http.Request) error {
+			_, err := serveRecovering(h, c, get("text/event-stream"), func(w http.ResponseWriter, r *http.Request) error {
 				w.Header().Set("X-Up", "1")
 				w.Header().Del("X-Site")
 				time.Sleep(time.Second)
@@ -479,9 +479,9 @@ func TestAnUpstreamThatAnswersAtTheInstantOfTheDelay(t *testing.T) {
 }
 
 // serveRecovering serves and does with a panic what the server would.
-func serveRecovering(h caddyhttp.MiddlewareHandler, c *client, r *http.Request, next caddyhttp.HandlerFunc) (err error, panicked any) {
+func serveRecovering(h caddyhttp.MiddlewareHandler, c *client, r *http.Request, next caddyhttp.HandlerFunc) (panicked any, err error) {
 	defer func() { panicked = recover() }()
-	return serve(h, c, r, next), nil
+	return nil, serve(h, c, r, next)
 }
 
 func TestAnEarlyStartTakesNothingOfTheRequestsBody(t *testing.T) {

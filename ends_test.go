@@ -71,7 +71,7 @@ func TestAllEndsInOneInstantGiveOneEnd(t *testing.T) {
 			var panicked any
 			go func() {
 				defer close(done)
-				err, panicked = serveRecovering(h, c, r, func(w http.ResponseWriter, r *http.Request) error {
+				panicked, err = serveRecovering(h, c, r, func(w http.ResponseWriter, r *http.Request) error {
 					if early {
 						time.Sleep(10 * time.Second)
 					}

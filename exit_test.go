@@ -2,6 +2,7 @@ package caddysse_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -148,8 +149,8 @@ func (c *caddyProcess) config(site, global string) string {
 // reload replaces the configuration by the admin API.
 func (c *caddyProcess) reload(site, global string) {
 	c.t.Helper()
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, Dial: func(string, string) (net.Conn, error) {
-		return net.Dial("unix", c.adminSocket())
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", c.adminSocket())
 	}}}
 	res, err := client.Post("http://127.0.0.1/load", "text/caddyfile", strings.NewReader(c.config(site, global)))
 	if err != nil {

@@ -387,7 +387,7 @@ func TestAPlaceComesBackOnEveryPath(t *testing.T) {
 						r := get("text/event-stream")
 						r.RemoteAddr = "192.0.2.1:1"
 						c := newClient(t)
-						if err, _ := serveRecovering(h, c, r, stream(func(http.ResponseWriter) {})); err != nil || !isStream(c) {
+						if _, err := serveRecovering(h, c, r, stream(func(http.ResponseWriter) {})); err != nil || !isStream(c) {
 							t.Errorf("%s, %s, early %v, reconnect %v: the next request gets %v", name, method, early, reconnect, err)
 						}
 					})
