@@ -1,0 +1,127 @@
+package caddysse_test
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// A third of the clients take nothing, with streams that their upstream fills
+// as fast as it can. The others must not notice.
+func TestStalledClientsDelayNobodyElse(t *testing.T) {
+	checkLeaks(t)
+	clients, ticks := 60, 30
+	if os.Getenv(rollingVariable) != "" {
+		clients, ticks = 2000, 200
+	}
+	const period = 50 * time.Millisecond
+	var flooded atomic.Int64
+	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", eventStream)
+		w.(http.Flusher).Flush()
+		if r.URL.Path == "/flood" {
+			piece := []byte("data: " + strings.Repeat("x", 16<<10) + "\n\n")
+			for {
+				n, err := w.Write(piece)
+				if err != nil {
+					return
+				}
+				flooded.Add(int64(n))
+			}
+		}
+		for range ticks {
+			select {
+			case <-r.Context().Done():
+				return
+			case <-time.After(period):
+			}
+			fmt.Fprintf(w, "data: %d\n\n", time.Now().UnixNano())
+			w.(http.Flusher).Flush()
+		}
+	})
+	c := startCaddy(t, `
+		sse {
+			write_timeout 5m
+		}
+		reverse_proxy `+up.addr, withAdmin())
+
+	without := p99Latency(t, c, clients-clients/3)
+
+	var stalled []net.Conn
+	for range clients / 3 {
+		conn, err := net.Dial("tcp", c.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conn.(*net.TCPConn).SetReadBuffer(4 << 10)
+		io.WriteString(conn, "GET /flood HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n")
+		stalled = append(stalled, conn)
+	}
+	for last := int64(-1); last != flooded.Load(); time.Sleep(300 * time.Millisecond) {
+		last = flooded.Load() // until nobody gets rid of anything any more
+	}
+	with := p99Latency(t, c, clients-clients/3)
+
+	t.Logf("%d clients, a third of them stalled: p99 %v without these, %v with them", clients, without, with)
+	// Small figures scatter with whatever else the machine does.
+	if limit := max(without*3/2, without+20*time.Millisecond); with > limit && !raceEnabled {
+		t.Errorf("p99 %v with stalled clients, %v without them", with, without)
+	}
+	if _, listed := c.admin("GET", "/sse/streams?path=/flood&limit=0"); !strings.Contains(listed, fmt.Sprintf(`"total":%d`, len(stalled))) {
+		t.Errorf("the stalled streams: %s", listed)
+	}
+}
+
+// p99Latency opens streams and returns how late one in a hundred events comes.
+func p99Latency(t *testing.T, c *testCaddy, clients int) time.Duration {
+	t.Helper()
+	var (
+		mu        sync.Mutex
+		latencies []time.Duration
+		reading   sync.WaitGroup
+	)
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	for range clients {
+		reading.Go(func() {
+			req, err := http.NewRequest(http.MethodGet, c.url+"/ticks", nil)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			req.Header.Set("Accept", eventStream)
+			resp, err := client.Do(req)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer resp.Body.Close()
+			var own []time.Duration
+			for lines := bufio.NewScanner(resp.Body); lines.Scan(); {
+				if sent, ok := strings.CutPrefix(lines.Text(), "data: "); ok {
+					nanos, _ := strconv.ParseInt(sent, 10, 64)
+					own = append(own, time.Since(time.Unix(0, nanos)))
+				}
+			}
+			mu.Lock()
+			latencies = append(latencies, own...)
+			mu.Unlock()
+		})
+	}
+	reading.Wait()
+	if len(latencies) == 0 {
+		t.Fatal("no events came")
+	}
+	slices.Sort(latencies)
+	return latencies[len(latencies)*99/100]
+}
