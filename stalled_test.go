@@ -52,6 +52,7 @@ func TestStalledClientsDelayNobodyElse(t *testing.T) {
 	c := startCaddy(t, `
 		sse {
 			write_timeout 5m
+			drain off
 		}
 		reverse_proxy `+up.addr, withAdmin())
 

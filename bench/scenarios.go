@@ -1,0 +1,479 @@
+//go:build linux
+
+package main
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+var scenarios = []struct {
+	name string
+	run  func(*bench) error
+}{
+	{"quiet", (*bench).quiet},
+	{"events", (*bench).events},
+	{"burst", (*bench).burst},
+	{"churn", (*bench).churn},
+	{"reload", (*bench).reload},
+}
+
+func scenarioNames() (names []string) {
+	for _, scenario := range scenarios {
+		names = append(names, scenario.name)
+	}
+	return names
+}
+
+const kiB = 1024
+
+func microseconds(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
+
+func (b *bench) newFleet(p *proxy, path string) *fleet {
+	return &fleet{addr: p.addr, path: path}
+}
+
+// settle is longer than the second after which the first heartbeat comes.
+const settle = 4 * time.Second
+
+// quiet says what a stream weighs on which nothing happens, and what heartbeats
+// cost where there are most of them.
+func (b *bench) quiet() error {
+	most := 0
+	for _, n := range b.settings.Quiet {
+		most = max(most, n)
+	}
+	for _, n := range b.settings.Quiet {
+		err := b.each(fmt.Sprintf("%d quiet streams", n), func(p *proxy, sample func(string, string, float64)) error {
+			return b.quietStreams(p, n, n == most, sample)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *bench) quietStreams(p *proxy, n int, heartbeats bool, sample func(metric, unit string, value float64)) error {
+	var before goRuntime
+	var err error
+	if p.admin != nil {
+		if before, err = p.goRuntime(); err != nil {
+			return err
+		}
+	}
+	residentBefore, proportionalBefore, err := p.memory()
+	if err != nil {
+		return err
+	}
+	f := b.newFleet(p, "/events")
+	defer f.close()
+	cpuBefore := p.cpu()
+	if err := f.openAll(b.context, n); err != nil {
+		return err
+	}
+	time.Sleep(settle)
+	cpu := p.cpu() - cpuBefore
+	resident, proportional, err := p.memory()
+	if err != nil {
+		return err
+	}
+	streams := float64(n)
+	sample("resident per stream", "KiB", (resident-residentBefore)/streams/kiB)
+	sample("proportional per stream", "KiB", (proportional-proportionalBefore)/streams/kiB)
+	if p.admin != nil {
+		after, err := p.goRuntime()
+		if err != nil {
+			return err
+		}
+		heap, stacks := (after.heap-before.heap)/streams/kiB, (after.stacks-before.stacks)/streams/kiB
+		sample("heap + stacks per stream", "KiB", heap+stacks)
+		sample("live heap per stream", "KiB", heap)
+		sample("stacks per stream", "KiB", stacks)
+		sample("goroutines per stream", "", (after.goroutines-before.goroutines)/streams)
+		sample("allocations to open a stream", "", (after.allocations-before.allocations)/streams)
+	}
+	sample("CPU to open a stream", "µs", microseconds(cpu)/streams)
+	if heartbeats && p.admin != nil {
+		if err := b.heartbeats(p, f, sample); err != nil {
+			return err
+		}
+	}
+	if counts := f.counts(); counts.CleanEnds+counts.BrokenEnds > 0 {
+		return fmt.Errorf("%d streams ended by themselves", counts.CleanEnds+counts.BrokenEnds)
+	}
+	f.close()
+	closed := time.Now()
+	if err := b.origin.awaitNone(p.group, 60*time.Second); err != nil {
+		return err
+	}
+	sample("until the upstream is rid of all", "ms", float64(time.Since(closed).Milliseconds()))
+	return nil
+}
+
+func (b *bench) heartbeats(p *proxy, f *fleet, sample func(metric, unit string, value float64)) error {
+	cpuBefore, beatsBefore, start := p.cpu(), f.counts().Heartbeats, time.Now()
+	time.Sleep(b.settings.Beats)
+	cpu, beats, took := p.cpu()-cpuBefore, f.counts().Heartbeats-beatsBefore, time.Since(start)
+	sample("CPU while quiet", "% of one", 100*float64(cpu)/float64(took))
+	sample("heartbeats per second", "", float64(beats)/took.Seconds())
+	if beats > 0 {
+		sample("CPU per heartbeat", "µs", microseconds(cpu)/float64(beats))
+	}
+	return f.counts().wrong()
+}
+
+// events says what an event costs. All systems have their streams open, and
+// take turns in getting events, each turn in another order.
+func (b *bench) events() error {
+	return b.withAll("events", func(round int, proxies []*proxy, fleets []*fleet) error {
+		title := fmt.Sprintf("%d streams, %d events/s in all", b.settings.Streams, b.settings.Rate)
+		for window := -1; window < b.settings.Windows; window++ { // the first is not counted
+			for _, i := range rand.Perm(len(proxies)) {
+				err := b.window(proxies[i], fleets[i], func(metric, unit string, value float64) {
+					if window >= 0 {
+						b.report.add(title, metric, unit, proxies[i].name, round*b.settings.Windows+window, value)
+					}
+				})
+				if err != nil {
+					return fmt.Errorf("%s: %w", proxies[i].name, err)
+				}
+			}
+		}
+		return nil
+	})
+}
+
+// withAll opens the streams of all systems and leaves them open.
+func (b *bench) withAll(title string, measure func(round int, proxies []*proxy, fleets []*fleet) error) error {
+	for round := range b.settings.Rounds {
+		fmt.Printf("%s, round %d of %d\n", title, round+1, b.settings.Rounds)
+		err := func() error {
+			var proxies []*proxy
+			var fleets []*fleet
+			for i := range b.systems {
+				p, err := b.start(i)
+				if err != nil {
+					return err
+				}
+				defer p.stop()
+				f := b.newFleet(p, "/events")
+				defer f.close()
+				if err := f.openAll(b.context, b.settings.Streams); err != nil {
+					return fmt.Errorf("%s: %w\n%s", p.name, err, p.lastOutput())
+				}
+				proxies, fleets = append(proxies, p), append(fleets, f)
+			}
+			time.Sleep(2 * time.Second)
+			return measure(round, proxies, fleets)
+		}()
+		if err != nil {
+			return err
+		}
+		for i := range b.systems {
+			if err := b.origin.awaitNone(i, 20*time.Second); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (b *bench) window(p *proxy, f *fleet, sample func(metric, unit string, value float64)) error {
+	if err := b.context.Err(); err != nil {
+		return err
+	}
+	var err error
+	var countBefore, sizeBefore float64
+	if p.admin != nil {
+		if countBefore, sizeBefore, err = p.allocations(); err != nil {
+			return err
+		}
+	}
+	interval := time.Duration(b.settings.Streams) * time.Second / time.Duration(b.settings.Rate)
+	rounds := max(1, int(b.settings.Window/interval))
+	cpuBefore := p.cpu()
+	answer, err := b.origin.do(order{Group: p.group, Do: "send", Rounds: rounds, Interval: interval})
+	if err != nil {
+		return err
+	}
+	if want := rounds * b.settings.Streams; answer.Sent != want {
+		return fmt.Errorf("the upstream could send %d events of %d", answer.Sent, want)
+	}
+	took, err := f.collect(answer.Sent)
+	if err != nil {
+		return err
+	}
+	cpu, events := p.cpu()-cpuBefore, float64(answer.Sent)
+	var count, size float64
+	if p.admin != nil {
+		if count, size, err = p.allocations(); err != nil {
+			return err
+		}
+	}
+	sample("CPU per million events", "s", cpu.Seconds()/events*1e6)
+	for _, q := range []struct {
+		name  string
+		share float64
+	}{{"p50", 0.5}, {"p99", 0.99}, {"p99.9", 0.999}} {
+		sample("latency "+q.name, "µs", microseconds(quantile(took, q.share)))
+	}
+	if p.admin != nil {
+		// Those of asking are among them: a few per window.
+		sample("allocations per event", "", (count-countBefore)/events)
+		sample("allocated per event", "B", (size-sizeBefore)/events)
+	}
+	return nil
+}
+
+// burst is one event for all at once, as a broadcast is.
+func (b *bench) burst() error {
+	n := b.settings.BurstStreams
+	return b.each(fmt.Sprintf("burst of one event to %d streams", n), func(p *proxy, sample func(string, string, float64)) error {
+		f := b.newFleet(p, "/events")
+		defer f.close()
+		if err := f.openAll(b.context, n); err != nil {
+			return err
+		}
+		time.Sleep(2 * time.Second)
+		var half, most, all, cpu []float64
+		for i := -1; i < b.settings.Bursts; i++ { // the first is not counted
+			cpuBefore := p.cpu()
+			answer, err := b.origin.do(order{Group: p.group, Do: "burst"})
+			if err != nil {
+				return err
+			}
+			if answer.Sent != n {
+				return fmt.Errorf("the upstream could send %d events of %d", answer.Sent, n)
+			}
+			took, err := f.collect(n)
+			if err != nil {
+				return err
+			}
+			if i >= 0 {
+				const ms = 1000
+				half = append(half, microseconds(quantile(took, 0.5))/ms)
+				most = append(most, microseconds(quantile(took, 0.99))/ms)
+				all = append(all, microseconds(took[len(took)-1])/ms)
+				cpu = append(cpu, microseconds(p.cpu()-cpuBefore)/float64(n))
+			}
+			time.Sleep(500 * time.Millisecond)
+		}
+		sample("until half have it", "ms", median(half))
+		sample("until 99 % have it", "ms", median(most))
+		sample("until all have it", "ms", median(all))
+		sample("CPU per event", "µs", median(cpu))
+		return nil
+	})
+}
+
+// churn opens streams, waits for one event on each and leaves.
+func (b *bench) churn() error {
+	n := b.settings.Churn
+	return b.each(fmt.Sprintf("%d streams opened and closed", n), func(p *proxy, sample func(string, string, float64)) error {
+		if err := b.churnStreams(p, n/10); err != nil { // to warm up
+			return err
+		}
+		if err := b.origin.awaitNone(p.group, 20*time.Second); err != nil {
+			return err
+		}
+		filesBefore := p.files()
+		cpuBefore, start := p.cpu(), time.Now()
+		if err := b.churnStreams(p, n); err != nil {
+			return err
+		}
+		took := time.Since(start)
+		if err := b.origin.awaitNone(p.group, 20*time.Second); err != nil {
+			return err
+		}
+		sample("CPU per stream", "µs", microseconds(p.cpu()-cpuBefore)/float64(n))
+		sample("streams per second", "", float64(n)/took.Seconds())
+		var files int
+		for range 50 {
+			if files = p.files() - filesBefore; files <= 0 {
+				break
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		sample("descriptors left", "", float64(max(0, files)))
+		return nil
+	})
+}
+
+func (b *bench) churnStreams(p *proxy, n int) error {
+	var group sync.WaitGroup
+	var next atomic.Int64
+	errs := make(chan error, b.settings.ChurnWorkers)
+	for range b.settings.ChurnWorkers {
+		group.Go(func() {
+			for next.Add(1) <= int64(n) && b.context.Err() == nil {
+				f := b.newFleet(p, "/hello")
+				err := f.open(b.context)
+				if err == nil {
+					_, err = f.collect(1)
+				}
+				f.close()
+				if err != nil {
+					errs <- err
+					return
+				}
+			}
+		})
+	}
+	group.Wait()
+	select {
+	case err := <-errs:
+		return err
+	default:
+		return b.context.Err()
+	}
+}
+
+// reload loads another configuration while streams are open. A client whose
+// stream ends comes back within a second, as an EventSource does with a retry
+// field; what it asks of is the new configuration.
+func (b *bench) reload() error {
+	n := b.settings.ReloadStreams
+	const watched = 14 * time.Second // the streams' ends spread over 10 s
+	return b.each(fmt.Sprintf("reload with %d streams", n), func(p *proxy, sample func(string, string, float64)) error {
+		f := b.newFleet(p, "/events")
+		defer f.close()
+		var opening sync.WaitGroup
+		var mutex sync.Mutex
+		var ends []time.Time
+		var failed error
+		f.ended = func(*clientStream) {
+			mutex.Lock()
+			ends = append(ends, time.Now())
+			mutex.Unlock()
+			opening.Go(func() {
+				time.Sleep(rand.N(time.Second))
+				if err := f.open(b.context); err != nil {
+					mutex.Lock()
+					failed = err
+					mutex.Unlock()
+				}
+			})
+		}
+		if err := f.openAll(b.context, n); err != nil {
+			return err
+		}
+		time.Sleep(settle)
+		residentBefore, _, err := p.memory()
+		if err != nil {
+			return err
+		}
+		cpuBefore, start := p.cpu(), time.Now()
+		if err := p.reload(p); err != nil {
+			return err
+		}
+		sample("reload returns after", "ms", float64(time.Since(start).Milliseconds()))
+		time.Sleep(time.Until(start.Add(watched)))
+		opening.Wait()
+		cpu := p.cpu() - cpuBefore
+		resident, _, err := p.memory()
+		if err != nil {
+			return err
+		}
+		mutex.Lock()
+		defer mutex.Unlock()
+		if failed != nil {
+			return failed
+		}
+		counts := f.counts()
+		sample("streams left on the old configuration", "", float64(n-len(ends)))
+		sample("ends that were not clean", "", float64(counts.BrokenEnds))
+		if len(ends) > 0 {
+			sample("until the last had ended", "s", ends[len(ends)-1].Sub(start).Seconds())
+			sample("most ends within a second", "", float64(densest(ends)))
+		}
+		sample("CPU", "s", cpu.Seconds())
+		sample("resident grew by", "MiB", (resident-residentBefore)/kiB/kiB)
+		sample("processes", "", float64(len(p.processes())))
+		f.mutex.Lock()
+		f.ended = nil
+		f.mutex.Unlock()
+		// They must all be there and get what is sent.
+		answer, err := b.origin.do(order{Group: p.group, Do: "burst"})
+		if err != nil {
+			return err
+		}
+		if answer.Sent != n {
+			return fmt.Errorf("%d streams are open after the reload, %d were before", answer.Sent, n)
+		}
+		_, err = f.collect(n)
+		return err
+	})
+}
+
+// densest is the largest number of times within any second. They are in order.
+func densest(times []time.Time) (most int) {
+	first := 0
+	for last := range times {
+		for times[last].Sub(times[first]) > time.Second {
+			first++
+		}
+		most = max(most, last-first+1)
+	}
+	return most
+}
+
+// profile writes CPU profiles of each Caddy: one under events, one while streams
+// are opened and closed.
+func (b *bench) profile(dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	rounds := b.settings.Rounds
+	b.settings.Rounds = 1
+	defer func() { b.settings.Rounds = rounds }()
+	return b.withAll("profile", func(_ int, proxies []*proxy, fleets []*fleet) error {
+		for i, p := range proxies {
+			if p.admin == nil {
+				continue
+			}
+			err := p.profileWhile(filepath.Join(dir, p.name+"-events.pprof"), func() error {
+				return b.window(p, fleets[i], func(string, string, float64) {})
+			})
+			if err != nil {
+				return err
+			}
+			err = p.profileWhile(filepath.Join(dir, p.name+"-churn.pprof"), func() error {
+				return b.churnStreams(p, b.settings.Churn/10)
+			})
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// profileWhile takes a CPU profile of 10 s while something is done over and
+// over.
+func (p *proxy) profileWhile(path string, do func() error) error {
+	profile := make(chan error, 1)
+	go func() {
+		content, err := p.ask(http.MethodGet, "/debug/pprof/profile?seconds=10", "", nil)
+		if err == nil {
+			err = os.WriteFile(path, content, 0o644)
+		}
+		profile <- err
+	}()
+	for {
+		if err := do(); err != nil {
+			return err
+		}
+		select {
+		case err := <-profile:
+			return err
+		default:
+		}
+	}
+}
