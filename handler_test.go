@@ -50,14 +50,17 @@ func (logCore) CaddyModule() caddy.ModuleInfo {
 
 // configContext stands for a configuration of Caddy that is running. It is made
 // before any test, as a context that is made in a bubble must stay there.
-var configContext = func() caddy.Context {
-	caddy.RegisterModule(logCore{})
+var configContext = contextWithCore(logCore{}, "WARN")
+
+// contextWithCore runs a configuration whose log goes to a core.
+func contextWithCore(core caddy.Module, level string) caddy.Context {
+	caddy.RegisterModule(core)
 	var config caddy.Config
-	err := json.Unmarshal([]byte(`{
+	err := json.Unmarshal([]byte(fmt.Sprintf(`{
 		"admin": {"disabled": true},
-		"logging": {"logs": {"default": {"writer": {"output": "discard"}, "level": "WARN", "core": {"module": "sse_test"}}}},
+		"logging": {"logs": {"default": {"writer": {"output": "discard"}, "level": %q, "core": {"module": %q}}}},
 		"apps": {"events": {}}
-	}`), &config)
+	}`, level, core.CaddyModule().ID.Name())), &config)
 	if err != nil {
 		panic(err)
 	}
@@ -67,7 +70,7 @@ var configContext = func() caddy.Context {
 	}
 	ctx.Done()
 	return ctx
-}()
+}
 
 // load provisions and validates the handler that config describes.
 func load(t testing.TB, config string) (*caddysse.Handler, error) {

@@ -535,24 +535,7 @@ func (toldCore) CaddyModule() caddy.ModuleInfo {
 }
 
 // toldContext is like configContext, but for what is logged.
-var toldContext = func() caddy.Context {
-	caddy.RegisterModule(toldCore{})
-	var config caddy.Config
-	err := json.Unmarshal([]byte(`{
-		"admin": {"disabled": true},
-		"logging": {"logs": {"default": {"writer": {"output": "discard"}, "level": "DEBUG", "core": {"module": "sse_told"}}}},
-		"apps": {"events": {}}
-	}`), &config)
-	if err != nil {
-		panic(err)
-	}
-	ctx, err := caddy.ProvisionContext(&config)
-	if err != nil {
-		panic(err)
-	}
-	ctx.Done()
-	return ctx
-}()
+var toldContext = contextWithCore(toldCore{}, "DEBUG")
 
 // closedFields serves a stream without a network and returns what the log tells
 // of its end.

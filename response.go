@@ -60,16 +60,21 @@ func (rw *response) rarely() *rare {
 
 // enclosingResponse returns the response of an outer sse handler, if any.
 func enclosingResponse(w http.ResponseWriter) *response {
-	for {
-		switch t := w.(type) {
-		case *response:
-			return t
-		case interface{ Unwrap() http.ResponseWriter }:
-			w = t.Unwrap()
-		default:
-			return nil
+	for ; w != nil; w = unwrap(w) {
+		if rw, ok := w.(*response); ok {
+			return rw
 		}
 	}
+	return nil
+}
+
+// unwrap returns the writer that another one is around, nil for a connection's
+// own.
+func unwrap(w http.ResponseWriter) http.ResponseWriter {
+	if outer, ok := w.(interface{ Unwrap() http.ResponseWriter }); ok {
+		return outer.Unwrap()
+	}
+	return nil
 }
 
 // standAside leaves the response to an inner sse handler, unless the stream has
@@ -83,11 +88,15 @@ func (rw *response) standAside() bool {
 	return true
 }
 
+// mayStartEarly reports whether the stream starts, or has started, without its
+// upstream's headers if these take too long.
+func (rw *response) mayStartEarly() bool { return rw.rare != nil && rw.early != nil }
+
 // settle makes an end to waiting for the upstream's headers: its handlers have
 // answered or left. If the stream has started meanwhile, this is the response's
 // stream.
 func (rw *response) settle() {
-	if rw.rare == nil || rw.early == nil || rw.stream != nil {
+	if !rw.mayStartEarly() || rw.stream != nil {
 		return
 	}
 	if rw.stream = rw.early.settle(); rw.stream == nil {
@@ -105,7 +114,7 @@ func replaceHeader(header, by http.Header) {
 // Header returns the client's header map, or one of their own for handlers that
 // answer a stream that may start without them.
 func (rw *response) Header() http.Header {
-	if rw.rare != nil && rw.early != nil {
+	if rw.mayStartEarly() {
 		return rw.early.header
 	}
 	return rw.w.Header()
@@ -136,7 +145,7 @@ func (rw *response) WriteHeader(status int) {
 func (rw *response) writeInformational(status int) {
 	switch {
 	case rw.role == streaming:
-	case rw.rare != nil && rw.early != nil:
+	case rw.mayStartEarly():
 		rw.early.writeInformational(rw.w, status)
 	default:
 		rw.w.WriteHeader(status)
@@ -199,7 +208,7 @@ func (rw *response) begin() {
 	if rw.role != undecided {
 		return
 	}
-	if hasEventStreamType(rw.Header()) || (rw.rare != nil && rw.early != nil) {
+	if hasEventStreamType(rw.Header()) || rw.mayStartEarly() {
 		rw.WriteHeader(http.StatusOK)
 	} else {
 		rw.role = aside
@@ -250,7 +259,7 @@ func (rw *response) SetWriteDeadline(deadline time.Time) error {
 	switch {
 	case rw.stream != nil:
 		return rw.stream.setWriteDeadline(deadline)
-	case rw.rare != nil && rw.early != nil:
+	case rw.mayStartEarly():
 		return rw.early.setWriteDeadline(rw.w, deadline)
 	}
 	return http.NewResponseController(rw.w).SetWriteDeadline(deadline)

@@ -22,9 +22,10 @@ const progressUnit = 4 << 10
 // each request, Caddy wraps the writer for each).
 func ownTimeouts(w http.ResponseWriter, timeout time.Duration, logger *zap.Logger) http.ResponseWriter {
 	bounded := false
-	connection := w
-	for {
-		if idle, ok := connection.(*caddyhttp.IdleTimeoutWriter); ok {
+	var connection http.ResponseWriter
+	for inner := w; inner != nil; inner = unwrap(inner) {
+		connection = inner
+		if idle, ok := inner.(*caddyhttp.IdleTimeoutWriter); ok {
 			// Both would be applied again before every write.
 			idle.Deadline.HardDeadline = time.Time{}
 			if timeout > 0 {
@@ -34,11 +35,6 @@ func ownTimeouts(w http.ResponseWriter, timeout time.Duration, logger *zap.Logge
 			}
 			bounded = true
 		}
-		inner, ok := connection.(interface{ Unwrap() http.ResponseWriter })
-		if !ok {
-			break
-		}
-		connection = inner.Unwrap()
 	}
 	// The read timeout would show up as if the client had left. Where deadlines
 	// are not supported there is none to clear, and none to set.
@@ -73,12 +69,8 @@ func renewDeadline(w http.ResponseWriter, timeout time.Duration) {
 // setConnectionDeadline sets a write deadline past all writers around the
 // connection's own.
 func setConnectionDeadline(w http.ResponseWriter, deadline time.Time) {
-	for {
-		inner, ok := w.(interface{ Unwrap() http.ResponseWriter })
-		if !ok {
-			break
-		}
-		w = inner.Unwrap()
+	for inner := unwrap(w); inner != nil; inner = unwrap(w) {
+		w = inner
 	}
 	_ = http.NewResponseController(w).SetWriteDeadline(deadline)
 }
