@@ -151,14 +151,26 @@ func startCaddy(t testing.TB, site string, options ...siteOption) *testCaddy {
 }
 
 // reload replaces the configuration; addresses stay. Without options, those of
-// startCaddy hold.
+// startCaddy hold. When it returns, the replaced configuration gets no new
+// connections any more. (Caddy returns sooner: while both listen, the system
+// gives some connections to the old one, and resets those that it has not
+// accepted when it closes.)
 func (c *testCaddy) reload(site string, options ...siteOption) {
 	c.t.Helper()
 	if options == nil {
 		options = c.options
 	}
+	replaced := testListeners.open()
 	if err := c.load(site, options); err != nil {
 		c.t.Fatal(err)
+	}
+	timeout := time.After(patience)
+	for _, ln := range replaced {
+		select {
+		case <-ln.closed:
+		case <-timeout:
+			c.t.Fatalf("the replaced configuration still listens on %v after %v", ln.Addr(), patience)
+		}
 	}
 }
 
@@ -286,8 +298,59 @@ func (c *testCaddy) setAddresses(config []byte) ([]byte, error) {
 		default:
 			return nil, fmt.Errorf("server %s listens on %v", name, listen)
 		}
+		server["listener_wrappers"] = []map[string]string{{"wrapper": "test_listener"}}
 	}
 	return json.Marshal(tree)
+}
+
+func init() {
+	caddy.RegisterModule(listenerWrapper{})
+}
+
+// listenerWrapper is the listener wrapper `test_listener`. It leaves the
+// connections as they are.
+type listenerWrapper struct{}
+
+func (listenerWrapper) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "caddy.listeners.test_listener",
+		New: func() caddy.Module { return listenerWrapper{} },
+	}
+}
+
+func (listenerWrapper) WrapListener(ln net.Listener) net.Listener {
+	watched := &testListener{Listener: ln, closed: make(chan struct{})}
+	testListeners.Store(watched, nil)
+	return watched
+}
+
+// testListener tells when it is closed.
+type testListener struct {
+	net.Listener
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (ln *testListener) Close() error {
+	err := ln.Listener.Close()
+	ln.once.Do(func() {
+		testListeners.Delete(ln)
+		close(ln.closed)
+	})
+	return err
+}
+
+// testListeners are the open ones.
+var testListeners listenerSet
+
+type listenerSet struct{ sync.Map }
+
+func (s *listenerSet) open() (listeners []*testListener) {
+	s.Range(func(ln, _ any) bool {
+		listeners = append(listeners, ln.(*testListener))
+		return true
+	})
+	return listeners
 }
 
 func (c *testCaddy) adminSocket() string {
