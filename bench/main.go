@@ -29,7 +29,7 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/caddy-sse/caddy-sse/internal/measure"
 )
 
 // bench is one run.
@@ -132,7 +132,7 @@ func run() error {
 			return fmt.Errorf("-only: no scenario is called %q", name)
 		}
 	}
-	files, err := raiseFileLimit()
+	files, err := measure.RaiseFileLimit()
 	if err != nil {
 		return err
 	}
@@ -204,25 +204,6 @@ func pointers(numbers []int) []*int {
 		all = append(all, &numbers[i])
 	}
 	return all
-}
-
-// raiseFileLimit is also for the processes that this one starts. As root it
-// raises the hard limit too, where the machine allows that.
-func raiseFileLimit() (int, error) {
-	const enough = 40000
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		return 0, err
-	}
-	if limit.Max < enough {
-		higher := unix.Rlimit{Cur: enough, Max: enough}
-		if syscall.Setrlimit(syscall.RLIMIT_NOFILE, (*syscall.Rlimit)(&higher)) == nil {
-			return enough, nil
-		}
-	}
-	limit.Cur = min(limit.Max, 1<<20)
-	// Not by way of unix, after which Go would give its children the old limit.
-	return int(limit.Cur), syscall.Setrlimit(syscall.RLIMIT_NOFILE, (*syscall.Rlimit)(&limit))
 }
 
 // turns are the systems of a round, each round another one first.

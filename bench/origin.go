@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/caddy-sse/caddy-sse/internal/measure"
 )
 
 // originArgument makes this program the upstream.
@@ -94,7 +96,7 @@ type upstreamStream struct {
 }
 
 func serveOrigin() {
-	if _, err := raiseFileLimit(); err != nil {
+	if _, err := measure.RaiseFileLimit(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 	}
 	orders, results := json.NewDecoder(os.Stdin), json.NewEncoder(os.Stdout)

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -15,6 +14,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/caddy-sse/caddy-sse/internal/measure"
 )
 
 // system is a proxy that takes part.
@@ -35,8 +36,8 @@ type proxy struct {
 	addr    string
 	origin  string
 	command *exec.Cmd
-	output  string // path
-	admin   *http.Client
+	output  string         // path
+	admin   *measure.Caddy // nil if it is no Caddy
 	ended   chan error
 }
 
@@ -101,13 +102,7 @@ func (b *bench) start(group int) (*proxy, error) {
 	}
 	if p.binary == "" {
 		p.binary = b.caddy
-		p.admin = &http.Client{Timeout: 2 * time.Minute, Transport: &http.Transport{
-			DisableKeepAlives: true,
-			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				var dialer net.Dialer
-				return dialer.DialContext(ctx, "unix", filepath.Join(dir, "admin"))
-			},
-		}}
+		p.admin = measure.NewCaddy(filepath.Join(dir, "admin"))
 	}
 	arguments, err := p.configure(p, false)
 	if err != nil {
@@ -156,6 +151,8 @@ func (p *proxy) lastOutput() string {
 	return string(output[max(0, len(output)-4000):])
 }
 
+func (p *proxy) process() measure.Process { return measure.Process(p.command.Process.Pid) }
+
 func (p *proxy) path(name string) string { return filepath.Join(p.dir, name) }
 
 func caddyWith(directive string) func(*proxy, bool) ([]string, error) {
@@ -190,13 +187,13 @@ func reloadCaddy(p *proxy) error {
 	if err != nil {
 		return err
 	}
-	_, err = p.ask(http.MethodPost, "/load", "text/caddyfile", content)
+	_, err = p.admin.Ask(http.MethodPost, "/load", "text/caddyfile", content)
 	return err
 }
 
 // configureNginx sets what nginx's own documentation says of streams.
 func configureNginx(p *proxy, _ bool) ([]string, error) {
-	files, err := raiseFileLimit()
+	files, err := measure.RaiseFileLimit()
 	if err != nil {
 		return nil, err
 	}
@@ -239,7 +236,7 @@ http {
 // configureHAProxy has abortonclose, without which it keeps the descriptors of
 // clients that left, and http-no-delay, without which it keeps events for 200 ms.
 func configureHAProxy(p *proxy, _ bool) ([]string, error) {
-	files, err := raiseFileLimit()
+	files, err := measure.RaiseFileLimit()
 	if err != nil {
 		return nil, err
 	}
@@ -264,11 +261,11 @@ listen all
 
 func signalled(signal syscall.Signal) func(*proxy) error {
 	return func(p *proxy) error {
-		before := fmt.Sprint(p.processes())
+		before := fmt.Sprint(p.process().IDs())
 		if err := p.command.Process.Signal(signal); err != nil {
 			return err
 		}
-		for deadline := time.Now().Add(10 * time.Second); fmt.Sprint(p.processes()) == before; time.Sleep(10 * time.Millisecond) {
+		for deadline := time.Now().Add(10 * time.Second); fmt.Sprint(p.process().IDs()) == before; time.Sleep(10 * time.Millisecond) {
 			if time.Now().After(deadline) {
 				return fmt.Errorf("no new processes after %v", signal)
 			}

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/caddy-sse/caddy-sse/internal/measure"
 )
 
 var scenarios = []struct {
@@ -61,26 +63,26 @@ func (b *bench) quiet() error {
 }
 
 func (b *bench) quietStreams(p *proxy, n int, heartbeats bool, sample func(metric, unit string, value float64)) error {
-	var before goRuntime
+	var before measure.Runtime
 	var err error
 	if p.admin != nil {
-		if before, err = p.goRuntime(); err != nil {
+		if before, err = p.admin.Runtime(); err != nil {
 			return err
 		}
 	}
-	residentBefore, proportionalBefore, err := p.memory()
+	residentBefore, proportionalBefore, err := p.process().Memory()
 	if err != nil {
 		return err
 	}
 	f := b.newFleet(p, "/events")
 	defer f.close()
-	cpuBefore := p.cpu()
+	cpuBefore := p.process().CPU()
 	if err := f.openAll(b.context, n); err != nil {
 		return err
 	}
 	time.Sleep(settle)
-	cpu := p.cpu() - cpuBefore
-	resident, proportional, err := p.memory()
+	cpu := p.process().CPU() - cpuBefore
+	resident, proportional, err := p.process().Memory()
 	if err != nil {
 		return err
 	}
@@ -88,16 +90,16 @@ func (b *bench) quietStreams(p *proxy, n int, heartbeats bool, sample func(metri
 	sample("resident per stream", "KiB", (resident-residentBefore)/streams/kiB)
 	sample("proportional per stream", "KiB", (proportional-proportionalBefore)/streams/kiB)
 	if p.admin != nil {
-		after, err := p.goRuntime()
+		after, err := p.admin.Runtime()
 		if err != nil {
 			return err
 		}
-		heap, stacks := (after.heap-before.heap)/streams/kiB, (after.stacks-before.stacks)/streams/kiB
+		heap, stacks := (after.Heap-before.Heap)/streams/kiB, (after.Stacks-before.Stacks)/streams/kiB
 		sample("heap + stacks per stream", "KiB", heap+stacks)
 		sample("live heap per stream", "KiB", heap)
 		sample("stacks per stream", "KiB", stacks)
-		sample("goroutines per stream", "", (after.goroutines-before.goroutines)/streams)
-		sample("allocations to open a stream", "", (after.allocations-before.allocations)/streams)
+		sample("goroutines per stream", "", (after.Goroutines-before.Goroutines)/streams)
+		sample("allocations to open a stream", "", (after.Allocations-before.Allocations)/streams)
 	}
 	sample("CPU to open a stream", "µs", microseconds(cpu)/streams)
 	if heartbeats && p.admin != nil {
@@ -118,9 +120,9 @@ func (b *bench) quietStreams(p *proxy, n int, heartbeats bool, sample func(metri
 }
 
 func (b *bench) heartbeats(p *proxy, f *fleet, sample func(metric, unit string, value float64)) error {
-	cpuBefore, beatsBefore, start := p.cpu(), f.counts().Heartbeats, time.Now()
+	cpuBefore, beatsBefore, start := p.process().CPU(), f.counts().Heartbeats, time.Now()
 	time.Sleep(b.settings.Beats)
-	cpu, beats, took := p.cpu()-cpuBefore, f.counts().Heartbeats-beatsBefore, time.Since(start)
+	cpu, beats, took := p.process().CPU()-cpuBefore, f.counts().Heartbeats-beatsBefore, time.Since(start)
 	sample("CPU while quiet", "% of one", 100*float64(cpu)/float64(took))
 	sample("heartbeats per second", "", float64(beats)/took.Seconds())
 	if beats > 0 {
@@ -192,13 +194,13 @@ func (b *bench) window(p *proxy, f *fleet, sample func(metric, unit string, valu
 	var err error
 	var countBefore, sizeBefore float64
 	if p.admin != nil {
-		if countBefore, sizeBefore, err = p.allocations(); err != nil {
+		if countBefore, sizeBefore, err = p.admin.Allocations(); err != nil {
 			return err
 		}
 	}
 	interval := time.Duration(b.settings.Streams) * time.Second / time.Duration(b.settings.Rate)
 	rounds := max(1, int(b.settings.Window/interval))
-	cpuBefore := p.cpu()
+	cpuBefore := p.process().CPU()
 	answer, err := b.origin.do(order{Group: p.group, Do: "send", Rounds: rounds, Interval: interval})
 	if err != nil {
 		return err
@@ -210,10 +212,10 @@ func (b *bench) window(p *proxy, f *fleet, sample func(metric, unit string, valu
 	if err != nil {
 		return err
 	}
-	cpu, events := p.cpu()-cpuBefore, float64(answer.Sent)
+	cpu, events := p.process().CPU()-cpuBefore, float64(answer.Sent)
 	var count, size float64
 	if p.admin != nil {
-		if count, size, err = p.allocations(); err != nil {
+		if count, size, err = p.admin.Allocations(); err != nil {
 			return err
 		}
 	}
@@ -244,7 +246,7 @@ func (b *bench) burst() error {
 		time.Sleep(2 * time.Second)
 		var half, most, all, cpu []float64
 		for i := -1; i < b.settings.Bursts; i++ { // the first is not counted
-			cpuBefore := p.cpu()
+			cpuBefore := p.process().CPU()
 			answer, err := b.origin.do(order{Group: p.group, Do: "burst"})
 			if err != nil {
 				return err
@@ -261,7 +263,7 @@ func (b *bench) burst() error {
 				half = append(half, microseconds(quantile(took, 0.5))/ms)
 				most = append(most, microseconds(quantile(took, 0.99))/ms)
 				all = append(all, microseconds(took[len(took)-1])/ms)
-				cpu = append(cpu, microseconds(p.cpu()-cpuBefore)/float64(n))
+				cpu = append(cpu, microseconds(p.process().CPU()-cpuBefore)/float64(n))
 			}
 			time.Sleep(500 * time.Millisecond)
 		}
@@ -283,8 +285,8 @@ func (b *bench) churn() error {
 		if err := b.origin.awaitNone(p.group, 20*time.Second); err != nil {
 			return err
 		}
-		filesBefore := p.files()
-		cpuBefore, start := p.cpu(), time.Now()
+		filesBefore := p.process().Files()
+		cpuBefore, start := p.process().CPU(), time.Now()
 		if err := b.churnStreams(p, n); err != nil {
 			return err
 		}
@@ -292,11 +294,11 @@ func (b *bench) churn() error {
 		if err := b.origin.awaitNone(p.group, 20*time.Second); err != nil {
 			return err
 		}
-		sample("CPU per stream", "µs", microseconds(p.cpu()-cpuBefore)/float64(n))
+		sample("CPU per stream", "µs", microseconds(p.process().CPU()-cpuBefore)/float64(n))
 		sample("streams per second", "", float64(n)/took.Seconds())
 		var files int
 		for range 50 {
-			if files = p.files() - filesBefore; files <= 0 {
+			if files = p.process().Files() - filesBefore; files <= 0 {
 				break
 			}
 			time.Sleep(100 * time.Millisecond)
@@ -365,19 +367,19 @@ func (b *bench) reload() error {
 			return err
 		}
 		time.Sleep(settle)
-		residentBefore, _, err := p.memory()
+		residentBefore, _, err := p.process().Memory()
 		if err != nil {
 			return err
 		}
-		cpuBefore, start := p.cpu(), time.Now()
+		cpuBefore, start := p.process().CPU(), time.Now()
 		if err := p.reload(p); err != nil {
 			return err
 		}
 		sample("reload returns after", "ms", float64(time.Since(start).Milliseconds()))
 		time.Sleep(time.Until(start.Add(watched)))
 		opening.Wait()
-		cpu := p.cpu() - cpuBefore
-		resident, _, err := p.memory()
+		cpu := p.process().CPU() - cpuBefore
+		resident, _, err := p.process().Memory()
 		if err != nil {
 			return err
 		}
@@ -395,7 +397,7 @@ func (b *bench) reload() error {
 		}
 		sample("CPU", "s", cpu.Seconds())
 		sample("resident grew by", "MiB", (resident-residentBefore)/kiB/kiB)
-		sample("processes", "", float64(len(p.processes())))
+		sample("processes", "", float64(len(p.process().IDs())))
 		f.mutex.Lock()
 		f.ended = nil
 		f.mutex.Unlock()
@@ -460,7 +462,7 @@ func (b *bench) profile(dir string) error {
 func (p *proxy) profileWhile(path string, do func() error) error {
 	profile := make(chan error, 1)
 	go func() {
-		content, err := p.ask(http.MethodGet, "/debug/pprof/profile?seconds=10", "", nil)
+		content, err := p.admin.Ask(http.MethodGet, "/debug/pprof/profile?seconds=10", "", nil)
 		if err == nil {
 			err = os.WriteFile(path, content, 0o644)
 		}
