@@ -314,7 +314,7 @@ type listenerWrapper struct{}
 func (listenerWrapper) CaddyModule() caddy.ModuleInfo {
 	return caddy.ModuleInfo{
 		ID:  "caddy.listeners.test_listener",
-		New: func() caddy.Module { return listenerWrapper{} },
+		New: func() caddy.Module { return new(listenerWrapper) },
 	}
 }
 
