@@ -4,9 +4,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -17,12 +19,27 @@ import (
 // their headers to a map of their own, as they do so without our lock.
 type early struct {
 	header http.Header // of the handlers behind; starts as the site's
+	upload *upload     // nil: there is none that could be in the way
 
 	// mu guards what follows, and the client's header map until it is settled.
 	mu      sync.Mutex
 	timer   *time.Timer
 	stream  *stream // nil: not started
 	settled bool    // it does not start any more
+}
+
+// upload is the body of a request. It knows when it has been read to its end.
+type upload struct {
+	io.ReadCloser
+	read atomic.Bool
+}
+
+func (u *upload) Read(p []byte) (int, error) {
+	n, err := u.ReadCloser.Read(p)
+	if err == io.EOF {
+		u.read.Store(true)
+	}
+	return n, err
 }
 
 // startsEarly reports whether a stream may start before its upstream answers.
@@ -45,13 +62,11 @@ func (rw *response) startEarly() {
 	s.id = newID(s.ctx)
 	adoptID(s.ctx, s.id)
 
-	if rw.r.ProtoMajor == 1 && rw.r.ContentLength != 0 {
-		// Else net/http takes what is left of the request's body from the
-		// upstream when the headers go out. Where this is not supported there is
-		// no such habit.
-		_ = http.NewResponseController(rw.w).EnableFullDuplex()
-	}
 	e := &early{header: rw.w.Header().Clone()}
+	if rw.r.ProtoMajor == 1 && rw.r.ContentLength != 0 {
+		e.upload = &upload{ReadCloser: rw.r.Body}
+		rw.r.Body = e.upload
+	}
 	rw.rarely().early = e
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -74,6 +89,15 @@ func (e *early) start(s *stream, place reservation) {
 	header := s.w.Header()
 	header["Content-Type"] = []string{eventStreamType}
 	s.h.headers.apply(header)
+	if e.upload != nil && !e.upload.read.Load() {
+		// Else net/http takes what is left of the request's body from the
+		// upstream when the headers go out. And as it may panic on the next
+		// request of a connection where some of it is left in the end, there is
+		// no next one. Where this is not supported there is no such habit.
+		if http.NewResponseController(s.w).EnableFullDuplex() == nil {
+			header["Connection"] = []string{"close"}
+		}
+	}
 	s.begin(place)
 }
 

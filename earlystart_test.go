@@ -528,3 +528,63 @@ func TestAnEarlyStartTakesNothingOfTheRequestsBody(t *testing.T) {
 		}
 	}
 }
+
+// A body that nobody reads to its end must not harm the connection: net/http
+// panics on the next request of one that is full duplex.
+func TestARequestBodyThatIsNotReadDoesNotHarmItsConnection(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		time.Sleep(60 * time.Millisecond) // the delay is over
+		w.Header().Set("Content-Type", eventStream)
+		io.WriteString(w, "data: 1\n\n")
+	})
+	for name, test := range map[string]struct {
+		directives, want string
+		closes           bool
+	}{
+		"an answer in time": {"respond in_time 200", "in_time", false},
+		// Nobody accepts, and reverse_proxy tries again for a while.
+		"an early start": {"reverse_proxy 127.0.0.1:1 {\nlb_try_duration 100ms\nlb_try_interval 10ms\n}",
+			errorEvent("the upstream did not answer"), true},
+		"an early start behind the body": {"reverse_proxy " + up.addr, "data: 1\n\n", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := startCaddy(t, "sse {\nearly_start 30ms\n}\n"+test.directives)
+			conn, err := net.Dial("tcp", c.addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(patience))
+			in := bufio.NewReader(conn)
+			for range 3 {
+				io.WriteString(conn, "POST / HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n")
+				res, err := http.ReadResponse(in, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				body, err := io.ReadAll(res.Body)
+				if err != nil || res.StatusCode != 200 || !strings.HasSuffix(string(body), test.want) {
+					t.Errorf("got %d %q, %v", res.StatusCode, body, err)
+				}
+				if res.Close != test.closes {
+					t.Errorf("the connection closes: %v", res.Close)
+				}
+				if res.Close {
+					break
+				}
+			}
+			if test.closes {
+				if _, err := in.Peek(1); err != io.EOF {
+					t.Errorf("the connection: %v", err)
+				}
+			}
+			for _, entry := range c.logs() {
+				if entry["logger"] == "http.stdlib" || strings.Contains(entry.message(), "panic") {
+					t.Errorf("logged: %v", entry)
+				}
+			}
+		})
+	}
+}
