@@ -107,7 +107,7 @@ func (h *Handler) drainOver(window time.Duration, stop func() bool) bool {
 		if waitUntil(start+instant(due), stop); stop() {
 			return false
 		}
-		s.end(drained)
+		s.endDrained()
 	}
 	// Who opens a stream from now on ends it in time (joinDrain), but would not
 	// notice that the process exits.
@@ -141,7 +141,15 @@ func (s *stream) joinDrain() {
 		return
 	}
 	left := max(time.Duration(until-now()), 0)
-	time.AfterFunc(rand.N(left+1), func() { s.end(drained) })
+	time.AfterFunc(rand.N(left+1), s.endDrained)
+}
+
+// endDrained ends a stream whose turn in a window has come, unless its body has
+// turned out meanwhile to be none that can be resumed.
+func (s *stream) endDrained() {
+	if s.resumes() {
+		s.end(drained)
+	}
 }
 
 // awaitDrains waits for the streams that drains still end. Where the current

@@ -9,12 +9,15 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 	"weak"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
 const acceptStream = "Accept: text/event-stream"
@@ -298,6 +301,48 @@ func TestReloadsWithinTheWindowDrainEachTheirOwn(t *testing.T) {
 	after := c.open(t, c.client("h2"), up, "/after", acceptStream)
 	after.call.send("data: 1\n\n")
 	after.body.expect(t, "data: 1\n\n")
+}
+
+func TestABodyThatTurnsOutToBeJSONIsNotDrained(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		config := silent()
+		config.Drain = &caddysse.Drain{Reload: caddy.Duration(10 * time.Second)}
+		h := provision(t, config)
+		begin, end := make(chan struct{}), make(chan struct{})
+		var group sync.WaitGroup
+		var clients []*client
+		open := func() {
+			c := newClient(t)
+			clients = append(clients, c)
+			group.Go(func() {
+				err := serve(h, c, get(eventStream), stream(func(w http.ResponseWriter) {
+					<-begin
+					write(t, w, "{")
+					<-end
+					write(t, w, "}")
+				}))
+				if err != nil {
+					t.Error(err)
+				}
+			})
+			synctest.Wait()
+		}
+		for range 5 {
+			open()
+		}
+		group.Go(h.DrainStreams)
+		synctest.Wait() // who ends when is settled
+		open()
+		close(begin)
+		time.Sleep(time.Minute)
+		close(end)
+		group.Wait()
+		for _, c := range clients {
+			if c.body.String() != "{}" {
+				t.Errorf("got %q", c.body.String())
+			}
+		}
+	})
 }
 
 func TestDrainOffEndsNobody(t *testing.T) {

@@ -5,3 +5,6 @@ var (
 	ListCommand  = listCommand
 	CloseCommand = closeCommand
 )
+
+// DrainStreams is what the handler does when its server begins to stop.
+func (h *Handler) DrainStreams() { h.drainStreams() }

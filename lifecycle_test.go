@@ -28,6 +28,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	caddysse "github.com/caddy-sse/caddy-sse"
+	"github.com/caddy-sse/caddy-sse/internal/eventstream/eventstreamtest"
 )
 
 const eventStream = "text/event-stream"
@@ -626,6 +627,24 @@ func TestWhatAClientCanNotReadIsTold(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestTheFiguresOfABodyDoNotDependOnItsPieces(t *testing.T) {
+	for _, body := range eventstreamtest.Bodies() {
+		if body.Text == "" || len(body.Text) > 1<<14 {
+			continue
+		}
+		whole := closedFieldsOf(t, get(eventStream), body.Text)
+		bytes := closedFieldsOf(t, get(eventStream), strings.Split(body.Text, "")...)
+		for _, field := range []string{"events", "bytes", "last_event_id", "incomplete_event", "invalid_utf8"} {
+			if whole[field] != bytes[field] {
+				t.Errorf("%s: %s is %v in one piece, %v in small ones", body.Name, field, whole[field], bytes[field])
+			}
+		}
+		if want := len(eventstreamtest.Parse([]byte(body.Text)).Events); fmt.Sprint(whole["events"]) != fmt.Sprint(want) {
+			t.Errorf("%s: %v events, a client gets %d", body.Name, whole["events"], want)
+		}
 	}
 }
 

@@ -308,12 +308,13 @@ func (s *stream) noteLocked(p []byte) []byte {
 	defer s.facts.Unlock()
 	s.longestGap = max(s.longestGap, age-s.lastBytes)
 	s.lastBytes = age
-	if s.body == eventStreamBody {
-		if s.ending.Load() != 0 {
-			p = p[:s.scan.ScanToBoundary(p)]
-		} else {
-			s.scan.Scan(p)
-		}
+	switch {
+	case s.body == encodedBody:
+	case s.body == eventStreamBody && s.ending.Load() != 0:
+		p = p[:s.scan.ScanToBoundary(p)]
+	default:
+		// What looks like JSON too: its client reads what it says it is.
+		s.scan.Scan(p)
 	}
 	s.bytes += uint64(len(p))
 	return p
