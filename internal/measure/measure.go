@@ -162,7 +162,18 @@ func (c *Caddy) Allocations() (count, size float64, err error) {
 	return variables.MemStats.Mallocs, variables.MemStats.TotalAlloc, err
 }
 
-// Ask calls the admin API. An answer other than 200 is an error.
+// StatusError is an answer other than 2xx.
+type StatusError struct {
+	Path   string
+	Status int
+	Answer string
+}
+
+func (e *StatusError) Error() string {
+	return fmt.Sprintf("%s: status %d: %s", e.Path, e.Status, e.Answer)
+}
+
+// Ask calls the admin API. An answer other than 2xx is a *StatusError.
 func (c *Caddy) Ask(method, path, contentType string, body []byte) ([]byte, error) {
 	request, err := http.NewRequest(method, "http://127.0.0.1"+path, bytes.NewReader(body))
 	if err != nil {
@@ -177,14 +188,15 @@ func (c *Caddy) Ask(method, path, contentType string, body []byte) ([]byte, erro
 	}
 	defer response.Body.Close()
 	answer, err := io.ReadAll(response.Body)
-	if err == nil && response.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s: %s: %s", path, response.Status, answer)
+	if err == nil && response.StatusCode/100 != 2 {
+		err = &StatusError{Path: path, Status: response.StatusCode, Answer: string(answer)}
 	}
 	return answer, err
 }
 
-// RaiseFileLimit lets this process open as many files as the machine allows, and
-// says how many. It is also for the processes that this one starts. As root it raises the hard limit too, where the machine allows that.
+// RaiseFileLimit lets this process, and those that it starts, open as many files
+// as the machine allows, and says how many. As root it raises the hard limit
+// too, where the machine allows that.
 func RaiseFileLimit() (int, error) {
 	const enough = 40000
 	var limit unix.Rlimit
