@@ -165,7 +165,7 @@ func awaitDrains() {
 		var last time.Duration
 		for _, s := range live.streams() {
 			if s.h.drain.exit > 0 && s.resumes() {
-				last = max(last, exitWatch+s.h.drain.exit+endPatience)
+				last = max(last, exitWatch+s.h.drain.exit+endPatience+writePatience)
 			}
 		}
 		if time.Duration(now()-start) >= last {

@@ -345,6 +345,37 @@ func TestABodyThatTurnsOutToBeJSONIsNotDrained(t *testing.T) {
 	})
 }
 
+// An end that comes to a stream in the instant of a write is no reason to break
+// that off.
+func TestAnEarlyEndWaitsForTheWriteThatIsOnItsWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		config := silent()
+		config.Drain = &caddysse.Drain{Reload: caddy.Duration(time.Millisecond)}
+		h := provision(t, config)
+		c := newClient(t)
+		var group sync.WaitGroup
+		group.Go(func() {
+			panicked, err := serveRecovering(h, c, get(eventStream), stream(func(w http.ResponseWriter) {
+				write(t, w, "data: ha")
+				time.Sleep(990 * time.Millisecond)
+				c.stall = make(chan struct{})
+				time.AfterFunc(20*time.Millisecond, func() { close(c.stall) })
+				write(t, w, "lf") // when the patience with the event is over
+				time.Sleep(time.Minute)
+			}))
+			if panicked != nil || err != nil {
+				t.Errorf("the handler left with %v, %v", panicked, err)
+			}
+		})
+		synctest.Wait()
+		h.DrainStreams()
+		group.Wait()
+		if c.body.String() != "data: half" {
+			t.Errorf("got %q", c.body.String())
+		}
+	})
+}
+
 func TestDrainOffEndsNobody(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)

@@ -31,6 +31,10 @@ const slowWrite = 100 * time.Millisecond
 // endPatience is how long an early end waits for the event that is on its way.
 const endPatience = time.Second
 
+// writePatience is how long it then waits for the write that is on its way: most
+// end in a moment, and only one that blocks is broken off.
+const writePatience = 50 * time.Millisecond
+
 // bodyKind says what a stream's body is, and with it whether frames may go.
 type bodyKind uint8
 
@@ -87,6 +91,7 @@ type stream struct {
 
 	// These are guarded by facts.
 	gone    bool // the ResponseWriter must not be touched from outside any more
+	hurried bool // an early end does not wait for an event boundary any more
 	broken  bool // its write was broken off by an early end
 	waiting bool // started early: the upstream has not answered
 
@@ -515,17 +520,20 @@ func (s *stream) end(why reason) bool {
 // endNow ends the stream without waiting for an event or for the client.
 func (s *stream) endNow(why reason) {
 	s.ending.CompareAndSwap(0, uint32(why))
-	s.cutAnyway()
+	s.breakOff()
 }
 
-// cutAtBoundary cuts a stream that is to end where that harms no event.
-// Whoever holds mu does it on giving it back.
+// cutAtBoundary cuts a stream that is to end where that harms no event, or where
+// it is if that took too long. Whoever holds mu does it on giving it back.
 func (s *stream) cutAtBoundary() (done bool) {
 	if !s.mu.TryLock() {
 		return false
 	}
 	defer s.mu.Unlock()
-	if place := s.scan.Place(); s.body == eventStreamBody && place != eventstream.Start && place != eventstream.Boundary {
+	s.facts.Lock()
+	hurried := s.hurried
+	s.facts.Unlock()
+	if place := s.scan.Place(); !hurried && s.body == eventStreamBody && place != eventstream.Start && place != eventstream.Boundary {
 		return false
 	}
 	s.cutLocked()
@@ -535,6 +543,16 @@ func (s *stream) cutAtBoundary() (done bool) {
 // cutAnyway is the end of the patience with an upstream in mid-event or with a
 // client that takes no bytes.
 func (s *stream) cutAnyway() {
+	s.facts.Lock()
+	s.hurried = true
+	s.facts.Unlock()
+	if !s.cutAtBoundary() {
+		time.AfterFunc(writePatience, s.breakOff)
+	}
+}
+
+// breakOff cuts the stream, and a write that is in the way.
+func (s *stream) breakOff() {
 	if s.mu.TryLock() {
 		s.cutLocked()
 		s.mu.Unlock()
@@ -548,7 +566,7 @@ func (s *stream) cutAnyway() {
 	s.broken = true
 	breakWrite(s.w)
 	s.cancel(errStreamEnded)
-	time.AfterFunc(endPatience, s.cutAnyway) // a writer between two pieces may have set a deadline of its own
+	time.AfterFunc(endPatience, s.breakOff) // a writer between two pieces may have set a deadline of its own
 }
 
 func (s *stream) cutLocked() {
