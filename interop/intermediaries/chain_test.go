@@ -17,6 +17,8 @@ import (
 	"github.com/caddy-sse/caddy-sse/interop/harness"
 )
 
+func TestMain(m *testing.M) { harness.Main(m) }
+
 const (
 	ticks    = 8
 	tickTime = 300 * time.Millisecond

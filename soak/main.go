@@ -1,0 +1,348 @@
+//go:build linux
+
+// Command soak runs Caddy with this module for a long time under bad
+// conditions, and looks whether anything is lost or left behind. From the root
+// of the checkout:
+//
+//	go run ./soak            # a minute, and half of one around it
+//	go run ./soak -for 30m
+//
+// 3,000 streams over HTTP/1.1, 2 and 3 carry random bodies in random pieces, in
+// every heartbeat style. Their clients come and go, and some stall; meanwhile
+// the upstream is killed, the configuration is reloaded, and streams are ended
+// through the admin API. In the end
+//
+//   - every client's parser has seen the upstream's events, ids and reconnection
+//     times, as far as its stream went;
+//   - every stream was logged once, with a reason that explains what its client
+//     saw, and the metrics agree at every scrape;
+//   - Caddy's heap, goroutines and descriptors are where they were.
+//
+// It exits with 1 if they are not.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/caddy-sse/caddy-sse/internal/measure"
+)
+
+func main() {
+	if len(os.Args) == 3 && os.Args[1] == upstreamArgument {
+		fmt.Fprintln(os.Stderr, "soak's upstream:", serveUpstream(os.Args[2]))
+		os.Exit(1)
+	}
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, "soak:", err)
+		os.Exit(1)
+	}
+}
+
+// warmUp is what Caddy gets before it is measured for the first time, so that
+// what it makes once is there.
+const warmUp = 15 * time.Second
+
+// soak is one run.
+type soak struct {
+	streams  int
+	seed     uint64
+	upstream *upstream
+	proxy    *proxy
+	book     *ledger
+	crowd    *crowd
+	last     map[string]float64 // scrape
+	kills    int
+}
+
+func run() error {
+	length := flag.Duration("for", time.Minute, "how long, without the start and the end")
+	streams := flag.Int("streams", 3000, "streams at a time")
+	binary := flag.String("caddy", "", "a Caddy binary with the module, instead of one that is built from the checkout")
+	seed := flag.Uint64("seed", rand.Uint64(), "of what is drawn")
+	flag.Parse()
+
+	files, err := measure.RaiseFileLimit()
+	if err != nil {
+		return err
+	}
+	if most := (files - 500) / 3; *streams > most {
+		return fmt.Errorf("-streams: at most %d here, as a process may have %d open files", most, files)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	dir, err := os.MkdirTemp("", "soak")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	if *binary == "" {
+		*binary = filepath.Join(dir, "caddy")
+		fmt.Println("building Caddy")
+		if out, err := exec.CommandContext(ctx, "go", "build", "-o", *binary, "./cmd/caddy").CombinedOutput(); err != nil {
+			return fmt.Errorf("go build ./cmd/caddy, which wants the root of the checkout: %w\n%s", err, out)
+		}
+	} else if *binary, err = filepath.Abs(*binary); err != nil {
+		return err
+	}
+
+	s := &soak{streams: *streams, seed: *seed, book: newLedger(), upstream: new(upstream)}
+	fmt.Printf("%v with %d streams, seed %d\n", *length, s.streams, s.seed)
+	if err := s.upstream.start(); err != nil {
+		return err
+	}
+	defer func() { s.upstream.kill() }()
+	if s.proxy, err = startProxy(*binary, dir, s.upstream.addr, s.book); err != nil {
+		return err
+	}
+	s.crowd = &crowd{proxy: s.proxy, book: s.book}
+	return errors.Join(s.phases(ctx, *length), s.finish())
+}
+
+func (s *soak) phases(ctx context.Context, length time.Duration) error {
+	before, err := s.phase(ctx, "warm-up", warmUp)
+	if err != nil {
+		return err
+	}
+	after, err := s.phase(ctx, "soak", length)
+	if err != nil {
+		return err
+	}
+	fmt.Println()
+	fmt.Println(sampleHeader)
+	fmt.Println(before.line("before, idle"))
+	fmt.Println(after.line("after, idle"))
+	return s.compare(before, after)
+}
+
+// compare allows for what is there or not by chance.
+func (s *soak) compare(before, after sample) error {
+	var errs []error
+	for _, c := range []struct {
+		what          string
+		before, after float64
+		slack         float64
+	}{
+		{"heap", before.Heap, after.Heap, 2<<20 + before.Heap/10},
+		{"stacks", before.Stacks, after.Stacks, 2<<20 + before.Stacks/10},
+		{"goroutines", before.Goroutines, after.Goroutines, 10},
+		{"descriptors", float64(before.files), float64(after.files), 10},
+	} {
+		if c.after > c.before+c.slack {
+			errs = append(errs, fmt.Errorf("%s: %.0f before, %.0f after", c.what, c.before, c.after))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// phase is a time of trouble and the calm behind it, in which it measures.
+func (s *soak) phase(ctx context.Context, name string, length time.Duration) (sample, error) {
+	trouble, end := context.WithTimeout(ctx, length)
+	defer end()
+	var group sync.WaitGroup
+	s.seed++
+	group.Go(func() { s.crowd.run(trouble, s.streams, s.seed) })
+	errs := make(chan error, 3)
+	for _, job := range []func(context.Context) error{s.troubles, s.administer, s.watch(name, length)} {
+		group.Go(func() {
+			if err := job(trouble); err != nil {
+				errs <- err
+				end()
+			}
+		})
+	}
+	group.Wait()
+	select {
+	case err := <-errs:
+		return sample{}, fmt.Errorf("%s: %w", name, err)
+	default:
+	}
+	if err := ctx.Err(); err != nil {
+		return sample{}, err
+	}
+	// A new upstream, so that the connections to the old one are gone.
+	s.upstream.kill()
+	if err := s.upstream.start(); err != nil {
+		return sample{}, err
+	}
+	return s.calm()
+}
+
+// calm waits until no stream is open and nothing changes any more.
+func (s *soak) calm() (last sample, err error) {
+	same := 0
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(500 * time.Millisecond) {
+		if err := s.scrape(); err != nil {
+			return last, err
+		}
+		now, err := s.sample()
+		if err != nil {
+			return last, err
+		}
+		if s.last["streams"] == 0 && now.Goroutines == last.Goroutines && now.files == last.files {
+			same++
+		} else {
+			same = 0
+		}
+		last = now
+		if same == 6 {
+			return last, nil
+		}
+		if time.Now().After(deadline) {
+			return last, fmt.Errorf("no calm within a minute: %.0f streams, %s", s.last["streams"], last.line(""))
+		}
+	}
+}
+
+// troubles reloads the configuration and kills the upstream.
+func (s *soak) troubles(ctx context.Context) error {
+	for i := 1; pause(ctx, time.Second); i++ {
+		if i%13 == 0 {
+			if err := s.proxy.reload(); err != nil {
+				return err
+			}
+		}
+		if i%29 == 10 {
+			s.book.upstreamDies()
+			s.upstream.kill()
+			s.kills++
+			pause(ctx, 500*time.Millisecond)
+			if err := s.upstream.start(); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// administer ends streams, two a second.
+func (s *soak) administer(ctx context.Context) error {
+	for pause(ctx, 2*time.Second) {
+		list, err := s.proxy.list(2000)
+		if err != nil {
+			return err
+		}
+		for range min(4, len(list.Streams)) {
+			if err := s.proxy.end(list.Streams[rand.IntN(len(list.Streams))].ID); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// watch scrapes, and prints ten lines of figures.
+func (s *soak) watch(name string, length time.Duration) func(context.Context) error {
+	return func(ctx context.Context) error {
+		fmt.Printf("\n%s, %v\n%s\n", name, length, sampleHeader)
+		start, every, next := time.Now(), length/10, length/10
+		for pause(ctx, time.Second) {
+			if err := s.scrape(); err != nil {
+				return err
+			}
+			took := time.Since(start)
+			if took < next {
+				continue
+			}
+			next += every
+			now, err := s.sample()
+			if err != nil {
+				return err
+			}
+			fmt.Println(now.line(fmt.Sprint(took.Round(time.Second))))
+		}
+		return nil
+	}
+}
+
+// scrape wants every stream to be in the metrics exactly once, and no counter to
+// go backwards.
+func (s *soak) scrape() error {
+	now, err := s.proxy.scrape()
+	if err != nil {
+		return err
+	}
+	if now["streams_opened_total"] != now["streams_closed_total"]+now["streams"] {
+		s.book.problem("scraped: %.0f streams opened, %.0f closed, %.0f open", now["streams_opened_total"], now["streams_closed_total"], now["streams"])
+	}
+	for name, value := range now {
+		if name != "streams" && value < s.last[name] {
+			s.book.problem("scraped: %s went from %.0f to %.0f", name, s.last[name], value)
+		}
+	}
+	s.last = now
+	return nil
+}
+
+// finish ends Caddy and settles the accounts.
+func (s *soak) finish() error {
+	err := s.proxy.stop()
+	atLeast, atMost := s.book.settle()
+	if answered := int(s.last["reconnects_answered_total"]); answered < atLeast || answered > atMost {
+		s.book.problem("%d answers asked to come back, clients saw %d to %d", answered, atLeast, atMost)
+	}
+	b := s.book
+	for name, closed := range s.last {
+		if reason, ok := strings.CutPrefix(name, "closed/"); ok && b.reasons[reason] != int(closed) {
+			b.problem("%d streams were logged as %s, the metrics have %.0f", b.reasons[reason], reason, closed)
+		}
+	}
+	for _, reason := range []string{"upstream_closed", "upstream_error", "client_closed", "write_timeout", "max_duration", "drained", "admin"} {
+		if b.reasons[reason] == 0 {
+			b.problem("no stream ended as %s, so nothing was shown of that", reason)
+		}
+	}
+
+	fmt.Printf("\n%d streams compared, %d events, %d MB; %d reloads, %d kills, %d requests refused, %d without an answer\n",
+		b.judged, b.events, b.received>>20, s.proxy.reloads, s.kills, s.crowd.refused.Load(), s.crowd.unopened.Load())
+	var reasons []string
+	for reason, n := range b.reasons {
+		reasons = append(reasons, fmt.Sprintf("%s %d", reason, n))
+	}
+	slices.Sort(reasons)
+	fmt.Println(strings.Join(reasons, ", "))
+	for _, problem := range b.problems {
+		err = errors.Join(err, errors.New(problem))
+	}
+	if b.more > 0 {
+		err = errors.Join(err, fmt.Errorf("and %d more", b.more))
+	}
+	return err
+}
+
+// sample are figures of Caddy's process.
+type sample struct {
+	measure.Runtime
+	streams  int64
+	files    int
+	resident float64
+}
+
+const sampleHeader = "                streams   heap MiB  stacks MiB  goroutines  descriptors  resident MiB"
+
+func (s sample) line(title string) string {
+	const mib = 1 << 20
+	return fmt.Sprintf("%-14s %8d %10.1f %11.1f %11.0f %12d %13.1f", title, s.streams, s.Heap/mib, s.Stacks/mib, s.Goroutines, s.files, s.resident/mib)
+}
+
+func (s *soak) sample() (now sample, err error) {
+	now.streams = s.crowd.open.Load()
+	if now.Runtime, err = s.proxy.admin.Runtime(); err != nil {
+		return now, err
+	}
+	now.files = s.proxy.process().Files()
+	now.resident, _, err = s.proxy.process().Memory()
+	return now, err
+}
