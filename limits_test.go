@@ -120,7 +120,7 @@ func TestARefusalGoesThroughTheSitesErrorHandlers(t *testing.T) {
 			respond "full: {err.message}" 503
 		}`, withAdmin())
 	cl := c.client("h1")
-	c.open(t, cl, up, "/1", acceptStream)
+	defer c.open(t, cl, up, "/1", acceptStream).exchange.leave()
 	for _, method := range []string{"GET", "POST"} {
 		e := cl.begin(cl.request(t, method, "/2", nil, acceptStream))
 		if method == "POST" {
