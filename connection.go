@@ -83,6 +83,25 @@ func withConnection(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, connectionKey{}, &connection{socket: socket})
 }
 
+// unsentLimit is what the kernel takes from a stream beyond what it can send:
+// enough to keep a fast client busy.
+const unsentLimit = 128 << 10
+
+// limitUnsent keeps the kernel from taking megabytes for a client that is slow,
+// of which it lets the writer know only when a third has been taken: such a
+// client would look like one that takes nothing. Where there is no such limit, it
+// does look so. It is made for caddyhttp.Server.RegisterConnContext.
+func limitUnsent(ctx context.Context, c net.Conn) context.Context {
+	socket := tcpSocket(c)
+	if socket == nil {
+		return ctx
+	}
+	if raw, err := socket.SyscallConn(); err == nil {
+		_ = raw.Control(func(fd uintptr) { _ = setUnsentLimit(int(fd), unsentLimit) })
+	}
+	return ctx
+}
+
 // connectionOf returns the connection of a request, nil where it is not TCP
 // (HTTP/3, Unix sockets) or not known.
 func connectionOf(ctx context.Context) *connection {

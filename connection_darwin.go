@@ -25,6 +25,12 @@ func setUserTimeout(fd int, timeout time.Duration) error {
 	return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_RXT_CONNDROPTIME, roundUp(timeout, time.Second))
 }
 
+// setUnsentLimit sets a socket's TCP_NOTSENT_LOWAT (netinet/tcp.h): how many bytes
+// a writer may be ahead of what has been sent.
+func setUnsentLimit(fd, limit int) error {
+	return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, limit)
+}
+
 // States of a connection (netinet/tcp_fsm.h); TCP_CONNECTION_INFO tells them.
 const (
 	tcpsClosed      = 0

@@ -25,6 +25,12 @@ func setUserTimeout(fd int, timeout time.Duration) error {
 	return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, roundUp(timeout, time.Millisecond))
 }
 
+// setUnsentLimit sets a socket's TCP_NOTSENT_LOWAT (Linux 3.12): how many bytes a
+// writer may be ahead of what has been sent.
+func setUnsentLimit(fd, limit int) error {
+	return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, limit)
+}
+
 // States of a connection (include/net/tcp_states.h); TCP_INFO tells them.
 const (
 	tcpEstablished = 1

@@ -20,3 +20,5 @@ func userTimeout(int) (time.Duration, error) { return 0, errors.ErrUnsupported }
 func setUserTimeout(int, time.Duration) error { return errors.ErrUnsupported }
 
 func observe(int) (observation, error) { return observation{}, errors.ErrUnsupported }
+
+func setUnsentLimit(int, int) error { return errors.ErrUnsupported }

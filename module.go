@@ -235,6 +235,9 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
 		server.RegisterOnShutdown(h.drainStreams)
 		server.RegisterOnStop(endWhatIsLeft)
+		if h.writeTimeout > 0 {
+			server.RegisterConnContext(limitUnsent)
+		}
 		if h.deadClientTimeout > 0 {
 			server.RegisterConnContext(withConnection)
 		}
