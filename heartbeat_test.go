@@ -601,7 +601,9 @@ func TestAClientThatTakesNothingDelaysNoOtherStream(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				interval := 10 * time.Second
-				h := provision(t, heartbeat(interval, -1))
+				config := heartbeat(interval, -1)
+				config.WriteTimeout = -1
+				h := provision(t, config)
 				stuck := newClient(t)
 				stuck.stall = make(chan struct{})
 				var all sync.WaitGroup

@@ -18,6 +18,10 @@ type exchange struct {
 	r      *http.Request           // for the goroutine of the request alone
 	cancel context.CancelCauseFunc // ends the upstream's half
 	began  instant                 // when the request came; ages count from here
+
+	// moved is the age at which the write that is on its way got further last; 0:
+	// none is. It is for sync/atomic, and here because there is room.
+	moved int64
 }
 
 // role is what a response has turned out to be.

@@ -135,7 +135,7 @@ func (s *stream) countsLocked() counts {
 // begin opens the stream, in the place that was reserved for it if any, and
 // lets it be known.
 func (s *stream) begin(place reservation) {
-	s.w = ownTimeouts(s.w, s.h.writeTimeout, s.h.logger)
+	ownTimeouts(s.w)
 	s.open()
 	s.h.group.add(s, place)
 	s.joinDrain()
@@ -157,9 +157,12 @@ func (s *stream) unwatchConnection() {
 func (s *stream) open() {
 	s.mu.Lock()
 	defer s.unlock()
+	s.watchWrite()
+	s.moves(s.age())
 	s.w.WriteHeader(int(s.status))
 	s.unflushed = true
-	err := s.flushLocked(s.age())
+	err := s.flushLocked()
+	s.rests()
 	if s.id == uuid.Nil {
 		s.id = newID(s.ctx) // handlers around this one may have asked for it on seeing the headers
 	}
@@ -194,20 +197,41 @@ func (s *stream) scheduleLocked() {
 // never is a wait without end.
 const never = time.Duration(math.MaxInt64)
 
+// watchWrite has tick called when a write that begins now has taken too long.
+func (s *stream) watchWrite() {
+	if timeout := s.h.writeTimeout; timeout > 0 {
+		s.callIn(timeout)
+	}
+}
+
+// moves notes that a write has begun, or got further, at an age.
+func (s *stream) moves(age time.Duration) { atomic.StoreInt64(&s.moved, max(int64(age), 1)) }
+
+// rests notes that it is done.
+func (s *stream) rests() { atomic.StoreInt64(&s.moved, 0) }
+
 // callIn has tick called.
 func (s *stream) callIn(wait time.Duration) {
 	s.h.agenda.set(s, now()+instant(wait))
 }
 
-// untilEnd returns how long it is until the stream's own limits end it, and
-// why. While something is being written, the upstream is not silent.
+// untilEnd returns how long it is at least until the stream's own limits end
+// it, and which. While something is being written, the upstream is not silent.
 func (s *stream) untilEnd(writing bool) (wait time.Duration, why reason) {
 	wait = never
 	age := s.age()
+	if timeout := s.h.writeTimeout; timeout > 0 {
+		wait, why = timeout, writeTimeout
+		if moved := time.Duration(atomic.LoadInt64(&s.moved)); moved > 0 {
+			wait = moved + timeout - age
+		}
+	}
 	s.facts.Lock()
 	defer s.facts.Unlock()
 	if timeout := s.h.upstreamTimeout; timeout > 0 && !writing {
-		wait, why = s.lastBytes+timeout-age, upstreamTimeout
+		if left := s.lastBytes + timeout - age; left < wait {
+			wait, why = left, upstreamTimeout
+		}
 	}
 	if limit := s.h.MaxDuration; limit != nil && limit.Duration > 0 && s.resumesLocked() {
 		oldest := time.Duration(limit.Duration) + time.Duration(s.share()*float64(limit.Jitter))
@@ -361,16 +385,22 @@ func (s *stream) flush() error {
 	if err := s.errLocked(); err != nil {
 		return err
 	}
-	return s.flushLocked(s.lastBytes)
+	if !s.unflushed {
+		return nil
+	}
+	s.moves(s.age())
+	defer s.rests()
+	return s.flushLocked()
 }
 
+// setWriteDeadline is for handlers that have a deadline of their own.
 func (s *stream) setWriteDeadline(deadline time.Time) error {
 	s.mu.Lock()
 	defer s.unlock()
 	if err := s.errLocked(); err != nil {
 		return err
 	}
-	return http.NewResponseController(s.w).SetWriteDeadline(deadline)
+	return setConnectionDeadline(s.w, deadline)
 }
 
 func (s *stream) errLocked() error {
@@ -380,35 +410,20 @@ func (s *stream) errLocked() error {
 	return nil
 }
 
-// failLocked notes that the client can't be written to any more. since is the
-// age at which the write began: on HTTP/2 a timeout resets the stream, and
-// nothing but the time tells that from a client that did.
-func (s *stream) failLocked(err error, since time.Duration) {
+// failLocked notes that the client can't be written to any more.
+func (s *stream) failLocked(err error) {
 	s.failed = clientClosed
-	timeout := s.h.writeTimeout
-	if errors.Is(err, os.ErrDeadlineExceeded) || (timeout > 0 && s.age()-since >= timeout) {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
 		s.failed = writeTimeout
 	}
 }
 
 // sendLocked writes and flushes. since is the age at which the bytes were there
-// to be written. Many are written piece by piece, so that a client that is slow
-// is not taken for one that takes nothing.
+// to be written.
 func (s *stream) sendLocked(since time.Duration, lead, body []byte) error {
-	for _, part := range [2][]byte{lead, body} {
-		for len(part) > 0 {
-			piece := part[:min(len(part), progressUnit)]
-			s.unflushed = true
-			if _, err := s.w.Write(piece); err != nil {
-				s.failLocked(err, since)
-				return err
-			}
-			if part = part[len(piece):]; len(part) > 0 {
-				since = s.age()
-			}
-		}
-	}
-	if err := s.flushLocked(since); err != nil {
+	err := s.passLocked(since, lead, body)
+	s.rests()
+	if err != nil {
 		return err
 	}
 	s.lastHeard = s.age()
@@ -420,7 +435,27 @@ func (s *stream) sendLocked(since time.Duration, lead, body []byte) error {
 	return nil
 }
 
-func (s *stream) flushLocked(since time.Duration) error {
+// passLocked writes piece by piece, so that a client that is slow is not taken
+// for one that takes nothing.
+func (s *stream) passLocked(since time.Duration, lead, body []byte) error {
+	for _, part := range [2][]byte{lead, body} {
+		for len(part) > 0 {
+			s.moves(since)
+			piece := part[:min(len(part), progressUnit)]
+			s.unflushed = true
+			if _, err := s.w.Write(piece); err != nil {
+				s.failLocked(err)
+				return err
+			}
+			if part = part[len(piece):]; len(part) > 0 {
+				since = s.age()
+			}
+		}
+	}
+	return s.flushLocked()
+}
+
+func (s *stream) flushLocked() error {
 	if !s.unflushed {
 		return nil
 	}
@@ -429,24 +464,28 @@ func (s *stream) flushLocked(since time.Duration) error {
 	if err == nil || errors.Is(err, http.ErrNotSupported) {
 		return nil
 	}
-	s.failLocked(err, since)
+	s.failLocked(err)
 	return err
 }
 
 // tick is called by the agenda when something may be due.
 func (s *stream) tick() {
 	free := s.mu.TryLock()
-	if left, why := s.untilEnd(!free); left <= 0 {
+	left, why := s.untilEnd(!free)
+	switch {
+	case left <= 0 && why == writeTimeout:
+		s.endNow(why)
+		return
+	case left <= 0:
 		if free {
 			s.unlock()
 		}
 		s.end(why)
 		return
-	}
-	if !free {
+	case !free:
 		// A write is on its way and restarts the clock; if it is stuck, a frame
 		// would be stuck behind it.
-		s.callIn(max(s.h.frames.reserve, time.Millisecond))
+		s.callIn(min(left, max(s.h.frames.reserve, time.Millisecond)))
 		return
 	}
 	defer s.unlock()
@@ -454,6 +493,7 @@ func (s *stream) tick() {
 		return
 	}
 	if s.wait > 0 && s.body == eventStreamBody && s.age()-s.lastHeard >= s.wait {
+		s.watchWrite() // the agenda has forgotten the stream on calling tick
 		s.beatLocked()
 		if s.failed != notEnded {
 			return
@@ -596,7 +636,7 @@ func (s *stream) aborts(why reason) bool {
 // writer: those around it are not made for a second goroutine, while a
 // connection's deadline may be set from any.
 func breakWrite(w http.ResponseWriter) {
-	setConnectionDeadline(w, time.Unix(1, 0))
+	_ = setConnectionDeadline(w, time.Unix(1, 0))
 }
 
 // close waits until nobody writes, and lets nobody write again.
@@ -608,8 +648,10 @@ func (s *stream) close() {
 	broken := s.broken
 	s.facts.Unlock()
 	s.h.agenda.drop(s)
-	if s.proto == http1 && s.failed == notEnded && !broken {
-		renewDeadline(s.w, s.h.writeTimeout)
+	if timeout := s.h.writeTimeout; timeout > 0 && s.failed == notEnded && !broken && (s.proto == http1 || s.bomHeld > 0) {
+		// For the last bytes: those below, and the server's own of HTTP/1, which
+		// writes them when the agenda does not look any more.
+		_ = setConnectionDeadline(s.w, time.Now().Add(timeout))
 	}
 	if s.bomHeld > 0 && s.errLocked() == nil {
 		// The body was a piece of a BOM, which makes it no BOM.

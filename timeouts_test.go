@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"runtime"
 	"strings"
 	"sync/atomic"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	caddysse "github.com/caddy-sse/caddy-sse"
 )
@@ -179,6 +181,93 @@ func flooding(total *atomic.Int64) http.HandlerFunc {
 				time.Sleep(20 * time.Millisecond)
 			}
 		}
+	}
+}
+
+// slowClient takes each piece in its time, unless a deadline breaks that off.
+type slowClient struct {
+	*client
+	takes   time.Duration
+	writing atomic.Bool
+	broken  chan struct{}
+}
+
+func (c *slowClient) Write(p []byte) (int, error) {
+	c.writing.Store(true)
+	defer c.writing.Store(false)
+	select {
+	case <-time.After(c.takes):
+		return c.client.Write(p)
+	case <-c.broken:
+		return 0, os.ErrDeadlineExceeded
+	}
+}
+
+func (c *slowClient) SetWriteDeadline(deadline time.Time) error {
+	if !deadline.IsZero() && deadline.Before(time.Now()) {
+		close(c.broken)
+	}
+	return nil
+}
+
+func TestAWriteTimesOutWhenItGetsNoFurther(t *testing.T) {
+	const timeout = 30 * time.Second
+	small, large := "data: 1\n\n", "data: "+strings.Repeat("x", 32<<10)+"\n\n"
+	for name, test := range map[string]struct {
+		quiet, takes time.Duration
+		text         string // "": a frame
+		beats        time.Duration
+		ends         bool
+	}{
+		"at once":               {0, timeout + time.Second, small, -1, true},
+		"after a silence":       {time.Hour + 7*time.Second, timeout + time.Second, small, -1, true},
+		"in a large write":      {time.Minute, timeout + time.Second, large, -1, true},
+		"with heartbeats":       {7 * time.Second, timeout + time.Second, small, 20 * time.Second, true},
+		"in a frame":            {0, timeout + time.Second, "", 20 * time.Second, true},
+		"in a rare frame":       {0, timeout + time.Second, "", time.Hour, true},
+		"slow":                  {time.Hour, timeout - time.Second, small, -1, false},
+		"slow in a large write": {0, timeout - time.Second, large, 20 * time.Second, false},
+		"slow in a frame":       {0, timeout - time.Second, "", time.Minute, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				h := provision(t, &caddysse.Handler{Heartbeat: &caddysse.Heartbeat{Interval: caddy.Duration(test.beats), Prelude: -1}})
+				c := &slowClient{client: newClient(t), takes: test.takes, broken: make(chan struct{})}
+				r := caddyhttp.PrepareRequest(get(), caddy.NewReplacer(), c, new(caddyhttp.Server))
+				var began, ended time.Time
+				panicked := func() (panicked any) {
+					defer func() { panicked = recover() }()
+					_ = h.ServeHTTP(c, r, stream(func(w http.ResponseWriter) {
+						time.Sleep(test.quiet)
+						began = time.Now()
+						if test.text != "" {
+							_, _ = io.WriteString(w, test.text)
+							ended = time.Now()
+							return
+						}
+						select {
+						case <-r.Context().Done():
+						case <-time.After(3 * time.Hour):
+						}
+						for c.writing.Load() {
+							time.Sleep(time.Second) // a bubble's time stands still for who waits for a lock
+						}
+						ended = time.Now()
+					}))
+					return nil
+				}()
+				if aborted := panicked != nil; aborted != test.ends {
+					t.Fatalf("aborted: %v, behind %v", panicked, ended.Sub(began))
+				}
+				wait := timeout
+				if test.text == "" {
+					wait += test.beats // the frame's, at the latest
+				}
+				if took := ended.Sub(began); test.ends && (took < timeout || took > wait+time.Millisecond) {
+					t.Errorf("it took %v, want %v", took, wait)
+				}
+			})
+		})
 	}
 }
 
