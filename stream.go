@@ -222,7 +222,7 @@ func (s *stream) untilEnd(writing bool) (wait time.Duration, why reason) {
 	age := s.age()
 	if timeout := s.h.writeTimeout; timeout > 0 {
 		wait, why = timeout, writeTimeout
-		if moved := time.Duration(atomic.LoadInt64(&s.moved)); moved > 0 {
+		if moved := time.Duration(atomic.LoadInt64(&s.moved)); writing && moved > 0 {
 			wait = moved + timeout - age
 		}
 	}

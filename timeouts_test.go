@@ -271,6 +271,39 @@ func TestAWriteTimesOutWhenItGetsNoFurther(t *testing.T) {
 	}
 }
 
+// panickyClient panics in its first write.
+type panickyClient struct {
+	*client
+	panicked bool
+}
+
+func (c *panickyClient) Write(p []byte) (int, error) {
+	if !c.panicked {
+		c.panicked = true
+		panic("a writer's bug")
+	}
+	return c.client.Write(p)
+}
+
+func TestAWriteThatPanickedIsNotOnItsWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := provision(t, silent())
+		c := &panickyClient{client: newClient(t)}
+		r := caddyhttp.PrepareRequest(get(), caddy.NewReplacer(), c, new(caddyhttp.Server))
+		err := h.ServeHTTP(c, r, stream(func(w http.ResponseWriter) {
+			func() {
+				defer func() { _ = recover() }()
+				write(t, w, "data: 1\n\n")
+			}()
+			time.Sleep(time.Hour)
+			write(t, w, "data: 2\n\n")
+		}))
+		if err != nil || c.body.String() != "data: 2\n\n" {
+			t.Errorf("got %q, %v", c.body.String(), err)
+		}
+	})
+}
+
 func TestAClientThatTakesNothingIsEndedAfterTheWriteTimeout(t *testing.T) {
 	checkLeaks(t)
 	for _, idle := range []string{"", "write_idle -1s", "write_idle 200ms", "write_idle 100ms 100000000"} {
