@@ -339,7 +339,7 @@ func (s sample) line(title string) string {
 
 func (s *soak) sample() (now sample, err error) {
 	now.streams = s.crowd.open.Load()
-	if now.Runtime, err = s.proxy.admin.Runtime(); err != nil {
+	if now.Runtime, err = s.proxy.runtime(); err != nil {
 		return now, err
 	}
 	now.files = s.proxy.process().Files()

@@ -155,16 +155,32 @@ https://localhost:%s {
 `, filepath.Join(p.dir, "admin"), p.reloads, handles.String(), plain, secure)
 }
 
-// ask calls the admin API, again if a reload takes the connection away: Caddy
-// replaces that listener too.
-func (p *proxy) ask(method, path, contentType string, body []byte) (answer []byte, err error) {
+// again tries what a reload may get in the way of: Caddy replaces the admin API's
+// listener too, and takes connections away with it.
+func again(try func() error) (err error) {
 	for range 3 {
-		answer, err = p.admin.Ask(method, path, contentType, body)
+		err = try()
 		if _, answered := errors.AsType[*measure.StatusError](err); err == nil || answered {
 			break
 		}
 	}
+	return err
+}
+
+func (p *proxy) ask(method, path, contentType string, body []byte) (answer []byte, err error) {
+	err = again(func() error {
+		answer, err = p.admin.Ask(method, path, contentType, body)
+		return err
+	})
 	return answer, err
+}
+
+func (p *proxy) runtime() (r measure.Runtime, err error) {
+	err = again(func() error {
+		r, err = p.admin.Runtime()
+		return err
+	})
+	return r, err
 }
 
 func (p *proxy) reload() error {
