@@ -127,6 +127,9 @@ func (rw *response) conclude(err error, panicked any) error {
 	case s.aborts(r.end.reason):
 		panic(http.ErrAbortHandler)
 	}
+	if s.proto == http1 {
+		s.boundLastWrite() // of the server, which completes the response
+	}
 	// Where the client has left or the end is ours, the handlers around this
 	// one complete, and the access log with them.
 	return nil

@@ -33,7 +33,7 @@ const endPatience = time.Second
 
 // writePatience is how long it then waits for the write that is on its way: most
 // end in a moment, and only one that blocks is broken off.
-const writePatience = 50 * time.Millisecond
+const writePatience = 200 * time.Millisecond
 
 // bodyKind says what a stream's body is, and with it whether frames may go.
 type bodyKind uint8
@@ -157,12 +157,7 @@ func (s *stream) unwatchConnection() {
 func (s *stream) open() {
 	s.mu.Lock()
 	defer s.unlock()
-	s.watchWrite()
-	s.moves(s.age())
-	s.w.WriteHeader(int(s.status))
-	s.unflushed = true
-	err := s.flushLocked()
-	s.rests()
+	err := s.sendHeadersLocked()
 	if s.id == uuid.Nil {
 		s.id = newID(s.ctx) // handlers around this one may have asked for it on seeing the headers
 	}
@@ -181,6 +176,15 @@ func (s *stream) open() {
 		}
 	}
 	s.scheduleLocked()
+}
+
+func (s *stream) sendHeadersLocked() error {
+	s.watchWrite()
+	s.moves(s.age())
+	defer s.rests()
+	s.w.WriteHeader(int(s.status))
+	s.unflushed = true
+	return s.flushLocked()
 }
 
 // scheduleLocked has tick called when the next thing is due, if any.
@@ -421,9 +425,7 @@ func (s *stream) failLocked(err error) {
 // sendLocked writes and flushes. since is the age at which the bytes were there
 // to be written.
 func (s *stream) sendLocked(since time.Duration, lead, body []byte) error {
-	err := s.passLocked(since, lead, body)
-	s.rests()
-	if err != nil {
+	if err := s.passLocked(since, lead, body); err != nil {
 		return err
 	}
 	s.lastHeard = s.age()
@@ -438,6 +440,7 @@ func (s *stream) sendLocked(since time.Duration, lead, body []byte) error {
 // passLocked writes piece by piece, so that a client that is slow is not taken
 // for one that takes nothing.
 func (s *stream) passLocked(since time.Duration, lead, body []byte) error {
+	defer s.rests() // also behind a panic
 	for _, part := range [2][]byte{lead, body} {
 		for len(part) > 0 {
 			s.moves(since)
@@ -639,23 +642,30 @@ func breakWrite(w http.ResponseWriter) {
 	_ = setConnectionDeadline(w, time.Unix(1, 0))
 }
 
+// boundLastWrite sets a deadline for what is written when the agenda does not
+// look any more.
+func (s *stream) boundLastWrite() {
+	if timeout := s.h.writeTimeout; timeout > 0 {
+		_ = setConnectionDeadline(s.w, time.Now().Add(timeout))
+	}
+}
+
 // close waits until nobody writes, and lets nobody write again.
 func (s *stream) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.facts.Lock()
 	s.gone = true
-	broken := s.broken
 	s.facts.Unlock()
 	s.h.agenda.drop(s)
-	if timeout := s.h.writeTimeout; timeout > 0 && s.failed == notEnded && !broken && (s.proto == http1 || s.bomHeld > 0) {
-		// For the last bytes: those below, and the server's own of HTTP/1, which
-		// writes them when the agenda does not look any more.
-		_ = setConnectionDeadline(s.w, time.Now().Add(timeout))
-	}
 	if s.bomHeld > 0 && s.errLocked() == nil {
 		// The body was a piece of a BOM, which makes it no BOM.
-		_ = s.sendLocked(s.age(), nil, []byte(bom[:s.bomHeld]))
+		var lead []byte
+		if s.retryOwed {
+			lead = s.h.frames.retry(lead, s.scan.LineEnding().Text())
+		}
+		s.boundLastWrite()
+		_ = s.sendLocked(s.age(), lead, []byte(bom[:s.bomHeld]))
 	}
 	s.closed = true
 	s.facts.Lock()

@@ -112,8 +112,9 @@ func (c *crowd) newTransport(proto string) *transport {
 // connections are those of a transport. In the end all have to be closed, also
 // those that HTTP/2 does not take for idle yet.
 type connections struct {
-	mu  sync.Mutex
-	set map[net.Conn]struct{}
+	mu     sync.Mutex
+	set    map[net.Conn]struct{}
+	closed bool
 }
 
 type connection struct {
@@ -125,7 +126,11 @@ func (cs *connections) add(conn net.Conn) net.Conn {
 	c := &connection{conn, cs}
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	cs.set[c] = struct{}{}
+	if cs.closed {
+		conn.Close() // it was dialed for a client that did not wait for it
+	} else {
+		cs.set[c] = struct{}{}
+	}
 	return c
 }
 
@@ -138,6 +143,7 @@ func (c *connection) Close() error {
 
 func (cs *connections) close() {
 	cs.mu.Lock()
+	cs.closed = true
 	all := slices.Collect(maps.Keys(cs.set))
 	cs.mu.Unlock()
 	for _, conn := range all {

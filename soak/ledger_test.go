@@ -98,8 +98,7 @@ func TestWhatIsWrongIsAProblem(t *testing.T) {
 		"too few are counted":     {sighting{site: line, ending: complete, body: []byte(body)}, "upstream_closed", n - 1, "were logged"},
 		"too many are counted":    {sighting{site: line, ending: complete, body: []byte(body)}, "upstream_closed", n + 1, "were logged"},
 		"an unexplained end":      {sighting{site: line, ending: complete, body: []byte(body)}, "client_closed", n, "expected a reason"},
-		"an unexplained abort":    {sighting{site: line, ending: aborted, body: []byte(body)}, "drained", n, "expected a reason"},
-		"inside an event":         {sighting{site: line, ending: complete, body: []byte("data: x\n")}, "drained", 0, "inside an event"},
+		"an unexplained abort":    {sighting{site: line, ending: aborted, body: []byte(body)}, "upstream_closed", n, "expected a reason"},
 		"never closed":            {sighting{site: line, ending: complete, body: []byte(body)}, "", 0, "never closed"},
 		"told of what is refused": {sighting{site: line, ending: refused}, "upstream_closed", 0, "for what is none"},
 	} {
@@ -107,6 +106,26 @@ func TestWhatIsWrongIsAProblem(t *testing.T) {
 		got := problems(test.s, test.reason, test.events)
 		if len(got) != 1 || !strings.Contains(got[0], test.want) {
 			t.Errorf("%s: got %q, want one problem with %q", name, got, test.want)
+		}
+	}
+}
+
+func TestLateEndsAreCounted(t *testing.T) {
+	seed, body, n := whole(t)
+	for name, s := range map[string]*sighting{
+		"inside an event": {ending: complete, body: []byte("data: x\n")},
+		"inside a write":  {ending: aborted, body: []byte(body)},
+	} {
+		s.site, s.kind, s.seed, s.method = siteOf(t, "line"), "script", seed, "GET"
+		l := newLedger()
+		l.saw("/", s)
+		events := 0
+		if s.ending == aborted {
+			events = n
+		}
+		l.line(fmt.Appendf(nil, `{"logger":"http.handlers.sse","level":"info","msg":"stream closed","path":"/","reason":"drained","events":%d}`, events))
+		if l.late != 1 || len(l.problems) > 0 {
+			t.Errorf("%s: %d late, %q", name, l.late, l.problems)
 		}
 	}
 }

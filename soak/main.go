@@ -16,6 +16,7 @@
 //     times, as far as its stream went;
 //   - every stream was logged once, with a reason that explains what its client
 //     saw, and the metrics agree at every scrape;
+//   - of a thousand early ends at most one came inside an event;
 //   - Caddy's heap, goroutines and descriptors are where they were.
 //
 // It exits with 1 if they are not.
@@ -299,14 +300,17 @@ func (s *soak) finish() error {
 			b.problem("%d streams were logged as %s, the metrics have %.0f", b.reasons[reason], reason, closed)
 		}
 	}
+	if early := b.reasons["drained"] + b.reasons["max_duration"] + b.reasons["admin"]; b.late*1000 > early {
+		b.problem("of %d early ends %d came inside an event or a write", early, b.late)
+	}
 	for _, reason := range []string{"upstream_closed", "upstream_error", "client_closed", "write_timeout", "max_duration", "drained", "admin"} {
 		if b.reasons[reason] == 0 {
 			b.problem("no stream ended as %s, so nothing was shown of that", reason)
 		}
 	}
 
-	fmt.Printf("\n%d streams compared, %d events, %d MB; %d reloads, %d kills, %d requests refused, %d without an answer\n",
-		b.judged, b.events, b.received>>20, s.proxy.reloads, s.kills, s.crowd.refused.Load(), s.crowd.unopened.Load())
+	fmt.Printf("\n%d streams compared, %d events, %d MB; %d reloads, %d kills, %d requests refused, %d without an answer, %d early ends inside an event or a write\n",
+		b.judged, b.events, b.received>>20, s.proxy.reloads, s.kills, s.crowd.refused.Load(), s.crowd.unopened.Load(), b.late)
 	var reasons []string
 	for reason, n := range b.reasons {
 		reasons = append(reasons, fmt.Sprintf("%s %d", reason, n))
