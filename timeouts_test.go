@@ -249,10 +249,10 @@ func TestAWriteTimesOutWhenItGetsNoFurther(t *testing.T) {
 						case <-r.Context().Done():
 						case <-time.After(3 * time.Hour):
 						}
+						ended = time.Now()
 						for c.writing.Load() {
 							time.Sleep(time.Second) // a bubble's time stands still for who waits for a lock
 						}
-						ended = time.Now()
 					}))
 					return nil
 				}()
