@@ -110,12 +110,15 @@ func (l *ledger) problemLocked(format string, args ...any) {
 	l.problems = append(l.problems, time.Now().Format(time.TimeOnly)+" "+fmt.Sprintf(format, args...))
 }
 
-// readLog takes Caddy's log until it ends.
+// readLog takes Caddy's log until it ends. It does not let Caddy wait for what is
+// made of a line: a stream ends when its line is written.
 func (l *ledger) readLog(log *bufio.Reader) error {
+	var lines sync.WaitGroup
+	defer lines.Wait()
 	for {
 		line, err := log.ReadBytes('\n')
 		if len(line) > 0 {
-			l.line(line)
+			lines.Go(func() { l.line(line) })
 		}
 		if err == io.EOF {
 			return nil
