@@ -371,13 +371,19 @@ func (s *stream) beginLocked(p []byte) (lead, body []byte) {
 	if len(p) == 0 {
 		return nil, nil
 	}
+	return s.leadLocked(), p
+}
+
+// leadLocked is what comes before the upstream's first bytes: the reconnection
+// time, if it is owed, and what was held as the beginning of a BOM.
+func (s *stream) leadLocked() (lead []byte) {
 	if s.retryOwed {
 		s.retryOwed = false
 		lead = s.h.frames.retry(lead, s.scan.LineEnding().Text())
 	}
 	lead = append(lead, bom[:s.bomHeld]...)
 	s.bomHeld = 0
-	return lead, p
+	return lead
 }
 
 // flush sends what a handler may have left in a buffer on the way. Every write
@@ -660,12 +666,8 @@ func (s *stream) close() {
 	s.h.agenda.drop(s)
 	if s.bomHeld > 0 && s.errLocked() == nil {
 		// The body was a piece of a BOM, which makes it no BOM.
-		var lead []byte
-		if s.retryOwed {
-			lead = s.h.frames.retry(lead, s.scan.LineEnding().Text())
-		}
 		s.boundLastWrite()
-		_ = s.sendLocked(s.age(), lead, []byte(bom[:s.bomHeld]))
+		_ = s.sendLocked(s.age(), s.leadLocked(), nil)
 	}
 	s.closed = true
 	s.facts.Lock()

@@ -14,8 +14,8 @@ import (
 // nothing.
 const progressUnit = 4 << 10
 
-// noDeadlines is what is not given to a writer that sets a deadline before each
-// write.
+// What a writer gets that sets a deadline before each write: a controller that
+// supports none, and nowhere to say so.
 var (
 	noDeadlines = http.NewResponseController(struct{ http.ResponseWriter }{})
 	noLog       = zap.NewNop()
