@@ -533,9 +533,10 @@ func TestAnEarlyStartTakesNothingOfTheRequestsBody(t *testing.T) {
 // panics on the next request of one that is full duplex.
 func TestARequestBodyThatIsNotReadDoesNotHarmItsConnection(t *testing.T) {
 	checkLeaks(t)
+	answer := make(chan struct{})
 	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)
-		time.Sleep(60 * time.Millisecond) // the delay is over
+		<-answer
 		w.Header().Set("Content-Type", eventStream)
 		io.WriteString(w, "data: 1\n\n")
 	})
@@ -545,12 +546,12 @@ func TestARequestBodyThatIsNotReadDoesNotHarmItsConnection(t *testing.T) {
 	}{
 		"an answer in time": {"respond in_time 200", "in_time", false},
 		// Nobody accepts, and reverse_proxy tries again for a while.
-		"an early start": {"reverse_proxy 127.0.0.1:1 {\nlb_try_duration 100ms\nlb_try_interval 10ms\n}",
+		"an early start": {"reverse_proxy 127.0.0.1:1 {\nlb_try_duration 1s\nlb_try_interval 10ms\n}",
 			errorEvent("the upstream did not answer"), true},
 		"an early start behind the body": {"reverse_proxy " + up.addr, "data: 1\n\n", false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := startCaddy(t, "sse {\nearly_start 30ms\n}\n"+test.directives)
+			c := startCaddy(t, "sse {\nearly_start 30ms\n}\n"+test.directives, withAdmin())
 			conn, err := net.Dial("tcp", c.addr)
 			if err != nil {
 				t.Fatal(err)
@@ -560,6 +561,10 @@ func TestARequestBodyThatIsNotReadDoesNotHarmItsConnection(t *testing.T) {
 			in := bufio.NewReader(conn)
 			for range 3 {
 				io.WriteString(conn, "POST / HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n")
+				if strings.HasSuffix(test.directives, up.addr) {
+					c.waitForStream(t, "/", func(s map[string]any) bool { return s["state"] == "waiting" })
+					answer <- struct{}{}
+				}
 				res, err := http.ReadResponse(in, nil)
 				if err != nil {
 					t.Fatal(err)
