@@ -61,12 +61,13 @@ func (p headerPolicy) apply(header http.Header) {
 	for _, field := range notForStreams {
 		delete(header, field)
 	}
-	value := p.cacheControl
-	if value == "" {
-		value = p.withNoTransform(strings.Join(header["Cache-Control"], ", "))
-	}
-	if value != "" {
+	if value := p.cacheControl; value != "" {
 		header["Cache-Control"] = []string{value}
+	} else {
+		given := strings.Join(header["Cache-Control"], ", ")
+		if value = p.withNoTransform(given); value != given {
+			header["Cache-Control"] = []string{value}
+		}
 	}
 	header["X-Accel-Buffering"] = []string{"no"}
 	// RFC 10036, section 2: asks every hop to pass the message on as it comes.
