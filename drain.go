@@ -3,6 +3,7 @@ package caddysse
 import (
 	"context"
 	"math/rand/v2"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -30,6 +31,9 @@ const (
 	// its grace period is over.
 	lastWords = time.Second
 )
+
+// lastWordsUntil is the end of that: servers are stopped one behind the other.
+var lastWordsUntil = sync.OnceValue(func() instant { return now() + instant(lastWords) })
 
 // drain is how the streams of one handler end when its server stops. 0: nobody
 // is ended.
@@ -86,7 +90,7 @@ func (h *Handler) drainStreams() {
 				return
 			}
 		case h.drain.exit > 0:
-			waitUntil(instant(never), func() bool { return exiting() || h.drain.idle() })
+			<-replaced.exitOrIdle(h.drain)
 		}
 	}
 	// The process exits, maybe in the middle of a reload's window: who is left
@@ -113,6 +117,50 @@ func (h *Handler) drainOver(window time.Duration, stop func() bool) bool {
 	// notice that the process exits.
 	waitUntil(start+instant(window), func() bool { return stop() || h.drain.idle() })
 	return !stop()
+}
+
+// replaced are the drains of configurations that a reload has replaced and whose
+// streams end on exit only.
+var replaced exitWatchers
+
+// exitWatchers notices for all of them that the process exits: there may be
+// many, for as long as their streams live.
+type exitWatchers struct {
+	mu      sync.Mutex
+	waiting map[*drain]chan struct{}
+}
+
+// exitOrIdle returns a channel that is closed when the process exits, or when
+// the drain's handler has nothing to do any more.
+func (w *exitWatchers) exitOrIdle(d *drain) <-chan struct{} {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.waiting) == 0 {
+		w.waiting = make(map[*drain]chan struct{})
+		go w.run()
+	}
+	over := make(chan struct{})
+	w.waiting[d] = over
+	return over
+}
+
+func (w *exitWatchers) run() {
+	for w.look() {
+		time.Sleep(exitWatch)
+	}
+}
+
+// look reports whether anybody still waits.
+func (w *exitWatchers) look() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for d, over := range w.waiting {
+		if exiting() || d.idle() {
+			close(over)
+			delete(w.waiting, d)
+		}
+	}
+	return len(w.waiting) > 0
 }
 
 // waitUntil waits for a moment, or until stop says so.
@@ -185,7 +233,7 @@ func endWhatIsLeft(context.Context) error {
 	for _, s := range live.streams() {
 		s.endNow(serverClosed)
 	}
-	for deadline := time.Now().Add(lastWords); len(live.streams()) > 0 && time.Now().Before(deadline); {
+	for until := lastWordsUntil(); len(live.streams()) > 0 && now() < until; {
 		time.Sleep(time.Millisecond)
 	}
 	return nil

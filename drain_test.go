@@ -361,7 +361,7 @@ func TestAnEarlyEndWaitsForTheWriteThatIsOnItsWay(t *testing.T) {
 				c.stall = make(chan struct{})
 				time.AfterFunc(20*time.Millisecond, func() { close(c.stall) })
 				write(t, w, "lf") // when the patience with the event is over
-				time.Sleep(time.Minute)
+				time.Sleep(4 * time.Second)
 			}))
 			if panicked != nil || err != nil {
 				t.Errorf("the handler left with %v, %v", panicked, err)
