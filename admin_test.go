@@ -307,7 +307,11 @@ func TestAStreamThatIsDeletedEndsAtAnEventBoundary(t *testing.T) {
 			{name: "in the middle of a line", before: "data: 1\n\ndata: ha", behind: []string{"lf\n", "\n"}, want: "lf\n\n", events: 2},
 			{name: "between lines", before: "data: 1\n\ndata: 2\n", behind: []string{"data: 3\n\ndata: 4\n\n"}, want: "data: 3\n\n", events: 2},
 			{name: "in a comment", before: "data: 1\n\n: comm", behind: []string{"ent\ndata: 2\n\n"}, want: "ent\n", events: 1},
-			{name: "with CR LF", before: "data: 1\r\n\r\ndata: 2\r\n", behind: []string{"\r\ndata: 3\r\n\r\n"}, want: "\r", events: 2},
+			{name: "with CR LF", before: "data: 1\r\n\r\ndata: 2\r\n", behind: []string{"\r\ndata: 3\r\n\r\n"}, want: "\r\n", events: 2},
+			{name: "in the middle of a CR LF", before: "data: 1\r\n\r", behind: []string{"\ndata: 2\r\n\r\n"}, want: "\n", events: 1},
+			{name: "behind a CR LF that is cut", before: "data: 1\r\n\r\ndata: 2\r\n", behind: []string{"\r", "\ndata: 3"}, want: "\r\n", events: 2},
+			{name: "behind a CR that may become a CR LF", before: "data: 1\n\r", behind: []string{"data: 2\n\n"}, events: 1},
+			{name: "in mid-event with CR", before: "data: 1\r\rdata: 2\r", behind: []string{"\rdata: 3\r\r"}, want: "\r", events: 2},
 		} {
 			t.Run(proto+" "+test.name, func(t *testing.T) {
 				path := "/" + t.Name()

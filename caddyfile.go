@@ -2,9 +2,11 @@ package caddysse
 
 import (
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
@@ -89,7 +91,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		if err != nil {
 			return d.WrapErr(err)
 		}
-		if err := validateSilence("heartbeat interval", interval); err != nil {
+		if err := validateMilliseconds("heartbeat interval", interval); err != nil {
 			return d.WrapErr(err)
 		}
 		h.heartbeat().Interval = interval
@@ -99,7 +101,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		name := d.Val()
 		sub, known := subdirectives[name]
 		if !known {
-			return d.Errf("sse: unknown subdirective %q", name)
+			return d.Errf("sse: unknown subdirective %q; there are %s", name, strings.Join(slices.Sorted(maps.Keys(subdirectives)), ", "))
 		}
 		if given[name] {
 			return d.Errf("sse: %s is set twice; keep one of the two", name)
@@ -132,7 +134,7 @@ func setHeartbeat(h *Handler, args []string) (err error) {
 	if hb.Interval, err = parseDurationOrOff("heartbeat", args[0]); err != nil {
 		return err
 	}
-	if err := validateSilence("heartbeat", hb.Interval); err != nil {
+	if err := validateMilliseconds("heartbeat", hb.Interval); err != nil {
 		return err
 	}
 	if len(args) > 1 {
@@ -157,7 +159,7 @@ func setPrelude(h *Handler, args []string) (err error) {
 	if h.heartbeat().Prelude, err = parseDurationOrOff("prelude", args[0]); err != nil {
 		return err
 	}
-	return validateSilence("prelude", h.Heartbeat.Prelude)
+	return validateMilliseconds("prelude", h.Heartbeat.Prelude)
 }
 
 func setCacheControl(h *Handler, args []string) error {

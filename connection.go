@@ -3,6 +3,7 @@ package caddysse
 import (
 	"cmp"
 	"context"
+	"errors"
 	"math"
 	"net"
 	"reflect"
@@ -12,8 +13,8 @@ import (
 	"time"
 )
 
-// connection is the TCP connection that a request came on. While streams with a
-// dead_client_timeout live on it, its socket has the shortest of their timeouts
+// connection is the connection that a request came on. While streams with a
+// dead_client_timeout live on it, its TCP socket has the shortest of their timeouts
 // as TCP_USER_TIMEOUT (tcp(7); the user timeout of RFC 9293, section 3.8.3, as
 // RFC 5482 discusses it), and what the kernel tells of it is looked at now and
 // then: when the client is gone it can be too late to ask, as the HTTP/2 server
@@ -27,12 +28,13 @@ import (
 // where nothing is sent, too, at the first probe behind the timeout.)
 //
 // Its methods do nothing on nil, which stands for a connection that is not
-// known or not TCP.
+// known: HTTP/3 has none.
 type connection struct {
-	socket syscall.Conn
+	innermost net.Conn
 
 	mu       sync.Mutex
 	raw      syscall.RawConn
+	limited  bool          // limitUnsent has been called
 	watchers []watcher     // of the live streams, the shortest timeout first
 	previous time.Duration // the socket's timeout before the first of them
 	applied  time.Duration // the socket's timeout; 0: none of ours
@@ -76,56 +78,82 @@ func withConnection(ctx context.Context, c net.Conn) context.Context {
 	if ctx.Value(connectionKey{}) != nil {
 		return ctx
 	}
-	socket := tcpSocket(c)
-	if socket == nil {
-		return ctx
-	}
-	return context.WithValue(ctx, connectionKey{}, &connection{socket: socket})
+	return context.WithValue(ctx, connectionKey{}, &connection{innermost: unwrapped(c)})
 }
 
 // unsentLimit is what the kernel takes from a stream beyond what it can send:
-// enough to keep a fast client busy.
-const unsentLimit = 128 << 10
+// enough to keep a fast client busy. A writer that waits goes on when half of it
+// has been sent, so who takes less than that within the write timeout looks like
+// one that takes nothing.
+const unsentLimit = 32 << 10
 
 // limitUnsent keeps the kernel from taking megabytes for a client that is slow,
 // of which it lets the writer know only when a third has been taken: such a
 // client would look like one that takes nothing. Where there is no such limit, it
-// does look so. It is made for caddyhttp.Server.RegisterConnContext.
-func limitUnsent(ctx context.Context, c net.Conn) context.Context {
-	socket := tcpSocket(c)
-	if socket == nil {
-		return ctx
+// does look so. A connection that has had a stream stays that way.
+func (c *connection) limitUnsent() {
+	if c == nil {
+		return
 	}
-	if raw, err := socket.SyscallConn(); err == nil {
-		_ = raw.Control(func(fd uintptr) { _ = setUnsentLimit(int(fd), unsentLimit) })
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.limited {
+		c.limited = true
+		_ = c.controlLocked(func(fd int) error { return setUnsentLimit(fd, unsentLimit) })
 	}
-	return ctx
 }
 
-// connectionOf returns the connection of a request, nil where it is not TCP
-// (HTTP/3, Unix sockets) or not known.
+// expire makes what is written to the connection fail, now and from now on.
+func (c *connection) expire() {
+	if c != nil && c.innermost != nil {
+		_ = c.innermost.SetWriteDeadline(time.Unix(1, 0))
+	}
+}
+
+// hangUp tells the client that nothing follows on the connection. It does not
+// wait for what is being written.
+func (c *connection) hangUp() {
+	if c == nil {
+		return
+	}
+	if half, ok := c.innermost.(interface{ CloseWrite() error }); ok {
+		_ = half.CloseWrite()
+	}
+}
+
+// connectionOf returns the connection of a request, nil where it is not known.
 func connectionOf(ctx context.Context) *connection {
 	c, _ := ctx.Value(connectionKey{}).(*connection)
 	return c
 }
 
-// tcpSocket returns the TCP socket at the bottom of what a listener accepted,
-// nil where there is none. Behind a proxy that speaks the PROXY protocol that is
-// the connection to the proxy.
-func tcpSocket(c net.Conn) syscall.Conn {
+// unwrapped returns what a listener accepted without the wrappers around it, as
+// far as they can be looked into. Behind a proxy that speaks the PROXY protocol
+// that is the connection to the proxy.
+func unwrapped(c net.Conn) net.Conn {
 	for range 16 { // nobody wraps deeper, and a wrapper could return itself
-		if c == nil {
-			return nil
+		if _, ok := c.(syscall.Conn); ok {
+			return c
 		}
-		if socket, ok := c.(syscall.Conn); ok {
-			if _, ok := c.LocalAddr().(*net.TCPAddr); ok {
-				return socket
-			}
-			return nil
+		inner := wrapped(c)
+		if inner == nil {
+			return c
 		}
-		c = wrapped(c)
+		c = inner
 	}
-	return nil
+	return c
+}
+
+// tcpSocket returns the connection's TCP socket, nil where it has none.
+func (c *connection) tcpSocket() syscall.Conn {
+	socket, ok := c.innermost.(syscall.Conn)
+	if !ok {
+		return nil
+	}
+	if _, ok := c.innermost.LocalAddr().(*net.TCPAddr); !ok {
+		return nil
+	}
+	return socket
 }
 
 // wrapped returns the connection that a wrapper such as *tls.Conn is around.
@@ -162,15 +190,15 @@ func (c *connection) watch(timeout time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	first := len(c.watchers) == 0
-	i, found := c.find(timeout)
+	i, found := c.findLocked(timeout)
 	if !found {
 		c.watchers = slices.Insert(c.watchers, i, watcher{timeout: timeout})
 	}
 	c.watchers[i].streams++
 	if first {
-		c.begin()
+		c.beginLocked()
 	} else if !c.settled {
-		c.apply()
+		c.applyLocked()
 	}
 }
 
@@ -181,19 +209,19 @@ func (c *connection) unwatch(timeout time.Duration) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	i, found := c.find(timeout)
+	i, found := c.findLocked(timeout)
 	if !found {
 		return
 	}
-	c.look() // the verdict depends on the timeout that has been in force
+	c.lookLocked() // the verdict depends on the timeout that has been in force
 	if c.watchers[i].streams--; c.watchers[i].streams == 0 {
 		c.watchers = slices.Delete(c.watchers, i, i+1)
 	}
 	switch {
 	case len(c.watchers) == 0:
-		c.end()
+		c.endLocked()
 	case !c.settled:
-		c.apply()
+		c.applyLocked()
 	}
 }
 
@@ -208,21 +236,19 @@ func (c *connection) fate() fate {
 	if len(c.watchers) == 0 {
 		return connectionAlive
 	}
-	return c.look()
+	return c.lookLocked()
 }
 
-// The methods below want mu to be locked.
-
-func (c *connection) find(timeout time.Duration) (int, bool) {
+func (c *connection) findLocked(timeout time.Duration) (int, bool) {
 	return slices.BinarySearchFunc(c.watchers, timeout, func(w watcher, timeout time.Duration) int {
 		return cmp.Compare(w.timeout, timeout)
 	})
 }
 
-// begin takes the socket over for the first stream.
-func (c *connection) begin() {
+// beginLocked takes the socket over for the first stream.
+func (c *connection) beginLocked() {
 	c.last, c.verdict = glance{at: now()}, connectionAlive
-	err := c.control(func(fd int) (err error) {
+	err := c.controlLocked(func(fd int) (err error) {
 		if c.previous, err = userTimeout(fd); err != nil {
 			return err
 		}
@@ -230,7 +256,7 @@ func (c *connection) begin() {
 		return err
 	})
 	if err == nil {
-		c.apply()
+		c.applyLocked()
 	}
 	// A socket that can't be asked or set is left alone: a closed one, or a
 	// multipath one (MPTCP, RFC 8684), which Linux 6.18 has no user timeout for.
@@ -242,8 +268,8 @@ func (c *connection) begin() {
 	c.timer.Reset(c.last.pause(c.applied))
 }
 
-// end gives the socket back behind the last stream.
-func (c *connection) end() {
+// endLocked gives the socket back behind the last stream.
+func (c *connection) endLocked() {
 	if c.timer != nil {
 		c.timer.Stop()
 		c.timer = nil
@@ -253,16 +279,16 @@ func (c *connection) end() {
 	}
 	c.applied = 0
 	// Where this fails the socket is closed.
-	_ = c.control(func(fd int) error { return setUserTimeout(fd, c.previous) })
+	_ = c.controlLocked(func(fd int) error { return setUserTimeout(fd, c.previous) })
 }
 
-// apply sets the shortest timeout.
-func (c *connection) apply() {
+// applyLocked sets the shortest timeout.
+func (c *connection) applyLocked() {
 	shortest := c.watchers[0].timeout
 	if shortest == c.applied {
 		return
 	}
-	if err := c.control(func(fd int) error { return setUserTimeout(fd, shortest) }); err != nil {
+	if err := c.controlLocked(func(fd int) error { return setUserTimeout(fd, shortest) }); err != nil {
 		return
 	}
 	shorter := shortest < c.applied
@@ -272,9 +298,13 @@ func (c *connection) apply() {
 	}
 }
 
-func (c *connection) control(f func(fd int) error) error {
+func (c *connection) controlLocked(f func(fd int) error) error {
 	if c.raw == nil {
-		raw, err := c.socket.SyscallConn()
+		socket := c.tcpSocket()
+		if socket == nil {
+			return errors.ErrUnsupported
+		}
+		raw, err := socket.SyscallConn()
 		if err != nil {
 			return err
 		}
@@ -294,21 +324,21 @@ func (c *connection) tick() {
 	if c.timer == nil {
 		return
 	}
-	if c.look(); !c.settled {
+	if c.lookLocked(); !c.settled {
 		c.timer.Reset(c.last.pause(c.applied))
 	}
 }
 
-// look has a glance at the connection, if it can still be had, and tells its
+// lookLocked has a glance at the connection, if it can still be had, and tells its
 // fate.
-func (c *connection) look() fate {
+func (c *connection) lookLocked() fate {
 	if c.settled {
 		return c.verdict
 	}
 	before := c.last
 	at := now()
 	var o observation
-	err := c.control(func(fd int) (err error) {
+	err := c.controlLocked(func(fd int) (err error) {
 		o, err = observe(fd)
 		return err
 	})

@@ -95,7 +95,7 @@ func TestASocketHasTheShortestTimeoutOfItsStreams(t *testing.T) {
 			t.Run(fmt.Sprintf("%s, %v before", test.name, before), func(t *testing.T) {
 				c, server, _ := newConnection(t)
 				if before > 0 {
-					err := c.control(func(fd int) error { return setUserTimeout(fd, before) })
+					err := c.controlLocked(func(fd int) error { return setUserTimeout(fd, before) })
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -207,8 +207,8 @@ func TestTheSocketIsFoundInWhatWrapsIt(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := connectionOf(withConnection(t.Context(), test.conn))
-			if (c != nil) != test.want {
-				t.Fatalf("found: %v, want %v", c != nil, test.want)
+			if (c.tcpSocket() != nil) != test.want {
+				t.Fatalf("found: %v, want %v", c.tcpSocket(), test.want)
 			}
 			c.watch(5 * time.Second)
 			defer c.unwatch(5 * time.Second)
@@ -218,7 +218,7 @@ func TestTheSocketIsFoundInWhatWrapsIt(t *testing.T) {
 			if !test.want {
 				return
 			}
-			if got := timeoutOf(t, tcpSocket(test.conn)); got != 5*time.Second {
+			if got := timeoutOf(t, c.tcpSocket()); got != 5*time.Second {
 				t.Errorf("%v on the socket, want 5s", got)
 			}
 		})
@@ -426,7 +426,7 @@ const brief = 150 * time.Millisecond
 func (c *connection) looked() glance {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.look()
+	c.lookLocked()
 	return c.last
 }
 

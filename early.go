@@ -56,8 +56,7 @@ func (h *Handler) startsEarly(r *http.Request, accept accept) bool {
 // gets an exchange of its own, as the handlers use this one until then.
 func (rw *response) startEarly() {
 	s := rw.newStream(http.StatusOK)
-	x := rw.exchange
-	s.exchange = &x
+	s.exchange = &exchange{h: rw.h, w: rw.w, r: rw.r, cancel: rw.cancel, began: rw.began, uploads: rw.uploads}
 	s.waiting = true
 	s.id = newID(s.ctx)
 	adoptID(s.ctx, s.id)
@@ -70,18 +69,19 @@ func (rw *response) startEarly() {
 	rw.rarely().early = e
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	place := rw.place
-	e.timer = time.AfterFunc(time.Duration(rw.h.EarlyStart.Delay), func() { e.start(s, place) })
+	reserved := rw.place
+	e.timer = time.AfterFunc(time.Duration(rw.h.EarlyStart.Delay), func() { e.start(s, reserved) })
 }
 
-func (e *early) start(s *stream, place reservation) {
+func (e *early) start(s *stream, reserved reservation) {
+	defer s.survive()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.settled {
 		return
 	}
-	if place == noPlace && s.h.limits != (limits{}) {
-		if place, _ = s.h.group.reserve(s.h.limits, s.client.ip); place == noPlace {
+	if reserved == noPlace && s.h.limits != (limits{}) {
+		if reserved, _ = s.h.group.reserve(s.h.limits, s.client.ip); reserved == noPlace {
 			return // the upstream's answer will be refused, when it comes
 		}
 	}
@@ -98,7 +98,7 @@ func (e *early) start(s *stream, place reservation) {
 			header["Connection"] = []string{"close"}
 		}
 	}
-	s.begin(place)
+	s.begin(reserved)
 }
 
 // settle lets the stream not start any more and returns it if it has.
@@ -163,6 +163,9 @@ func typeOf(header http.Header) string {
 
 // unanswered is told when the handlers have left without an answer.
 func (s *stream) unanswered(err error, panicked any) {
+	s.facts.Lock()
+	s.client.upstream = upstreamOf(s.r)
+	s.facts.Unlock()
 	status := statusOf(err)
 	if panicked != nil {
 		status = http.StatusBadGateway

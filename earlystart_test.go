@@ -174,7 +174,7 @@ func TestAnUpstreamThatCannotBeReachedIsAnErrorEventToo(t *testing.T) {
 		}
 		line := c.closedLine(t, "/"+cl.proto)
 		expectEnd(t, line, "upstream_error", "warn")
-		if line["upstream_status"] != 502.0 || !strings.Contains(fmt.Sprint(line["error"]), "refused") {
+		if line["upstream_status"] != 502.0 || line["upstream"] != "127.0.0.1:1" || !strings.Contains(fmt.Sprint(line["error"]), "refused") {
 			t.Errorf("told: %v", line)
 		}
 	})
@@ -380,6 +380,43 @@ func TestAWaitingStreamCanBeEndedByTheAdminAPIAndByADrain(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// reverse_proxy takes an upstream out of use for what it takes for its failures.
+func TestTheEndOfAWaitingStreamIsNoFailureOfItsUpstream(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	for _, end := range []string{"admin", "max_duration", "upstream_timeout"} {
+		var more []string
+		if end != "admin" {
+			more = append(more, end+" 100ms")
+		}
+		site := strings.Replace(earlySite(up.addr, more...), "reverse_proxy "+up.addr, `
+			reverse_proxy `+up.addr+` {
+				fail_duration 1m
+				lb_try_duration 10s
+			}`, 1)
+		t.Run(end, func(t *testing.T) {
+			c := startCaddy(t, site, withAdmin())
+			overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+				path := "/" + cl.proto
+				for range 2 {
+					e := cl.begin(cl.request(t, "GET", path, nil, "Accept: text/event-stream"))
+					call := up.accept(t)
+					body := e.headers(t).follow()
+					body.expect(t, ":heartbeat\n\n")
+					if end == "admin" {
+						c.adminJSON(t, "DELETE", "/sse/streams/"+c.listed(t, path)["id"].(string), 202)
+					}
+					body.expectEnd(t)
+					call.expectGone()
+					line := c.closedLine(t, path)
+					expectEnd(t, line, end, "info")
+					path += "/again"
+				}
+			})
+		})
 	}
 }
 

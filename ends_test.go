@@ -295,3 +295,19 @@ func TestAllEndsAtOnceGiveEachStreamOneEnd(t *testing.T) {
 		})
 	}
 }
+
+func TestHandlersThatDoNotLeaveAreNotWaitedForLong(t *testing.T) {
+	for took, aborts := range map[time.Duration]bool{4 * time.Second: false, 6 * time.Second: true} {
+		synctest.Test(t, func(t *testing.T) {
+			config := silent()
+			config.MaxDuration = &caddysse.MaxDuration{Duration: caddy.Duration(time.Minute)}
+			panicked, err := serveRecovering(provision(t, config), newClient(t), get("text/event-stream"), stream(func(w http.ResponseWriter) {
+				write(t, w, "data: 1\n\n")
+				time.Sleep(time.Minute + took)
+			}))
+			if aborted := panicked == http.ErrAbortHandler; aborted != aborts || err != nil {
+				t.Errorf("handlers that took %v: %v, %v", took, panicked, err)
+			}
+		})
+	}
+}

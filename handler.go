@@ -2,6 +2,7 @@ package caddysse
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"sync"
 	"sync/atomic"
@@ -41,13 +42,17 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	own := r.Context()
 	ctx, cancel := context.WithCancelCause(own)
 	rw := &response{
-		exchange:  exchange{h: h, w: w, r: r, cancel: cancel, began: began},
+		exchange:  exchange{h: h, w: w, r: r, cancel: cancel, began: began, uploads: newUploads(r)},
 		resumable: accept.eventStream && r.Method == http.MethodGet,
 	}
 	*r = *r.WithContext(ctx)
 	defer func() {
-		cancel(nil)
-		*r = *r.WithContext(own)
+		// Connections that reverse_proxy did not wait for may still read the
+		// request. It is given back only where its context would fail the
+		// handlers of an error; the server ends the other ones.
+		if ctx.Err() != nil && own.Err() == nil {
+			*r = *r.WithContext(own)
+		}
 	}()
 	defer func() {
 		var panicked any
@@ -114,9 +119,15 @@ func (rw *response) leave(err error, panicked any) error {
 func (rw *response) conclude(err error, panicked any) error {
 	s := rw.stream
 	s.close()
+	if beside, ok := errors.AsType[*panicError](context.Cause(s.ctx)); ok {
+		panicked = beside.value
+	}
+	if !s.begun {
+		panic(panicked) // its headers did not get through, so it has been no stream
+	}
 	r := s.report()
 	r.end.reason, r.end.err = s.verdict(err, panicked)
-	s.unwatchConnection()
+	s.giveConnectionBack()
 	rw.h.group.remove(s, r.end.reason, r.counts)
 	collector.observeClosed(r)
 	rw.h.tellClosed(s, r)
@@ -127,9 +138,7 @@ func (rw *response) conclude(err error, panicked any) error {
 	case s.aborts(r.end.reason):
 		panic(http.ErrAbortHandler)
 	}
-	if s.proto == http1 {
-		s.boundLastWrite() // of the server, which completes the response
-	}
+	s.boundLastWrite() // of an encoder, and of the server, which completes the response
 	// Where the client has left or the end is ours, the handlers around this
 	// one complete, and the access log with them.
 	return nil

@@ -12,9 +12,11 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -612,7 +614,6 @@ func TestTheRequestIsAsItWasAfterAPanicOfTheUpstream(t *testing.T) {
 	r := get("text/event-stream")
 	r.Header.Set("Accept-Encoding", "gzip")
 	r = caddyhttp.PrepareRequest(r, caddy.NewReplacer(), nil, new(caddyhttp.Server))
-	ctx := r.Context()
 	func() {
 		defer func() { _ = recover() }()
 		_ = provision(t, silent()).ServeHTTP(newClient(t), r, caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
@@ -622,9 +623,28 @@ func TestTheRequestIsAsItWasAfterAPanicOfTheUpstream(t *testing.T) {
 	if got := r.Header["Accept-Encoding"]; !slices.Equal(got, []string{"gzip"}) {
 		t.Errorf("Accept-Encoding: got %q", got)
 	}
-	if r.Context() != ctx {
-		t.Error("the request's context is another one")
+	if err := r.Context().Err(); err != nil {
+		t.Errorf("the request's context: %v", err)
 	}
+}
+
+// The handlers of an error need a context that is not over.
+func TestTheRequestIsOfUseBehindAStreamThatWasEnded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		config := silent()
+		config.MaxDuration = &caddysse.MaxDuration{Duration: caddy.Duration(time.Second)}
+		c := newClient(t)
+		r := caddyhttp.PrepareRequest(get("text/event-stream"), caddy.NewReplacer(), c, new(caddyhttp.Server))
+		err := provision(t, config).ServeHTTP(c, r, caddyhttp.HandlerFunc(func(w http.ResponseWriter, r *http.Request) error {
+			w.Header().Set("Content-Type", "text/event-stream")
+			w.WriteHeader(200)
+			<-r.Context().Done()
+			return r.Context().Err()
+		}))
+		if err != nil || r.Context().Err() != nil {
+			t.Errorf("left with %v and a context that is over: %v", err, r.Context().Err())
+		}
+	})
 }
 
 // contextKey is the key of a value that some outer handler has left.
@@ -637,7 +657,6 @@ func TestTheUpstreamSeesTheClientsRequestItself(t *testing.T) {
 	r = r.WithContext(context.WithValue(r.Context(), contextKey{}, "value"))
 	repl := caddy.NewReplacer()
 	r = caddyhttp.PrepareRequest(r, repl, nil, new(caddyhttp.Server))
-	own := r.Context()
 	err := provision(t, silent()).ServeHTTP(newClient(t), r, caddyhttp.HandlerFunc(func(w http.ResponseWriter, seen *http.Request) error {
 		if seen != r {
 			t.Error("the request is a copy; placeholders miss what is rewritten in one")
@@ -662,8 +681,8 @@ func TestTheUpstreamSeesTheClientsRequestItself(t *testing.T) {
 	if r.URL.Path != "/rewritten" {
 		t.Error("what the upstream's handler rewrote is lost")
 	}
-	if r.Context() != own {
-		t.Error("afterwards the request's context is another one")
+	if err := r.Context().Err(); err != nil {
+		t.Errorf("afterwards the request's context is over: %v", err)
 	}
 }
 
@@ -741,6 +760,95 @@ func TestAPanicOfTheUpstreamPassesUnchangedAndNothingIsWrittenBehindIt(t *testin
 	})
 }
 
+// brokenClient panics when something is called.
+type brokenClient struct {
+	*client
+	call string
+}
+
+func (c brokenClient) WriteHeader(status int) {
+	if c.call == "WriteHeader" {
+		panic("WriteHeader's bug")
+	}
+	c.client.WriteHeader(status)
+}
+
+func (c brokenClient) Write(p []byte) (int, error) {
+	if c.call == "Write" {
+		panic("Write's bug")
+	}
+	return c.client.Write(p)
+}
+
+func (c brokenClient) FlushError() error {
+	if c.call == "Flush" {
+		panic("Flush's bug")
+	}
+	return c.client.FlushError()
+}
+
+// A ResponseWriter around this one may have bugs. They stay its own: the server
+// gets its panic on the request's goroutine, whoever wrote, and other streams
+// of the same name do not suffer.
+func TestAPanicOfAWriterStaysItsOwn(t *testing.T) {
+	for _, call := range []string{"WriteHeader", "Write", "Flush"} {
+		for _, early := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, early %v", call, early), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					config := &caddysse.Handler{Name: "panics " + t.Name(), MaxStreams: 2}
+					if early {
+						config.EarlyStart = &caddysse.EarlyStart{Delay: caddy.Duration(time.Second)}
+					}
+					h := provision(t, config)
+					end := make(chan struct{})
+					healthy := newClient(t)
+					var all sync.WaitGroup
+					all.Go(func() {
+						if err := serve(h, healthy, get("text/event-stream"), stream(func(http.ResponseWriter) { <-end })); err != nil {
+							t.Error(err)
+						}
+					})
+					synctest.Wait()
+					for range 3 {
+						c := brokenClient{newClient(t), call}
+						r := caddyhttp.PrepareRequest(get("text/event-stream"), caddy.NewReplacer(), c, new(caddyhttp.Server))
+						func() {
+							defer func() {
+								if got := recover(); got != call+"'s bug" {
+									t.Errorf("the server gets %v", got)
+								}
+							}()
+							_ = h.ServeHTTP(c, r, caddyhttp.HandlerFunc(func(w http.ResponseWriter, r *http.Request) error {
+								if early {
+									<-r.Context().Done()
+									return r.Context().Err()
+								}
+								w.Header().Set("Content-Type", "text/event-stream")
+								w.WriteHeader(200)
+								<-r.Context().Done() // the heartbeat's
+								return r.Context().Err()
+							}))
+						}()
+						c.gone = true
+						listed := callAdmin(t, "/sse/streams?name="+url.QueryEscape(config.Name)).Body.String()
+						if !strings.Contains(listed, `"total":1`) {
+							t.Errorf("listed: %s", listed)
+						}
+					}
+					close(end)
+					all.Wait()
+					handlers := callAdmin(t, "/sse/handlers").Body.String()
+					_, own, _ := strings.Cut(handlers, config.Name+`","open":`)
+					if !strings.HasPrefix(own, "0,") {
+						t.Errorf("handlers: %s", handlers)
+					}
+					quiet(24 * time.Hour)
+				})
+			})
+		}
+	}
+}
+
 // nested serves with an outer handler around an inner one.
 type nested struct{ outer, inner caddyhttp.MiddlewareHandler }
 
@@ -808,6 +916,30 @@ func TestWhereTwoHandlersMeetTheInnerOneOwnsTheStream(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestOnlyTheInnerHandlersLimitCountsItsStream(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, names := range [][2]string{{"nested limits", "nested limits"}, {"outer limits", "inner limits"}} {
+			limited := func(name string) *caddysse.Handler {
+				config := silent()
+				config.Name, config.MaxStreams, config.MaxStreamsPerClient = name, 1, 1
+				return provision(t, config)
+			}
+			outer, inner := limited(names[0]), limited(names[1])
+			c, other := newClient(t), newClient(t)
+			err := serve(nested{outer, inner}, c, get("text/event-stream"), stream(func(http.ResponseWriter) {
+				var refused caddyhttp.HandlerError
+				err := serve(outer, other, get("text/event-stream"), stream(func(http.ResponseWriter) {}))
+				if free := names[0] != names[1]; free != (err == nil) || !free && !errors.As(err, &refused) {
+					t.Errorf("%v: meanwhile the outer one answers %v", names, err)
+				}
+			}))
+			if err != nil || !isStream(c) {
+				t.Errorf("%v: got %v", names, err)
+			}
+		}
+	})
 }
 
 // wrapping puts a ResponseWriter of its own between two handlers.

@@ -69,7 +69,7 @@ func newFrames(hb *Heartbeat, retry *Retry) frames {
 	if f.comment == "" {
 		f.comment = defaultHeartbeatComment
 	}
-	if retry != nil {
+	if retry != nil && retry.Min > 0 {
 		f.retryMin, f.retryMax = time.Duration(retry.Min), time.Duration(max(retry.Min, retry.Max))
 	}
 	return f

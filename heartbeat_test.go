@@ -628,6 +628,32 @@ func TestAClientThatTakesNothingDelaysNoOtherStream(t *testing.T) {
 	}
 }
 
+// A piece of a byte order mark is the one thing of an upstream's that a client
+// may have to wait for.
+func TestAFrameThatMayNotGoIsWaitedForWithoutHaste(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		logged.TakeAll()
+		h := provision(t, &caddysse.Handler{
+			Heartbeat: &caddysse.Heartbeat{Interval: -1, Prelude: caddy.Duration(time.Second)},
+			Retry:     &caddysse.Retry{Min: caddy.Duration(2 * time.Second)},
+		})
+		c := play(t, h, func(w http.ResponseWriter) {
+			write(t, w, "\xef\xbb")
+			quiet(time.Hour)
+			write(t, w, "\xbf\n")
+		})
+		expect(t, "what reached the client", c.happenings(), []string{
+			"200", "flush",
+			"write retry: 2000\n\n", "write \n", "flush",
+		})
+		for _, entry := range logged.FilterMessage("stream closed").All() {
+			if deferred := entry.ContextMap()["heartbeats_deferred"]; deferred != uint64(1) {
+				t.Errorf("%v heartbeats were deferred", deferred)
+			}
+		}
+	})
+}
+
 func TestAFrameThatCannotBeWrittenEndsTheUpstreamsHalf(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newClient(t)

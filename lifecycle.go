@@ -142,7 +142,7 @@ func upstreamOf(r *http.Request) string {
 		return ""
 	}
 	upstream, _ := repl.GetString("http.reverse_proxy.upstream.hostport")
-	return upstream
+	return printable(upstream, 255) // its placeholders may say what the client said
 }
 
 // requestUUID is the placeholder that identifies a request.

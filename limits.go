@@ -43,7 +43,7 @@ type reservation uint8
 
 const (
 	noPlace      reservation = iota
-	place                    // counts as a stream of the name
+	namesPlace               // counts as a stream of the name
 	clientsPlace             // and as one of its client
 )
 
@@ -64,7 +64,7 @@ func (g *group) reserve(limits limits, ip string) (reservation, limit) {
 	}
 	g.reserved++
 	if g.clients == nil {
-		return place, ""
+		return namesPlace, ""
 	}
 	g.countClientLocked(ip, +1)
 	return clientsPlace, ""
@@ -133,9 +133,9 @@ func (rw *response) givePlaceBack() {
 
 // takePlace takes a place for the request, or says how it is refused.
 func (rw *response) takePlace() error {
-	place, met := rw.h.group.reserve(rw.h.limits, clientIP(rw.r))
-	if place != noPlace {
-		rw.place = place
+	reserved, met := rw.h.group.reserve(rw.h.limits, clientIP(rw.r))
+	if reserved != noPlace {
+		rw.place = reserved
 		return nil
 	}
 	collector.refused.WithLabelValues(rw.h.Name, string(met)).Inc()

@@ -165,7 +165,7 @@ type MaxDuration struct {
 	// The age. -1: off.
 	Duration caddy.Duration `json:"duration,omitempty"`
 
-	// A random part of this comes on top for each stream. Default: none.
+	// A random part of this comes on top for each stream. Default, and -1: none.
 	Jitter caddy.Duration `json:"jitter,omitempty"`
 }
 
@@ -182,10 +182,11 @@ type Drain struct {
 // Retry is a range of reconnection times; each stream is told a random one in
 // it, so that clients that lost their streams together do not return together.
 type Retry struct {
-	// The shortest reconnection time, at least one millisecond.
+	// The shortest reconnection time, at least one millisecond. Default, and -1:
+	// none is told.
 	Min caddy.Duration `json:"min,omitempty"`
 
-	// The longest reconnection time. Default: min.
+	// The longest reconnection time. Default, and -1: min.
 	Max caddy.Duration `json:"max,omitempty"`
 }
 
@@ -235,12 +236,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
 		server.RegisterOnShutdown(h.drainStreams)
 		server.RegisterOnStop(endWhatIsLeft)
-		if h.writeTimeout > 0 {
-			server.RegisterConnContext(limitUnsent)
-		}
-		if h.deadClientTimeout > 0 {
-			server.RegisterConnContext(withConnection)
-		}
+		server.RegisterConnContext(withConnection)
 	}
 
 	events, err := ctx.App("events")
@@ -290,10 +286,10 @@ func (hb *Heartbeat) validate() error {
 	if hb == nil {
 		return nil
 	}
-	if err := validateSilence("heartbeat", hb.Interval); err != nil {
+	if err := validateMilliseconds("heartbeat", hb.Interval); err != nil {
 		return err
 	}
-	if err := validateSilence("prelude", hb.Prelude); err != nil {
+	if err := validateMilliseconds("prelude", hb.Prelude); err != nil {
 		return err
 	}
 	if err := validateLine("heartbeat", "comment", hb.Comment); err != nil {
@@ -306,7 +302,19 @@ func (r *Retry) validate() error {
 	if r == nil {
 		return nil
 	}
-	return validateRetry(r.Min, r.Max)
+	if err := validateMilliseconds("retry", r.Min); err != nil {
+		return err
+	}
+	if err := validateDuration("retry", r.Max); err != nil {
+		return err
+	}
+	if r.Max > 0 && r.Min <= 0 {
+		return fmt.Errorf("sse: retry: the maximum %q needs a minimum", time.Duration(r.Max))
+	}
+	if r.Max > 0 && r.Max < r.Min {
+		return fmt.Errorf("sse: retry: the minimum %q is above the maximum %q", time.Duration(r.Min), time.Duration(r.Max))
+	}
+	return nil
 }
 
 func (e *EarlyStart) validate() error {
@@ -320,11 +328,11 @@ func (m *MaxDuration) validate() error {
 	if m == nil {
 		return nil
 	}
-	if m.Jitter < 0 {
-		return fmt.Errorf("sse: max_duration: the jitter %q is not a positive duration", time.Duration(m.Jitter))
-	}
 	if m.Jitter > 0 && m.Duration <= 0 {
 		return errors.New("sse: max_duration: a jitter needs a duration that it comes on top of")
+	}
+	if err := validateDuration("max_duration: jitter", m.Jitter); err != nil {
+		return err
 	}
 	return validateDuration("max_duration", m.Duration)
 }
@@ -378,9 +386,10 @@ func validateDuration(setting string, d caddy.Duration) error {
 	return nil
 }
 
-// validateSilence accepts what validateDuration does, but no silence so short
-// that frames would be all that is sent.
-func validateSilence(setting string, d caddy.Duration) error {
+// validateMilliseconds accepts what validateDuration does, but not what is below the
+// unit of a reconnection time, nor a silence so short that frames would be all
+// that is sent.
+func validateMilliseconds(setting string, d caddy.Duration) error {
 	if err := validateDuration(setting, d); err != nil {
 		return err
 	}
@@ -428,19 +437,6 @@ func validateCompression(value string) error {
 		return nil
 	}
 	return fmt.Errorf("sse: compression: unknown value %q; it is %s or %s", value, compressionAllow, compressionDeny)
-}
-
-func validateRetry(shortest, longest caddy.Duration) error {
-	if time.Duration(shortest) < time.Millisecond {
-		return fmt.Errorf("sse: retry: the minimum %q is below one millisecond, the unit of a reconnection time", time.Duration(shortest))
-	}
-	if longest < 0 {
-		return fmt.Errorf("sse: retry: %q is not a positive duration", time.Duration(longest))
-	}
-	if longest != 0 && longest < shortest {
-		return fmt.Errorf("sse: retry: the minimum %q is above the maximum %q", time.Duration(shortest), time.Duration(longest))
-	}
-	return nil
 }
 
 // Interface guards

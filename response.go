@@ -5,6 +5,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -19,9 +20,11 @@ type exchange struct {
 	cancel context.CancelCauseFunc // ends the upstream's half
 	began  instant                 // when the request came; ages count from here
 
+	uploads *uploads
+
 	// moved is the age at which the write that is on its way got further last; 0:
-	// none is. It is for sync/atomic, and here because there is room.
-	moved int64
+	// none is. It is a stream's, and here because there is room.
+	moved atomic.Int64
 }
 
 // role is what a response has turned out to be.
@@ -89,6 +92,7 @@ func (rw *response) standAside() bool {
 		return false
 	}
 	rw.role = aside
+	rw.givePlaceBack()
 	return true
 }
 

@@ -4,21 +4,25 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"math"
 	"net/http"
 	"os"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
+	"go.uber.org/zap"
 
 	"github.com/caddy-sse/caddy-sse/internal/eventstream"
 )
 
 // errStreamEnded is what the upstream's side gets for writing to a stream that
-// is over, and the cause of its context.
-var errStreamEnded = errors.New("sse: the stream has ended")
+// is over, and the cause of its context. It is a cancellation: reverse_proxy
+// counts any other failure of a request against the upstream.
+var errStreamEnded = fmt.Errorf("sse: the stream has ended: %w", context.Canceled)
 
 // bom is the byte order mark that clients strip, but only as the first bytes of
 // a stream (WHATWG HTML, section 9.2.6).
@@ -34,6 +38,11 @@ const endPatience = time.Second
 // writePatience is how long it then waits for the write that is on its way: most
 // end in a moment, and only one that blocks is broken off.
 const writePatience = 200 * time.Millisecond
+
+// leavePatience is how long the handlers of a stream that was ended may take to
+// leave. The client of one that does not heed its context, as FastCGI's while it
+// waits for the upstream, is let go without them.
+const leavePatience = 5 * time.Second
 
 // bodyKind says what a stream's body is, and with it whether frames may go.
 type bodyKind uint8
@@ -81,6 +90,7 @@ type stream struct {
 	failed     reason // what the writer's first error means; nothing goes out behind it
 	cut        bool   // ended early; what the upstream still sends is dropped
 	closed     bool
+	begun      bool // it is among the live ones
 	told       bool // the client has been told of the error
 	unflushed  bool
 	spoken     bool // something followed the headers
@@ -90,6 +100,7 @@ type stream struct {
 	bomChecked bool // the body does not begin with a BOM any more
 
 	// These are guarded by facts.
+	headed  bool // the headers have gone out
 	gone    bool // the ResponseWriter must not be touched from outside any more
 	hurried bool // an early end does not wait for an event boundary any more
 	broken  bool // its write was broken off by an early end
@@ -134,10 +145,20 @@ func (s *stream) countsLocked() counts {
 
 // begin opens the stream, in the place that was reserved for it if any, and
 // lets it be known.
-func (s *stream) begin(place reservation) {
-	ownTimeouts(s.w)
+func (s *stream) begin(reserved reservation) {
+	defer func() {
+		if !s.begun { // a writer around this one panicked
+			s.h.group.release(reserved, s.client.ip)
+		}
+	}()
+	ownWriteTimeouts(s.ctx, s.w)
+	if s.h.writeTimeout > 0 {
+		connectionOf(s.ctx).limitUnsent()
+	}
 	s.open()
-	s.h.group.add(s, place)
+	s.uploads.suspend(s.w)
+	s.h.group.add(s, reserved)
+	s.begun = true
 	s.joinDrain()
 	if s.h.deadClientTimeout > 0 {
 		connectionOf(s.ctx).watch(s.h.deadClientTimeout)
@@ -146,11 +167,12 @@ func (s *stream) begin(place reservation) {
 	s.h.tellOpened(s)
 }
 
-// unwatchConnection undoes what begin did to the connection.
-func (s *stream) unwatchConnection() {
+// giveConnectionBack undoes what begin did to the connection.
+func (s *stream) giveConnectionBack() {
 	if s.h.deadClientTimeout > 0 {
 		connectionOf(s.ctx).unwatch(s.h.deadClientTimeout)
 	}
+	s.uploads.resume()
 }
 
 // open sends the headers and starts the clocks.
@@ -158,12 +180,15 @@ func (s *stream) open() {
 	s.mu.Lock()
 	defer s.unlock()
 	err := s.sendHeadersLocked()
+	s.facts.Lock()
 	if s.id == uuid.Nil {
 		s.id = newID(s.ctx) // handlers around this one may have asked for it on seeing the headers
 	}
 	s.opened = s.age()
-	s.lastHeard = s.opened
+	s.headed = true
 	s.lastBytes = s.opened
+	s.facts.Unlock()
+	s.lastHeard = s.opened
 	if err != nil {
 		return
 	}
@@ -209,10 +234,10 @@ func (s *stream) watchWrite() {
 }
 
 // moves notes that a write has begun, or got further, at an age.
-func (s *stream) moves(age time.Duration) { atomic.StoreInt64(&s.moved, max(int64(age), 1)) }
+func (s *stream) moves(age time.Duration) { s.moved.Store(max(int64(age), 1)) }
 
 // rests notes that it is done.
-func (s *stream) rests() { atomic.StoreInt64(&s.moved, 0) }
+func (s *stream) rests() { s.moved.Store(0) }
 
 // callIn has tick called.
 func (s *stream) callIn(wait time.Duration) {
@@ -226,19 +251,19 @@ func (s *stream) untilEnd(writing bool) (wait time.Duration, why reason) {
 	age := s.age()
 	if timeout := s.h.writeTimeout; timeout > 0 {
 		wait, why = timeout, writeTimeout
-		if moved := time.Duration(atomic.LoadInt64(&s.moved)); writing && moved > 0 {
+		if moved := time.Duration(s.moved.Load()); writing && moved > 0 {
 			wait = moved + timeout - age
 		}
 	}
 	s.facts.Lock()
 	defer s.facts.Unlock()
-	if timeout := s.h.upstreamTimeout; timeout > 0 && !writing {
+	if timeout := s.h.upstreamTimeout; timeout > 0 && s.headed && !writing {
 		if left := s.lastBytes + timeout - age; left < wait {
 			wait, why = left, upstreamTimeout
 		}
 	}
-	if limit := s.h.MaxDuration; limit != nil && limit.Duration > 0 && s.resumesLocked() {
-		oldest := time.Duration(limit.Duration) + time.Duration(s.share()*float64(limit.Jitter))
+	if limit := s.h.MaxDuration; limit != nil && limit.Duration > 0 && s.headed && s.resumesLocked() {
+		oldest := time.Duration(limit.Duration) + time.Duration(s.share()*float64(max(limit.Jitter, 0)))
 		if left := s.opened + oldest - age; left < wait {
 			wait, why = left, maxDuration
 		}
@@ -309,7 +334,7 @@ func (s *stream) write(p []byte) (int, error) {
 // followLocked takes note of what the upstream sent and returns what the client
 // gets for it.
 func (s *stream) followLocked(p []byte) (lead, body []byte) {
-	if p = s.noteLocked(p); s.body != eventStreamBody {
+	if p = s.noteLocked(p); s.body != eventStreamBody || len(p) == 0 {
 		return nil, p
 	}
 	if s.lfOwed {
@@ -344,13 +369,35 @@ func (s *stream) noteLocked(p []byte) []byte {
 	switch {
 	case s.body == encodedBody:
 	case s.body == eventStreamBody && s.ending.Load() != 0:
-		p = p[:s.scan.ScanToBoundary(p)]
+		p = p[:s.scanToEndLocked(p)]
 	default:
 		// What looks like JSON too: its client reads what it says it is.
 		s.scan.Scan(p)
 	}
 	s.bytes += uint64(len(p))
 	return p
+}
+
+// scanToEndLocked follows what an early end lets through, up to the next event
+// boundary, and returns how many bytes that is. The LF of a CR belongs to them:
+// some clients look for both. It wants facts to be locked.
+func (s *stream) scanToEndLocked(p []byte) (n int) {
+	if !s.scan.PendingCR() || !isBoundary(s.scan.Place()) {
+		n = s.scan.ScanToBoundary(p)
+	}
+	if n == len(p) || !s.scan.PendingCR() {
+		return n
+	}
+	if p[n] == '\n' {
+		s.scan.Scan(p[n : n+1])
+		return n + 1
+	}
+	s.hurried = true // there is none to wait for
+	return n
+}
+
+func isBoundary(place eventstream.Place) bool {
+	return place == eventstream.Start || place == eventstream.Boundary
 }
 
 // beginLocked is followLocked for the first bytes of an event stream.
@@ -410,7 +457,7 @@ func (s *stream) setWriteDeadline(deadline time.Time) error {
 	if err := s.errLocked(); err != nil {
 		return err
 	}
-	return setConnectionDeadline(s.w, deadline)
+	return connectionWriter(s.w).SetWriteDeadline(deadline)
 }
 
 func (s *stream) errLocked() error {
@@ -477,8 +524,31 @@ func (s *stream) flushLocked() error {
 	return err
 }
 
+// panicError is a panic on a goroutine of the module's own, such as one of the
+// writers around this one may cause.
+type panicError struct{ value any }
+
+func (p *panicError) Error() string { return fmt.Sprint("panic: ", p.value) }
+
+// Unwrap makes it a cancellation, as errStreamEnded is one.
+func (p *panicError) Unwrap() error { return context.Canceled }
+
+// survive is deferred where no server would recover a panic, which would end the
+// process: this one ends the stream, and goes on in the request's goroutine.
+func (s *stream) survive() {
+	value := recover()
+	if value == nil {
+		return
+	}
+	s.h.logger.Error("panic beside a request",
+		zap.Any("panic", value),
+		zap.ByteString("stack", debug.Stack()))
+	s.cancel(&panicError{value})
+}
+
 // tick is called by the agenda when something may be due.
 func (s *stream) tick() {
+	defer s.survive()
 	free := s.mu.TryLock()
 	left, why := s.untilEnd(!free)
 	switch {
@@ -507,8 +577,7 @@ func (s *stream) tick() {
 		if s.failed != notEnded {
 			return
 		}
-		s.wait = s.h.frames.wait()
-		if s.overdue {
+		if s.wait = s.h.frames.wait(); s.overdue && s.wait > 0 {
 			s.wait += s.age() - s.lastHeard
 		}
 	}
@@ -543,7 +612,7 @@ func (s *stream) beatLocked() {
 		return
 	}
 	if err := s.sendLocked(s.age(), nil, frame); err != nil {
-		s.cancel(err)
+		s.cancel(fmt.Errorf("%w: %w", errStreamEnded, err))
 		return
 	}
 	s.retryOwed = s.retryOwed && place != eventstream.Start
@@ -582,11 +651,20 @@ func (s *stream) cutAtBoundary() (done bool) {
 	s.facts.Lock()
 	hurried := s.hurried
 	s.facts.Unlock()
-	if place := s.scan.Place(); !hurried && s.body == eventStreamBody && place != eventstream.Start && place != eventstream.Boundary {
+	if !hurried && !s.atBoundaryLocked() {
 		return false
 	}
 	s.cutLocked()
 	return true
+}
+
+// atBoundaryLocked reports whether an end harms no event, nor a line end.
+func (s *stream) atBoundaryLocked() bool {
+	if s.body != eventStreamBody {
+		return true
+	}
+	torn := s.scan.PendingCR() && s.scan.LineEnding() != eventstream.CR && !s.lfOwed
+	return isBoundary(s.scan.Place()) && !torn
 }
 
 // cutAnyway is the end of the patience with an upstream in mid-event or with a
@@ -613,9 +691,20 @@ func (s *stream) breakOff() {
 		return
 	}
 	s.broken = true
-	breakWrite(s.w)
+	s.breakWrite()
+	if s.proto == http2 && s.stuckLocked() {
+		// The reset of the stream has not gone out either.
+		connectionOf(s.ctx).expire()
+	}
 	s.cancel(errStreamEnded)
 	time.AfterFunc(endPatience, s.breakOff) // a writer between two pieces may have set a deadline of its own
+}
+
+// stuckLocked reports whether a write has got nowhere for the write timeout and
+// the time that it takes to break it off. It wants facts to be locked.
+func (s *stream) stuckLocked() bool {
+	moved := time.Duration(s.moved.Load())
+	return s.h.writeTimeout > 0 && moved > 0 && s.age()-moved >= s.h.writeTimeout+endPatience
 }
 
 func (s *stream) cutLocked() {
@@ -624,6 +713,21 @@ func (s *stream) cutLocked() {
 	}
 	s.cut = true
 	s.cancel(errStreamEnded)
+	time.AfterFunc(leavePatience, s.letGo)
+}
+
+// letGo breaks off a response that its handlers do not leave.
+func (s *stream) letGo() {
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	if s.gone {
+		return
+	}
+	s.broken = true
+	s.breakWrite()
+	if s.proto == http1 {
+		connectionOf(s.ctx).hangUp()
+	}
 }
 
 // aborts reports whether the client must see that its answer is not whole.
@@ -643,16 +747,22 @@ func (s *stream) aborts(why reason) bool {
 
 // breakWrite makes a write that blocks return. It goes to the connection's own
 // writer: those around it are not made for a second goroutine, while a
-// connection's deadline may be set from any.
-func breakWrite(w http.ResponseWriter) {
-	_ = setConnectionDeadline(w, time.Unix(1, 0))
+// connection's deadlines may be set from any.
+func (s *stream) breakWrite() {
+	past := time.Unix(1, 0)
+	own := connectionWriter(s.w)
+	_ = own.SetWriteDeadline(past)
+	if s.proto == http1 {
+		// Before the headers, net/http reads what is left of the request's body.
+		_ = own.SetReadDeadline(past)
+	}
 }
 
 // boundLastWrite sets a deadline for what is written when the agenda does not
 // look any more.
 func (s *stream) boundLastWrite() {
 	if timeout := s.h.writeTimeout; timeout > 0 {
-		_ = setConnectionDeadline(s.w, time.Now().Add(timeout))
+		_ = connectionWriter(s.w).SetWriteDeadline(time.Now().Add(timeout))
 	}
 }
 
