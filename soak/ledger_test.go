@@ -184,3 +184,16 @@ go_goroutines 9
 		}
 	}
 }
+
+func TestAStalledClientNeedsAReasonToo(t *testing.T) {
+	flood := []byte(floodEvent(0))
+	for reason, explains := range map[string]bool{"write_timeout": true, "drained": true, "upstream_closed": false, "upstream_timeout": false} {
+		e := entry{
+			seen:   &sighting{site: siteOf(t, "line"), kind: "flood", method: "POST", ending: aborted, body: flood},
+			closed: &closedLine{Reason: reason, Events: 1},
+		}
+		if _, err := e.compare(); explains != (err == nil) {
+			t.Errorf("%s: %v", reason, err)
+		}
+	}
+}
