@@ -218,3 +218,22 @@ func TestTheCaddyfileOfTheMonitoringExampleIsValid(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+var bucketMatcher = regexp.MustCompile(`\ble(=~?|!~?)"([^"]*)"`)
+
+// The text format says le="1", OpenMetrics le="1.0".
+func TestQueriesForABucketFindItInBothFormats(t *testing.T) {
+	found := false
+	for where, query := range monitoringQueries(t) {
+		for _, match := range bucketMatcher.FindAllStringSubmatch(query, -1) {
+			found = true
+			one, err := regexp.Compile("^(?:" + match[2] + ")$")
+			if match[1] != "=~" || err != nil || !one.MatchString("1") || !one.MatchString("1.0") || one.MatchString("10") {
+				t.Errorf("%s: %s", where, match[0])
+			}
+		}
+	}
+	if !found {
+		t.Error("no query for a bucket")
+	}
+}
