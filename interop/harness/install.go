@@ -131,7 +131,7 @@ func Node(t testing.TB, project string) (node, dir string) {
 	installed, err := once(t, "node", digest(string(version), manifest, locked), func(dir string) error {
 		WriteFile(t, dir, "package.json", manifest)
 		WriteFile(t, dir, "package-lock.json", locked)
-		return run(t, Command(npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts"), In(dir))
+		return run(t, Command(npm, "ci", "--engine-strict", "--no-audit", "--no-fund", "--ignore-scripts"), In(dir))
 	})
 	if err != nil {
 		Missing(t, "the npm packages of "+filepath.Base(project), err)

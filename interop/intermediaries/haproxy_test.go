@@ -108,7 +108,7 @@ func TestHeartbeatsFindClientsThatHAProxyDoesNotMiss(t *testing.T) {
 
 // Without `option http-no-delay` HAProxy asks the kernel to wait for more where
 // it can't tell that there is none, which takes 200 ms where a stream is slow.
-func TestHAProxyKeepsAnEventForAMoment(t *testing.T) {
+func TestHAProxyWithoutNoDelayKeepsAnEventForAMomentOnly(t *testing.T) {
 	t.Parallel()
 	upstream := startOrigin(t)
 	caddy := startSite(t, "sse 1s\nreverse_proxy "+upstream.addr)

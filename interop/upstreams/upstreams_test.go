@@ -199,7 +199,9 @@ func (e *example) events(t *testing.T) {
 	e.awaitCount(t, "events", 0)
 }
 
-// notifications: named events, and heartbeats in half a minute of silence.
+// notifications: named events, and heartbeats in half a minute of silence. The
+// upstream sleeps meanwhile and may learn that its clients have left by its
+// second write from then on: the first is what the connection is reset for.
 func (e *example) notifications(t *testing.T) {
 	t.Parallel()
 	stream := harness.Open(t, e.client, e.url+"/notifications")
@@ -232,10 +234,16 @@ func (e *example) notifications(t *testing.T) {
 	}
 	t.Logf("%s: /notifications: at most %v to the client; %d heartbeats in 30 s, longest silence %v",
 		e.name, round(latest), len(beats), round(silence))
+	e.awaitCount(t, "notifications", 1)
+	left := time.Now()
 	stream.Close()
 	if closed := e.caddy.AwaitClosed(t, "/notifications"); closed.Reason != "client_closed" || closed.Heartbeats != len(beats) {
 		t.Errorf("closed: %+v", closed)
 	}
+	harness.Eventually(t, 75*time.Second, "the upstream has nobody at /notifications", func() bool {
+		return e.count(t, "notifications") == 0
+	})
+	t.Logf("%s: /notifications: the upstream noticed after %v that the client had left", e.name, round(time.Since(left)))
 }
 
 // broadcast: one upstream message to all clients, and clean-up in an upstream
