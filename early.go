@@ -66,7 +66,7 @@ func (rw *response) startEarly() {
 		e.upload = &upload{ReadCloser: rw.r.Body}
 		rw.r.Body = e.upload
 	}
-	rw.rarely().early = e
+	rw.early = e
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	reserved := rw.place

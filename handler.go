@@ -78,7 +78,7 @@ func (rw *response) enter(accept accept) error {
 	default:
 		// The upstream will have set its headers before the answer can be
 		// refused.
-		rw.rarely().siteHeader = rw.w.Header().Clone()
+		rw.siteHeader = rw.w.Header().Clone()
 	}
 	if rw.h.startsEarly(rw.r, accept) {
 		rw.startEarly()

@@ -140,7 +140,7 @@ func (rw *response) takePlace() error {
 	}
 	collector.refused.WithLabelValues(rw.h.Name, string(met)).Inc()
 	header := rw.w.Header()
-	if rw.rare != nil && rw.siteHeader != nil {
+	if rw.siteHeader != nil {
 		replaceHeader(header, rw.siteHeader) // what the upstream set is for a stream
 	}
 	header.Set("Retry-After", strconv.Itoa(int(refusedFor.Seconds())))

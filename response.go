@@ -43,26 +43,13 @@ const (
 // everything through. It belongs to the goroutine of the request.
 type response struct {
 	exchange
-	stream    *stream
-	*rare     // nil for nearly all
-	role      role
-	resumable bool
-	place     reservation
-}
-
-// rare is what few responses need.
-type rare struct {
-	early      *early      // may start without the upstream's headers
-	siteHeader http.Header // what was set before the upstream was called
+	stream     *stream
+	early      *early      // nil: it does not start without the upstream's headers
+	siteHeader http.Header // what was set before the upstream was called; nil: it is not needed
 	refusal    error       // of a stream too many
-}
-
-// rarely returns the rare part and makes it where there is none.
-func (rw *response) rarely() *rare {
-	if rw.rare == nil {
-		rw.rare = new(rare)
-	}
-	return rw.rare
+	role       role
+	resumable  bool
+	place      reservation
 }
 
 // enclosingResponse returns the response of an outer sse handler, if any.
@@ -96,15 +83,11 @@ func (rw *response) standAside() bool {
 	return true
 }
 
-// mayStartEarly reports whether the stream starts, or has started, without its
-// upstream's headers if these take too long.
-func (rw *response) mayStartEarly() bool { return rw.rare != nil && rw.early != nil }
-
 // settle makes an end to waiting for the upstream's headers: its handlers have
 // answered or left. If the stream has started meanwhile, this is the response's
 // stream.
 func (rw *response) settle() {
-	if !rw.mayStartEarly() || rw.stream != nil {
+	if rw.early == nil || rw.stream != nil {
 		return
 	}
 	if rw.stream = rw.early.settle(); rw.stream == nil {
@@ -122,7 +105,7 @@ func replaceHeader(header, by http.Header) {
 // Header returns the client's header map, or one of their own for handlers that
 // answer a stream that may start without them.
 func (rw *response) Header() http.Header {
-	if rw.mayStartEarly() {
+	if rw.early != nil {
 		return rw.early.header
 	}
 	return rw.w.Header()
@@ -153,7 +136,7 @@ func (rw *response) WriteHeader(status int) {
 func (rw *response) writeInformational(status int) {
 	switch {
 	case rw.role == streaming:
-	case rw.mayStartEarly():
+	case rw.early != nil:
 		rw.early.writeInformational(rw.w, status)
 	default:
 		rw.w.WriteHeader(status)
@@ -216,7 +199,7 @@ func (rw *response) begin() {
 	if rw.role != undecided {
 		return
 	}
-	if hasEventStreamType(rw.Header()) || rw.mayStartEarly() {
+	if hasEventStreamType(rw.Header()) || rw.early != nil {
 		rw.WriteHeader(http.StatusOK)
 	} else {
 		rw.role = aside
@@ -267,7 +250,7 @@ func (rw *response) SetWriteDeadline(deadline time.Time) error {
 	switch {
 	case rw.stream != nil:
 		return rw.stream.setWriteDeadline(deadline)
-	case rw.mayStartEarly():
+	case rw.early != nil:
 		return rw.early.setWriteDeadline(rw.w, deadline)
 	}
 	return http.NewResponseController(rw.w).SetWriteDeadline(deadline)
