@@ -1,6 +1,7 @@
 package caddysse_test
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -309,5 +310,48 @@ func TestHandlersThatDoNotLeaveAreNotWaitedForLong(t *testing.T) {
 				t.Errorf("handlers that took %v: %v, %v", took, panicked, err)
 			}
 		})
+	}
+}
+
+// HTTP/1.0 has no chunks: the end of the connection is the end of the stream.
+func TestAStreamOverHTTP10(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		sse 100ms {
+			prelude off
+		}
+		reverse_proxy `+up.addr)
+	conn, err := net.Dial("tcp", c.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(patience))
+	fmt.Fprintf(conn, "GET /old HTTP/1.0\r\n%s\r\n\r\n", acceptStream)
+	call := up.accept(t)
+	call.start(eventStream)
+	call.send("data: 1\n\n")
+	in := bufio.NewReader(conn)
+	res, err := http.ReadResponse(in, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res.StatusCode != 200 || len(res.TransferEncoding) > 0 || res.Header.Get("X-Accel-Buffering") != "no" {
+		t.Errorf("answered %s, %v, %v", res.Status, res.TransferEncoding, res.Header)
+	}
+	want := "data: 1\n\n:heartbeat\n\n"
+	got := make([]byte, len(want))
+	if _, err := io.ReadFull(res.Body, got); err != nil || string(got) != want {
+		t.Errorf("got %q, %v", got, err)
+	}
+	call.end()
+	if rest, err := io.ReadAll(res.Body); err != nil || strings.ReplaceAll(string(rest), ":heartbeat\n\n", "") != "" {
+		t.Errorf("behind that came %q, %v", rest, err)
+	}
+	line := c.closedLine(t, "/old")
+	expectEnd(t, line, "upstream_closed", "info")
+	if line["proto"] != "HTTP/1.1" || line["events"] != 1.0 {
+		t.Errorf("told: %v", line)
 	}
 }
