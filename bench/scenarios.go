@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/caddy-sse/caddy-sse/internal/measure"
@@ -309,32 +308,15 @@ func (b *bench) churn() error {
 }
 
 func (b *bench) churnStreams(p *proxy, n int) error {
-	var group sync.WaitGroup
-	var next atomic.Int64
-	errs := make(chan error, b.settings.ChurnWorkers)
-	for range b.settings.ChurnWorkers {
-		group.Go(func() {
-			for next.Add(1) <= int64(n) && b.context.Err() == nil {
-				f := b.newFleet(p, "/hello")
-				err := f.open(b.context)
-				if err == nil {
-					_, err = f.collect(1)
-				}
-				f.close()
-				if err != nil {
-					errs <- err
-					return
-				}
-			}
-		})
-	}
-	group.Wait()
-	select {
-	case err := <-errs:
+	return sideBySide(b.context, b.settings.ChurnWorkers, n, func() error {
+		f := b.newFleet(p, "/hello")
+		defer f.close()
+		err := f.open(b.context)
+		if err == nil {
+			_, err = f.collect(1)
+		}
 		return err
-	default:
-		return b.context.Err()
-	}
+	})
 }
 
 // reload loads another configuration while streams are open. A client whose
