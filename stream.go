@@ -84,6 +84,7 @@ type stream struct {
 	mu        sync.Mutex
 	lastHeard time.Duration // age at which the client heard something last
 	wait      time.Duration // silence after which the next frame is due; 0: none
+	letGoAt   *time.Timer   // for handlers that do not leave; nil: not ended early
 
 	body       bodyKind // changes with facts locked too
 	bomHeld    uint8
@@ -692,7 +693,7 @@ func (s *stream) breakOff() {
 	}
 	s.broken = true
 	s.breakWrite()
-	if s.proto == http2 && s.stuckLocked() {
+	if s.proto == http2 && s.stuck() {
 		// The reset of the stream has not gone out either.
 		connectionOf(s.ctx).expire()
 	}
@@ -700,9 +701,9 @@ func (s *stream) breakOff() {
 	time.AfterFunc(endPatience, s.breakOff) // a writer between two pieces may have set a deadline of its own
 }
 
-// stuckLocked reports whether a write has got nowhere for the write timeout and
-// the time that it takes to break it off. It wants facts to be locked.
-func (s *stream) stuckLocked() bool {
+// stuck reports whether a write has got nowhere for the write timeout and the
+// time that it takes to break it off.
+func (s *stream) stuck() bool {
 	moved := time.Duration(s.moved.Load())
 	return s.h.writeTimeout > 0 && moved > 0 && s.age()-moved >= s.h.writeTimeout+endPatience
 }
@@ -713,7 +714,7 @@ func (s *stream) cutLocked() {
 	}
 	s.cut = true
 	s.cancel(errStreamEnded)
-	time.AfterFunc(leavePatience, s.letGo)
+	s.letGoAt = time.AfterFunc(leavePatience, s.letGo)
 }
 
 // letGo breaks off a response that its handlers do not leave.
@@ -774,6 +775,9 @@ func (s *stream) close() {
 	s.gone = true
 	s.facts.Unlock()
 	s.h.agenda.drop(s)
+	if s.letGoAt != nil {
+		s.letGoAt.Stop() // it would keep what the stream refers to
+	}
 	if s.bomHeld > 0 && s.errLocked() == nil {
 		// The body was a piece of a BOM, which makes it no BOM.
 		s.boundLastWrite()
