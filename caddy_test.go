@@ -433,7 +433,8 @@ func (c *testCaddy) client(proto string) *testClient {
 
 var altSvcPort = regexp.MustCompile(`h3=":(\d+)"`)
 
-// findHTTP3 asks over HTTP/1.1 where HTTP/3 is, as a browser does.
+// findHTTP3 asks over HTTP/1.1 where HTTP/3 is, as a browser does. Caddy may
+// already answer when its HTTP/3 server has not begun yet.
 func (c *testCaddy) findHTTP3() string {
 	c.t.Helper()
 	c.h3Once.Do(func() {
@@ -446,16 +447,18 @@ func (c *testCaddy) findHTTP3() string {
 			c.t.Fatal(err)
 		}
 		req.Host = bystander
-		res, err := transport.RoundTrip(req)
-		if err != nil {
-			c.t.Fatal(err)
+		for deadline := time.Now().Add(patience); c.h3Addr == ""; time.Sleep(time.Millisecond) {
+			res, err := transport.RoundTrip(req)
+			if err != nil {
+				c.t.Fatal(err)
+			}
+			res.Body.Close()
+			if port := altSvcPort.FindStringSubmatch(res.Header.Get("Alt-Svc")); port != nil {
+				c.h3Addr = "127.0.0.1:" + port[1]
+			} else if time.Now().After(deadline) {
+				c.t.Fatalf("%s: no HTTP/3 in Alt-Svc: %q", res.Status, res.Header)
+			}
 		}
-		res.Body.Close()
-		port := altSvcPort.FindStringSubmatch(res.Header.Get("Alt-Svc"))
-		if port == nil {
-			c.t.Fatalf("%s: no HTTP/3 in Alt-Svc: %q", res.Status, res.Header)
-		}
-		c.h3Addr = "127.0.0.1:" + port[1]
 	})
 	return c.h3Addr
 }

@@ -3,7 +3,6 @@ package caddysse
 import (
 	"cmp"
 	"context"
-	"errors"
 	"math"
 	"net"
 	"reflect"
@@ -13,8 +12,8 @@ import (
 	"time"
 )
 
-// connection is the connection that a request came on. While streams with a
-// dead_client_timeout live on it, its TCP socket has the shortest of their timeouts
+// connection is the TCP connection that a request came on. While streams with a
+// dead_client_timeout live on it, its socket has the shortest of their timeouts
 // as TCP_USER_TIMEOUT (tcp(7); the user timeout of RFC 9293, section 3.8.3, as
 // RFC 5482 discusses it), and what the kernel tells of it is looked at now and
 // then: when the client is gone it can be too late to ask, as the HTTP/2 server
@@ -28,13 +27,12 @@ import (
 // where nothing is sent, too, at the first probe behind the timeout.)
 //
 // Its methods do nothing on nil, which stands for a connection that is not
-// known: HTTP/3 has none.
+// known or not TCP.
 type connection struct {
-	innermost net.Conn
+	socket syscall.Conn
 
 	mu       sync.Mutex
 	raw      syscall.RawConn
-	limited  bool          // limitUnsent has been called
 	watchers []watcher     // of the live streams, the shortest timeout first
 	previous time.Duration // the socket's timeout before the first of them
 	applied  time.Duration // the socket's timeout; 0: none of ours
@@ -78,7 +76,37 @@ func withConnection(ctx context.Context, c net.Conn) context.Context {
 	if ctx.Value(connectionKey{}) != nil {
 		return ctx
 	}
-	return context.WithValue(ctx, connectionKey{}, &connection{innermost: unwrapped(c)})
+	socket := tcpSocket(unwrapped(c))
+	if socket == nil {
+		return ctx
+	}
+	return context.WithValue(ctx, connectionKey{}, &connection{socket: socket})
+}
+
+// connectionOf returns the connection of a request, nil where it is not TCP
+// (HTTP/3, Unix sockets) or not known.
+func connectionOf(ctx context.Context) *connection {
+	c, _ := ctx.Value(connectionKey{}).(*connection)
+	return c
+}
+
+type acceptedKey struct{}
+
+// withAccepted gives the context of a connection's requests what the system
+// accepted. It is made for caddyhttp.Server.RegisterConnContext. It is for every
+// connection, and so weighs little.
+func withAccepted(ctx context.Context, c net.Conn) context.Context {
+	if ctx.Value(acceptedKey{}) != nil {
+		return ctx
+	}
+	return context.WithValue(ctx, acceptedKey{}, unwrapped(c))
+}
+
+// acceptedOf returns what was accepted for a request, nil where that is not
+// known. HTTP/3 has no such thing.
+func acceptedOf(ctx context.Context) net.Conn {
+	c, _ := ctx.Value(acceptedKey{}).(net.Conn)
+	return c
 }
 
 // unsentLimit is what the kernel takes from a stream beyond what it can send:
@@ -91,40 +119,29 @@ const unsentLimit = 32 << 10
 // of which it lets the writer know only when a third has been taken: such a
 // client would look like one that takes nothing. Where there is no such limit, it
 // does look so. A connection that has had a stream stays that way.
-func (c *connection) limitUnsent() {
-	if c == nil {
+func limitUnsent(c net.Conn) {
+	socket := tcpSocket(c)
+	if socket == nil {
 		return
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if !c.limited {
-		c.limited = true
-		_ = c.controlLocked(func(fd int) error { return setUnsentLimit(fd, unsentLimit) })
+	if raw, err := socket.SyscallConn(); err == nil {
+		_ = raw.Control(func(fd uintptr) { _ = setUnsentLimit(int(fd), unsentLimit) })
 	}
 }
 
-// expire makes what is written to the connection fail, now and from now on.
-func (c *connection) expire() {
-	if c != nil && c.innermost != nil {
-		_ = c.innermost.SetWriteDeadline(time.Unix(1, 0))
+// expire makes what is written to a connection fail, now and from now on.
+func expire(c net.Conn) {
+	if c != nil {
+		_ = c.SetWriteDeadline(time.Unix(1, 0))
 	}
 }
 
-// hangUp tells the client that nothing follows on the connection. It does not
-// wait for what is being written.
-func (c *connection) hangUp() {
-	if c == nil {
-		return
-	}
-	if half, ok := c.innermost.(interface{ CloseWrite() error }); ok {
+// hangUp tells the client that nothing follows on a connection. It does not wait
+// for what is being written.
+func hangUp(c net.Conn) {
+	if half, ok := c.(interface{ CloseWrite() error }); ok {
 		_ = half.CloseWrite()
 	}
-}
-
-// connectionOf returns the connection of a request, nil where it is not known.
-func connectionOf(ctx context.Context) *connection {
-	c, _ := ctx.Value(connectionKey{}).(*connection)
-	return c
 }
 
 // unwrapped returns what a listener accepted without the wrappers around it, as
@@ -144,13 +161,13 @@ func unwrapped(c net.Conn) net.Conn {
 	return c
 }
 
-// tcpSocket returns the connection's TCP socket, nil where it has none.
-func (c *connection) tcpSocket() syscall.Conn {
-	socket, ok := c.innermost.(syscall.Conn)
+// tcpSocket returns an unwrapped connection's TCP socket, nil where it has none.
+func tcpSocket(c net.Conn) syscall.Conn {
+	socket, ok := c.(syscall.Conn)
 	if !ok {
 		return nil
 	}
-	if _, ok := c.innermost.LocalAddr().(*net.TCPAddr); !ok {
+	if _, ok := c.LocalAddr().(*net.TCPAddr); !ok {
 		return nil
 	}
 	return socket
@@ -300,11 +317,7 @@ func (c *connection) applyLocked() {
 
 func (c *connection) controlLocked(f func(fd int) error) error {
 	if c.raw == nil {
-		socket := c.tcpSocket()
-		if socket == nil {
-			return errors.ErrUnsupported
-		}
-		raw, err := socket.SyscallConn()
+		raw, err := c.socket.SyscallConn()
 		if err != nil {
 			return err
 		}

@@ -207,8 +207,8 @@ func TestTheSocketIsFoundInWhatWrapsIt(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := connectionOf(withConnection(t.Context(), test.conn))
-			if (c.tcpSocket() != nil) != test.want {
-				t.Fatalf("found: %v, want %v", c.tcpSocket(), test.want)
+			if (c != nil) != test.want {
+				t.Fatalf("found: %v, want %v", c != nil, test.want)
 			}
 			c.watch(5 * time.Second)
 			defer c.unwatch(5 * time.Second)
@@ -218,7 +218,7 @@ func TestTheSocketIsFoundInWhatWrapsIt(t *testing.T) {
 			if !test.want {
 				return
 			}
-			if got := timeoutOf(t, c.tcpSocket()); got != 5*time.Second {
+			if got := timeoutOf(t, c.socket); got != 5*time.Second {
 				t.Errorf("%v on the socket, want 5s", got)
 			}
 		})

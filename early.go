@@ -56,7 +56,7 @@ func (h *Handler) startsEarly(r *http.Request, accept accept) bool {
 // gets an exchange of its own, as the handlers use this one until then.
 func (rw *response) startEarly() {
 	s := rw.newStream(http.StatusOK)
-	s.exchange = &exchange{h: rw.h, w: rw.w, r: rw.r, cancel: rw.cancel, began: rw.began, uploads: rw.uploads}
+	s.exchange = &exchange{h: rw.h, w: rw.w, r: rw.r, cancel: rw.cancel, began: rw.began, rare: rw.rare}
 	s.waiting = true
 	s.id = newID(s.ctx)
 	adoptID(s.ctx, s.id)
@@ -66,7 +66,7 @@ func (rw *response) startEarly() {
 		e.upload = &upload{ReadCloser: rw.r.Body}
 		rw.r.Body = e.upload
 	}
-	rw.early = e
+	rw.rarely().early = e
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	reserved := rw.place

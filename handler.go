@@ -42,8 +42,11 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	own := r.Context()
 	ctx, cancel := context.WithCancelCause(own)
 	rw := &response{
-		exchange:  exchange{h: h, w: w, r: r, cancel: cancel, began: began, uploads: newUploads(r)},
+		exchange:  exchange{h: h, w: w, r: r, cancel: cancel, began: began},
 		resumable: accept.eventStream && r.Method == http.MethodGet,
+	}
+	if uploads := newUploads(r); uploads != nil {
+		rw.rarely().uploads = uploads
 	}
 	*r = *r.WithContext(ctx)
 	defer func() {
@@ -78,7 +81,7 @@ func (rw *response) enter(accept accept) error {
 	default:
 		// The upstream will have set its headers before the answer can be
 		// refused.
-		rw.siteHeader = rw.w.Header().Clone()
+		rw.rarely().siteHeader = rw.w.Header().Clone()
 	}
 	if rw.h.startsEarly(rw.r, accept) {
 		rw.startEarly()
@@ -103,7 +106,7 @@ func (rw *response) leave(err error, panicked any) error {
 	case answered:
 		return nil
 	case refused:
-		return rw.refusal
+		return rw.rare.refusal
 	case undecided:
 		if err != nil && rw.wantsReconnect(statusOf(err)) {
 			rw.answerReconnect(statusOf(err))

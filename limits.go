@@ -140,8 +140,8 @@ func (rw *response) takePlace() error {
 	}
 	collector.refused.WithLabelValues(rw.h.Name, string(met)).Inc()
 	header := rw.w.Header()
-	if rw.siteHeader != nil {
-		replaceHeader(header, rw.siteHeader) // what the upstream set is for a stream
+	if rw.rare != nil && rw.rare.siteHeader != nil {
+		replaceHeader(header, rw.rare.siteHeader) // what the upstream set is for a stream
 	}
 	header.Set("Retry-After", strconv.Itoa(int(refusedFor.Seconds())))
 	return met.refusal(rw.h)

@@ -236,7 +236,10 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
 		server.RegisterOnShutdown(h.drainStreams)
 		server.RegisterOnStop(endWhatIsLeft)
-		server.RegisterConnContext(withConnection)
+		server.RegisterConnContext(withAccepted)
+		if h.deadClientTimeout > 0 {
+			server.RegisterConnContext(withConnection)
+		}
 	}
 
 	events, err := ctx.App("events")

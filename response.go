@@ -20,11 +20,41 @@ type exchange struct {
 	cancel context.CancelCauseFunc // ends the upstream's half
 	began  instant                 // when the request came; ages count from here
 
-	uploads *uploads
-
 	// moved is the age at which the write that is on its way got further last; 0:
 	// none is. It is a stream's, and here because there is room.
 	moved atomic.Int64
+
+	rare *rare // nil for most
+}
+
+// rare is what few responses need.
+type rare struct {
+	uploads    *uploads    // between the body of the request and the connection
+	early      *early      // may start without the upstream's headers
+	siteHeader http.Header // what was set before the upstream was called
+	refusal    error       // of a stream too many
+}
+
+// rarely returns the rare part and makes it where there is none.
+func (x *exchange) rarely() *rare {
+	if x.rare == nil {
+		x.rare = new(rare)
+	}
+	return x.rare
+}
+
+func (x *exchange) uploads() *uploads {
+	if x.rare == nil {
+		return nil
+	}
+	return x.rare.uploads
+}
+
+func (x *exchange) early() *early {
+	if x.rare == nil {
+		return nil
+	}
+	return x.rare.early
 }
 
 // role is what a response has turned out to be.
@@ -43,13 +73,10 @@ const (
 // everything through. It belongs to the goroutine of the request.
 type response struct {
 	exchange
-	stream     *stream
-	early      *early      // nil: it does not start without the upstream's headers
-	siteHeader http.Header // what was set before the upstream was called; nil: it is not needed
-	refusal    error       // of a stream too many
-	role       role
-	resumable  bool
-	place      reservation
+	stream    *stream
+	role      role
+	resumable bool
+	place     reservation
 }
 
 // enclosingResponse returns the response of an outer sse handler, if any.
@@ -87,12 +114,13 @@ func (rw *response) standAside() bool {
 // answered or left. If the stream has started meanwhile, this is the response's
 // stream.
 func (rw *response) settle() {
-	if rw.early == nil || rw.stream != nil {
+	early := rw.early()
+	if early == nil || rw.stream != nil {
 		return
 	}
-	if rw.stream = rw.early.settle(); rw.stream == nil {
-		replaceHeader(rw.w.Header(), rw.early.header)
-		rw.early = nil
+	if rw.stream = early.settle(); rw.stream == nil {
+		replaceHeader(rw.w.Header(), early.header)
+		rw.rare.early = nil
 	}
 }
 
@@ -105,8 +133,8 @@ func replaceHeader(header, by http.Header) {
 // Header returns the client's header map, or one of their own for handlers that
 // answer a stream that may start without them.
 func (rw *response) Header() http.Header {
-	if rw.early != nil {
-		return rw.early.header
+	if early := rw.early(); early != nil {
+		return early.header
 	}
 	return rw.w.Header()
 }
@@ -136,8 +164,8 @@ func (rw *response) WriteHeader(status int) {
 func (rw *response) writeInformational(status int) {
 	switch {
 	case rw.role == streaming:
-	case rw.early != nil:
-		rw.early.writeInformational(rw.w, status)
+	case rw.early() != nil:
+		rw.early().writeInformational(rw.w, status)
 	default:
 		rw.w.WriteHeader(status)
 	}
@@ -160,7 +188,7 @@ func (rw *response) decide(status int) {
 		rw.givePlaceBack()
 	case rw.h.limits != limits{} && rw.place == noPlace:
 		if err := rw.takePlace(); err != nil {
-			rw.role, rw.refusal = refused, err
+			rw.role, rw.rarely().refusal = refused, err
 			rw.cancel(errStreamEnded)
 			return
 		}
@@ -199,7 +227,7 @@ func (rw *response) begin() {
 	if rw.role != undecided {
 		return
 	}
-	if hasEventStreamType(rw.Header()) || rw.early != nil {
+	if hasEventStreamType(rw.Header()) || rw.early() != nil {
 		rw.WriteHeader(http.StatusOK)
 	} else {
 		rw.role = aside
@@ -215,7 +243,7 @@ func (rw *response) Write(p []byte) (int, error) {
 	case answered:
 		return len(p), nil // the error's body, which nobody gets
 	case refused:
-		return 0, rw.refusal
+		return 0, rw.rare.refusal
 	}
 	return rw.w.Write(p)
 }
@@ -250,8 +278,8 @@ func (rw *response) SetWriteDeadline(deadline time.Time) error {
 	switch {
 	case rw.stream != nil:
 		return rw.stream.setWriteDeadline(deadline)
-	case rw.early != nil:
-		return rw.early.setWriteDeadline(rw.w, deadline)
+	case rw.early() != nil:
+		return rw.early().setWriteDeadline(rw.w, deadline)
 	}
 	return http.NewResponseController(rw.w).SetWriteDeadline(deadline)
 }

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"weak"
 
 	"github.com/google/uuid"
 	"go.uber.org/zap"
@@ -75,6 +76,8 @@ type stream struct {
 	upstreamStatus uint16 // what the upstream answered; guarded by facts
 	proto          proto
 	resumable      bool // its client comes back by itself, so it may be ended on purpose
+	begun          bool // it is among the live ones
+	waiting        bool // started early: the upstream has not answered; guarded by facts
 
 	agendaIndex int32 // kept by the agenda
 
@@ -84,14 +87,12 @@ type stream struct {
 	mu        sync.Mutex
 	lastHeard time.Duration // age at which the client heard something last
 	wait      time.Duration // silence after which the next frame is due; 0: none
-	letGoAt   *time.Timer   // for handlers that do not leave; nil: not ended early
 
 	body       bodyKind // changes with facts locked too
 	bomHeld    uint8
 	failed     reason // what the writer's first error means; nothing goes out behind it
 	cut        bool   // ended early; what the upstream still sends is dropped
 	closed     bool
-	begun      bool // it is among the live ones
 	told       bool // the client has been told of the error
 	unflushed  bool
 	spoken     bool // something followed the headers
@@ -105,7 +106,6 @@ type stream struct {
 	gone    bool // the ResponseWriter must not be touched from outside any more
 	hurried bool // an early end does not wait for an event boundary any more
 	broken  bool // its write was broken off by an early end
-	waiting bool // started early: the upstream has not answered
 
 	// facts guards what observers ask for. It is never held across a write.
 	facts      sync.Mutex
@@ -154,10 +154,10 @@ func (s *stream) begin(reserved reservation) {
 	}()
 	ownWriteTimeouts(s.ctx, s.w)
 	if s.h.writeTimeout > 0 {
-		connectionOf(s.ctx).limitUnsent()
+		limitUnsent(acceptedOf(s.ctx))
 	}
 	s.open()
-	s.uploads.suspend(s.w)
+	s.uploads().suspend(s.w)
 	s.h.group.add(s, reserved)
 	s.begun = true
 	s.joinDrain()
@@ -173,7 +173,7 @@ func (s *stream) giveConnectionBack() {
 	if s.h.deadClientTimeout > 0 {
 		connectionOf(s.ctx).unwatch(s.h.deadClientTimeout)
 	}
-	s.uploads.resume()
+	s.uploads().resume()
 }
 
 // open sends the headers and starts the clocks.
@@ -695,7 +695,7 @@ func (s *stream) breakOff() {
 	s.breakWrite()
 	if s.proto == http2 && s.stuck() {
 		// The reset of the stream has not gone out either.
-		connectionOf(s.ctx).expire()
+		expire(acceptedOf(s.ctx))
 	}
 	s.cancel(errStreamEnded)
 	time.AfterFunc(endPatience, s.breakOff) // a writer between two pieces may have set a deadline of its own
@@ -714,7 +714,12 @@ func (s *stream) cutLocked() {
 	}
 	s.cut = true
 	s.cancel(errStreamEnded)
-	s.letGoAt = time.AfterFunc(leavePatience, s.letGo)
+	ended := weak.Make(s) // there may be many, and most have left in a moment
+	time.AfterFunc(leavePatience, func() {
+		if s := ended.Value(); s != nil {
+			s.letGo()
+		}
+	})
 }
 
 // letGo breaks off a response that its handlers do not leave.
@@ -727,7 +732,7 @@ func (s *stream) letGo() {
 	s.broken = true
 	s.breakWrite()
 	if s.proto == http1 {
-		connectionOf(s.ctx).hangUp()
+		hangUp(acceptedOf(s.ctx))
 	}
 }
 
@@ -775,9 +780,6 @@ func (s *stream) close() {
 	s.gone = true
 	s.facts.Unlock()
 	s.h.agenda.drop(s)
-	if s.letGoAt != nil {
-		s.letGoAt.Stop() // it would keep what the stream refers to
-	}
 	if s.bomHeld > 0 && s.errLocked() == nil {
 		// The body was a piece of a BOM, which makes it no BOM.
 		s.boundLastWrite()
