@@ -353,6 +353,17 @@ func TestAClientThatLeavesWhileWaitingCancelsTheUpstream(t *testing.T) {
 	})
 }
 
+// openWaiting opens a stream that starts without its upstream and has had its
+// prelude.
+func openWaiting(t *testing.T, cl *testClient, up *testUpstream, path string) (*upstreamCall, *follower) {
+	t.Helper()
+	e := cl.begin(cl.request(t, "GET", path, nil, "Accept: text/event-stream"))
+	call := up.accept(t)
+	body := e.headers(t).follow()
+	body.expect(t, ":heartbeat\n\n")
+	return call, body
+}
+
 func TestAWaitingStreamCanBeEndedByTheAdminAPIAndByADrain(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
@@ -361,10 +372,7 @@ func TestAWaitingStreamCanBeEndedByTheAdminAPIAndByADrain(t *testing.T) {
 		for _, way := range []string{"admin", "drained"} {
 			t.Run(proto+" "+way, func(t *testing.T) {
 				cl, path := c.client(proto), "/"+proto+way
-				e := cl.begin(cl.request(t, "GET", path, nil, "Accept: text/event-stream"))
-				call := up.accept(t)
-				body := e.headers(t).follow()
-				body.expect(t, ":heartbeat\n\n")
+				call, body := openWaiting(t, cl, up, path)
 				if way == "admin" {
 					c.adminJSON(t, "DELETE", "/sse/streams/"+c.listed(t, path)["id"].(string), 202)
 				} else {
@@ -390,7 +398,7 @@ func TestTheEndOfAWaitingStreamIsNoFailureOfItsUpstream(t *testing.T) {
 	for _, end := range []string{"admin", "max_duration", "upstream_timeout"} {
 		var more []string
 		if end != "admin" {
-			more = append(more, end+" 100ms")
+			more = append(more, end+" 400ms") // several preludes
 		}
 		site := strings.Replace(earlySite(up.addr, more...), "reverse_proxy "+up.addr, `
 			reverse_proxy `+up.addr+` {
@@ -402,10 +410,7 @@ func TestTheEndOfAWaitingStreamIsNoFailureOfItsUpstream(t *testing.T) {
 			overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 				path := "/" + cl.proto
 				for range 2 {
-					e := cl.begin(cl.request(t, "GET", path, nil, "Accept: text/event-stream"))
-					call := up.accept(t)
-					body := e.headers(t).follow()
-					body.expect(t, ":heartbeat\n\n")
+					call, body := openWaiting(t, cl, up, path)
 					if end == "admin" {
 						c.adminJSON(t, "DELETE", "/sse/streams/"+c.listed(t, path)["id"].(string), 202)
 					}

@@ -8,3 +8,6 @@ var (
 
 // DrainStreams is what the handler does when its server begins to stop.
 func (h *Handler) DrainStreams() { h.drainStreams() }
+
+// RegisterMetrics puts the module's metrics on a registry.
+var RegisterMetrics = registerMetrics

@@ -125,8 +125,11 @@ func (rw *response) conclude(err error, panicked any) error {
 	if beside, ok := errors.AsType[*panicError](context.Cause(s.ctx)); ok {
 		panicked = beside.value
 	}
-	if !s.begun {
-		panic(panicked) // its headers did not get through, so it has been no stream
+	if !s.begun { // its headers did not get through, so it has been no stream
+		if panicked == nil {
+			panicked = http.ErrAbortHandler // a handler has recovered from what it was
+		}
+		panic(panicked)
 	}
 	r := s.report()
 	r.end.reason, r.end.err = s.verdict(err, panicked)

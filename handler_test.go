@@ -849,6 +849,20 @@ func TestAPanicOfAWriterStaysItsOwn(t *testing.T) {
 	}
 }
 
+func TestAPanicOfAWriterThatAHandlerRecoversAborts(t *testing.T) {
+	c := brokenClient{newClient(t), "WriteHeader"}
+	r := caddyhttp.PrepareRequest(get("text/event-stream"), caddy.NewReplacer(), c, new(caddyhttp.Server))
+	defer func() {
+		if got := recover(); got != http.ErrAbortHandler {
+			t.Errorf("the server gets %v", got)
+		}
+	}()
+	_ = provision(t, silent()).ServeHTTP(c, r, caddyhttp.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) error {
+		defer func() { _ = recover() }()
+		return stream(func(http.ResponseWriter) {})(w, r)
+	}))
+}
+
 // nested serves with an outer handler around an inner one.
 type nested struct{ outer, inner caddyhttp.MiddlewareHandler }
 

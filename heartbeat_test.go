@@ -12,6 +12,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
@@ -632,8 +634,8 @@ func TestAClientThatTakesNothingDelaysNoOtherStream(t *testing.T) {
 // may have to wait for.
 func TestAFrameThatMayNotGoIsWaitedForWithoutHaste(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		logged.TakeAll()
 		h := provision(t, &caddysse.Handler{
+			Name:      t.Name(),
 			Heartbeat: &caddysse.Heartbeat{Interval: -1, Prelude: caddy.Duration(time.Second)},
 			Retry:     &caddysse.Retry{Min: caddy.Duration(2 * time.Second)},
 		})
@@ -646,10 +648,24 @@ func TestAFrameThatMayNotGoIsWaitedForWithoutHaste(t *testing.T) {
 			"200", "flush",
 			"write retry: 2000\n\n", "write \n", "flush",
 		})
-		for _, entry := range logged.FilterMessage("stream closed").All() {
-			if deferred := entry.ContextMap()["heartbeats_deferred"]; deferred != uint64(1) {
-				t.Errorf("%v heartbeats were deferred", deferred)
+		registry := prometheus.NewRegistry()
+		if err := caddysse.RegisterMetrics(registry); err != nil {
+			t.Fatal(err)
+		}
+		families, err := registry.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var deferred float64
+		for _, family := range families {
+			for _, metric := range family.GetMetric() {
+				if family.GetName() == "caddy_sse_heartbeats_deferred_total" && metric.GetLabel()[0].GetValue() == t.Name() {
+					deferred = metric.GetCounter().GetValue()
+				}
 			}
+		}
+		if deferred != 1 {
+			t.Errorf("%v heartbeats were deferred", deferred)
 		}
 	})
 }

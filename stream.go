@@ -688,11 +688,9 @@ func (s *stream) breakOff() {
 	}
 	s.facts.Lock()
 	defer s.facts.Unlock()
-	if s.gone {
+	if !s.breakWriteLocked() {
 		return
 	}
-	s.broken = true
-	s.breakWrite()
 	if s.proto == http2 && s.stuck() {
 		// The reset of the stream has not gone out either.
 		expire(acceptedOf(s.ctx))
@@ -726,12 +724,7 @@ func (s *stream) cutLocked() {
 func (s *stream) letGo() {
 	s.facts.Lock()
 	defer s.facts.Unlock()
-	if s.gone {
-		return
-	}
-	s.broken = true
-	s.breakWrite()
-	if s.proto == http1 {
+	if s.breakWriteLocked() && s.proto == http1 {
 		hangUp(acceptedOf(s.ctx))
 	}
 }
@@ -751,10 +744,15 @@ func (s *stream) aborts(why reason) bool {
 	return false
 }
 
-// breakWrite makes a write that blocks return. It goes to the connection's own
-// writer: those around it are not made for a second goroutine, while a
-// connection's deadlines may be set from any.
-func (s *stream) breakWrite() {
+// breakWriteLocked makes a write that blocks return, unless the handlers have
+// left. It goes to the connection's own writer: those around it are not made for
+// a second goroutine, while a connection's deadlines may be set from any. It
+// wants facts to be locked.
+func (s *stream) breakWriteLocked() (done bool) {
+	if s.gone {
+		return false
+	}
+	s.broken = true
 	past := time.Unix(1, 0)
 	own := connectionWriter(s.w)
 	_ = own.SetWriteDeadline(past)
@@ -762,6 +760,7 @@ func (s *stream) breakWrite() {
 		// Before the headers, net/http reads what is left of the request's body.
 		_ = own.SetReadDeadline(past)
 	}
+	return true
 }
 
 // boundLastWrite sets a deadline for what is written when the agenda does not
