@@ -29,6 +29,10 @@ const (
 	MidLine
 )
 
+func (p Place) isBoundary() bool {
+	return p == Start || p == Boundary
+}
+
 // LineEnding is one of the three ways in which a line of an event stream ends
 // (section 9.2.5).
 type LineEnding uint8
@@ -176,6 +180,11 @@ func (s *Scanner) Events() uint64 {
 // blank line has followed an id field yet; an empty ID is an ID.
 func (s *Scanner) LastEventID() (id string, ok bool) {
 	return s.id.string(), s.id.isCommitted
+}
+
+// hasID reports whether an id field has set the last event ID buffer.
+func (s *Scanner) hasID() bool {
+	return s.id.isBuffered || s.id.isCommitted
 }
 
 // Retry returns the last reconnection time in milliseconds, as the last valid
