@@ -132,8 +132,7 @@ func (rw *response) conclude(err error, panicked any) error {
 		panic(panicked)
 	}
 	r := s.report()
-	r.end.reason, r.end.err = s.verdict(err, panicked)
-	s.giveConnectionBack()
+	r.end.reason, r.end.err = s.verdict(err, panicked, s.giveConnectionBack())
 	rw.h.group.remove(s, r.end.reason, r.counts)
 	collector.observeClosed(r)
 	rw.h.tellClosed(s, r)

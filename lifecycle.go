@@ -18,6 +18,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/caddy-sse/caddy-sse/internal/eventstream"
+	"github.com/caddy-sse/caddy-sse/internal/peer"
 )
 
 // reason is why a stream ended.
@@ -284,8 +285,8 @@ func (s *stream) report() report {
 }
 
 // verdict says why a closed stream ended. err and panicked are how its handlers
-// left.
-func (s *stream) verdict(err error, panicked any) (reason, error) {
+// left, fate is that of the client's connection.
+func (s *stream) verdict(err error, panicked any, fate peer.Fate) (reason, error) {
 	switch {
 	case reason(s.ending.Load()) == upstreamError:
 		return upstreamError, errUnusable(err)
@@ -294,7 +295,7 @@ func (s *stream) verdict(err error, panicked any) (reason, error) {
 	case s.failed == writeTimeout:
 		return writeTimeout, nil
 	case s.failed != notEnded, s.ctx.Err() != nil: // not by us: those cases are above
-		return s.whyGone(), nil
+		return s.whyGone(fate), nil
 	case isAbort(panicked):
 		return upstreamError, errors.New("the upstream broke off")
 	case panicked != nil:
@@ -316,17 +317,14 @@ func errUnusable(err error) error {
 
 // whyGone tells a client that went away from one whose host is dead, and from
 // one that has been sent away.
-func (s *stream) whyGone() reason {
+func (s *stream) whyGone(fate peer.Fate) reason {
 	if s.proto == http3 && s.h.drain.graceIsOver() {
 		return serverClosed // its server closes connections, before we come to it
 	}
-	if s.h.deadClientTimeout == 0 {
-		return clientClosed
-	}
-	switch connectionOf(s.ctx).fate() {
-	case connectionDead:
+	switch fate {
+	case peer.Dead:
 		return deadClient
-	case connectionStalled:
+	case peer.Stalled:
 		return writeTimeout
 	}
 	return clientClosed

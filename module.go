@@ -17,6 +17,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/caddy-sse/caddy-sse/internal/peer"
 )
 
 func init() {
@@ -236,9 +238,9 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
 		server.RegisterOnShutdown(h.drainStreams)
 		server.RegisterOnStop(endWhatIsLeft)
-		server.RegisterConnContext(withAccepted)
+		server.RegisterConnContext(peer.WithAccepted)
 		if h.deadClientTimeout > 0 {
-			server.RegisterConnContext(withConnection)
+			server.RegisterConnContext(peer.WithConn)
 		}
 	}
 
@@ -355,7 +357,9 @@ func validateDeadClientTimeout(d caddy.Duration) error {
 		return err
 	}
 	if d > 0 {
-		return checkDeadClientTimeout()
+		if err := peer.CheckUserTimeout(); err != nil {
+			return fmt.Errorf("sse: dead_client_timeout: %w; leave it out or set it to off", err)
+		}
 	}
 	return nil
 }

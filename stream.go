@@ -18,6 +18,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddy-sse/caddy-sse/internal/eventstream"
+	"github.com/caddy-sse/caddy-sse/internal/peer"
 )
 
 // errStreamEnded is what the upstream's side gets for writing to a stream that
@@ -154,7 +155,7 @@ func (s *stream) begin(reserved reservation) {
 	}()
 	ownWriteTimeouts(s.ctx, s.w)
 	if s.h.writeTimeout > 0 {
-		limitUnsent(acceptedOf(s.ctx))
+		peer.LimitUnsent(peer.Accepted(s.ctx))
 	}
 	s.open()
 	s.uploads().suspend(s.w)
@@ -162,18 +163,20 @@ func (s *stream) begin(reserved reservation) {
 	s.begun = true
 	s.joinDrain()
 	if s.h.deadClientTimeout > 0 {
-		connectionOf(s.ctx).watch(s.h.deadClientTimeout)
+		peer.FromContext(s.ctx).Watch(s.h.deadClientTimeout)
 	}
 	collector.observeOpened(s)
 	s.h.tellOpened(s)
 }
 
-// giveConnectionBack undoes what begin did to the connection.
-func (s *stream) giveConnectionBack() {
+// giveConnectionBack undoes what begin did to the connection, and tells what has
+// become of it.
+func (s *stream) giveConnectionBack() (fate peer.Fate) {
 	if s.h.deadClientTimeout > 0 {
-		connectionOf(s.ctx).unwatch(s.h.deadClientTimeout)
+		fate = peer.FromContext(s.ctx).Leave(s.h.deadClientTimeout)
 	}
 	s.uploads().resume()
+	return fate
 }
 
 // open sends the headers and starts the clocks.
@@ -693,7 +696,7 @@ func (s *stream) breakOff() {
 	}
 	if s.proto == http2 && s.stuck() {
 		// The reset of the stream has not gone out either.
-		expire(acceptedOf(s.ctx))
+		peer.Expire(peer.Accepted(s.ctx))
 	}
 	s.cancel(errStreamEnded)
 	time.AfterFunc(endPatience, s.breakOff) // a writer between two pieces may have set a deadline of its own
@@ -725,7 +728,7 @@ func (s *stream) letGo() {
 	s.facts.Lock()
 	defer s.facts.Unlock()
 	if s.breakWriteLocked() && s.proto == http1 {
-		hangUp(acceptedOf(s.ctx))
+		peer.HangUp(peer.Accepted(s.ctx))
 	}
 }
 

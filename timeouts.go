@@ -19,7 +19,7 @@ import (
 // wraps the writer and the body of each).
 
 // progressUnit is how much of a write has to get into the kernel's buffer within
-// the write timeout. (That takes more from the client: see unsentLimit.)
+// the write timeout. (That takes more from the client: see peer.LimitUnsent.)
 const progressUnit = 4 << 10
 
 // What a writer gets that sets a deadline before each write: a controller that

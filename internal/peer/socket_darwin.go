@@ -1,4 +1,4 @@
-package caddysse
+package peer
 
 import (
 	"math"
@@ -7,9 +7,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// checkDeadClientTimeout reports whether this platform has what
+// CheckUserTimeout reports whether this platform has what
 // dead_client_timeout needs. Darwin has, as TCP_RXT_CONNDROPTIME.
-func checkDeadClientTimeout() error { return nil }
+func CheckUserTimeout() error { return nil }
 
 // userTimeout returns a socket's TCP_RXT_CONNDROPTIME (netinet/tcp.h: "time
 // after which tcp retransmissions will be stopped and the connection will be

@@ -1,4 +1,4 @@
-package caddysse
+package peer
 
 import (
 	"sync/atomic"
@@ -7,9 +7,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// checkDeadClientTimeout reports whether this platform has what
+// CheckUserTimeout reports whether this platform has what
 // dead_client_timeout needs. Linux has, since 2.6.37.
-func checkDeadClientTimeout() error { return nil }
+func CheckUserTimeout() error { return nil }
 
 // userTimeout returns a socket's TCP_USER_TIMEOUT (tcp(7)); 0: the system's
 // limit of retransmissions holds.

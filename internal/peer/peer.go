@@ -1,4 +1,4 @@
-package caddysse
+package peer
 
 import (
 	"cmp"
@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// connection is the TCP connection that a request came on. While streams with a
+// Conn is the TCP connection that a request came on. While streams with a
 // dead_client_timeout live on it, its socket has the shortest of their timeouts
 // as TCP_USER_TIMEOUT (tcp(7); the user timeout of RFC 9293, section 3.8.3, as
 // RFC 5482 discusses it), and what the kernel tells of it is looked at now and
@@ -28,7 +28,7 @@ import (
 //
 // Its methods do nothing on nil, which stands for a connection that is not
 // known or not TCP.
-type connection struct {
+type Conn struct {
 	socket syscall.Conn
 
 	mu       sync.Mutex
@@ -39,7 +39,7 @@ type connection struct {
 	timer    *time.Timer   // runs tick
 	last     glance
 	settled  bool // the connection is over, and verdict is why
-	verdict  fate
+	verdict  Fate
 }
 
 // watcher is one timeout and the number of live streams that have it.
@@ -48,63 +48,63 @@ type watcher struct {
 	streams int
 }
 
-// fate is what the kernel knows of a connection whose client is gone.
-type fate uint8
+// Fate is what the kernel knows of a connection whose client is gone.
+type Fate uint8
 
 const (
-	connectionAlive   fate = iota // or it ended as connections do, or nobody knows
-	connectionDead                // the kernel gave it up: the client's host acknowledged nothing
-	connectionStalled             // it closed while the client's window was zero
+	Alive   Fate = iota // or it ended as connections do, or nobody knows
+	Dead                // the kernel gave it up: the client's host acknowledged nothing
+	Stalled             // it closed while the client's window was zero
 )
 
-func (f fate) String() string {
+func (f Fate) String() string {
 	switch f {
-	case connectionDead:
+	case Dead:
 		return "dead"
-	case connectionStalled:
+	case Stalled:
 		return "stalled"
 	}
 	return "alive"
 }
 
-type connectionKey struct{}
+type connKey struct{}
 
-// withConnection gives the context of a connection's requests the connection.
+// WithConn gives the context of a connection's requests the connection.
 // It is made for caddyhttp.Server.RegisterConnContext. Where it is registered
 // several times, the first counts.
-func withConnection(ctx context.Context, c net.Conn) context.Context {
-	if ctx.Value(connectionKey{}) != nil {
+func WithConn(ctx context.Context, c net.Conn) context.Context {
+	if ctx.Value(connKey{}) != nil {
 		return ctx
 	}
 	socket := tcpSocket(unwrapped(c))
 	if socket == nil {
 		return ctx
 	}
-	return context.WithValue(ctx, connectionKey{}, &connection{socket: socket})
+	return context.WithValue(ctx, connKey{}, &Conn{socket: socket})
 }
 
-// connectionOf returns the connection of a request, nil where it is not TCP
+// FromContext returns the connection of a request, nil where it is not TCP
 // (HTTP/3, Unix sockets) or not known.
-func connectionOf(ctx context.Context) *connection {
-	c, _ := ctx.Value(connectionKey{}).(*connection)
+func FromContext(ctx context.Context) *Conn {
+	c, _ := ctx.Value(connKey{}).(*Conn)
 	return c
 }
 
 type acceptedKey struct{}
 
-// withAccepted gives the context of a connection's requests what the system
+// WithAccepted gives the context of a connection's requests what the system
 // accepted. It is made for caddyhttp.Server.RegisterConnContext. It is for every
 // connection, and so weighs little.
-func withAccepted(ctx context.Context, c net.Conn) context.Context {
+func WithAccepted(ctx context.Context, c net.Conn) context.Context {
 	if ctx.Value(acceptedKey{}) != nil {
 		return ctx
 	}
 	return context.WithValue(ctx, acceptedKey{}, unwrapped(c))
 }
 
-// acceptedOf returns what was accepted for a request, nil where that is not
+// Accepted returns what was accepted for a request, nil where that is not
 // known. HTTP/3 has no such thing.
-func acceptedOf(ctx context.Context) net.Conn {
+func Accepted(ctx context.Context) net.Conn {
 	c, _ := ctx.Value(acceptedKey{}).(net.Conn)
 	return c
 }
@@ -115,11 +115,11 @@ func acceptedOf(ctx context.Context) net.Conn {
 // one that takes nothing.
 const unsentLimit = 32 << 10
 
-// limitUnsent keeps the kernel from taking megabytes for a client that is slow,
+// LimitUnsent keeps the kernel from taking megabytes for a client that is slow,
 // of which it lets the writer know only when a third has been taken: such a
 // client would look like one that takes nothing. Where there is no such limit, it
 // does look so. A connection that has had a stream stays that way.
-func limitUnsent(c net.Conn) {
+func LimitUnsent(c net.Conn) {
 	socket := tcpSocket(c)
 	if socket == nil {
 		return
@@ -129,16 +129,16 @@ func limitUnsent(c net.Conn) {
 	}
 }
 
-// expire makes what is written to a connection fail, now and from now on.
-func expire(c net.Conn) {
+// Expire makes what is written to a connection fail, now and from now on.
+func Expire(c net.Conn) {
 	if c != nil {
 		_ = c.SetWriteDeadline(time.Unix(1, 0))
 	}
 }
 
-// hangUp tells the client that nothing follows on a connection. It does not wait
+// HangUp tells the client that nothing follows on a connection. It does not wait
 // for what is being written.
-func hangUp(c net.Conn) {
+func HangUp(c net.Conn) {
 	if half, ok := c.(interface{ CloseWrite() error }); ok {
 		_ = half.CloseWrite()
 	}
@@ -199,8 +199,8 @@ func wrapped(c net.Conn) net.Conn {
 	return inner
 }
 
-// watch notes that a stream with this timeout has begun on the connection.
-func (c *connection) watch(timeout time.Duration) {
+// Watch notes that a stream with this timeout has begun on the connection.
+func (c *Conn) Watch(timeout time.Duration) {
 	if c == nil {
 		return
 	}
@@ -219,18 +219,19 @@ func (c *connection) watch(timeout time.Duration) {
 	}
 }
 
-// unwatch notes that a stream that was watched has ended.
-func (c *connection) unwatch(timeout time.Duration) {
+// Leave notes that a stream that was watched has ended, and tells the fate of the
+// connection. It reads what the kernel knows before it gives the socket back.
+func (c *Conn) Leave(timeout time.Duration) Fate {
 	if c == nil {
-		return
+		return Alive
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	i, found := c.findLocked(timeout)
 	if !found {
-		return
+		return Alive
 	}
-	c.lookLocked() // the verdict depends on the timeout that has been in force
+	fate := c.lookLocked() // it depends on the timeout that has been in force
 	if c.watchers[i].streams--; c.watchers[i].streams == 0 {
 		c.watchers = slices.Delete(c.watchers, i, i+1)
 	}
@@ -240,31 +241,18 @@ func (c *connection) unwatch(timeout time.Duration) {
 	case !c.settled:
 		c.applyLocked()
 	}
+	return fate
 }
 
-// fate tells how the connection came to its end, if it has. It is asked when
-// the client of a watched stream is gone.
-func (c *connection) fate() fate {
-	if c == nil {
-		return connectionAlive
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if len(c.watchers) == 0 {
-		return connectionAlive
-	}
-	return c.lookLocked()
-}
-
-func (c *connection) findLocked(timeout time.Duration) (int, bool) {
+func (c *Conn) findLocked(timeout time.Duration) (int, bool) {
 	return slices.BinarySearchFunc(c.watchers, timeout, func(w watcher, timeout time.Duration) int {
 		return cmp.Compare(w.timeout, timeout)
 	})
 }
 
 // beginLocked takes the socket over for the first stream.
-func (c *connection) beginLocked() {
-	c.last, c.verdict = glance{at: now()}, connectionAlive
+func (c *Conn) beginLocked() {
+	c.last, c.verdict = glance{at: now()}, Alive
 	err := c.controlLocked(func(fd int) (err error) {
 		if c.previous, err = userTimeout(fd); err != nil {
 			return err
@@ -286,7 +274,7 @@ func (c *connection) beginLocked() {
 }
 
 // endLocked gives the socket back behind the last stream.
-func (c *connection) endLocked() {
+func (c *Conn) endLocked() {
 	if c.timer != nil {
 		c.timer.Stop()
 		c.timer = nil
@@ -300,7 +288,7 @@ func (c *connection) endLocked() {
 }
 
 // applyLocked sets the shortest timeout.
-func (c *connection) applyLocked() {
+func (c *Conn) applyLocked() {
 	shortest := c.watchers[0].timeout
 	if shortest == c.applied {
 		return
@@ -315,7 +303,7 @@ func (c *connection) applyLocked() {
 	}
 }
 
-func (c *connection) controlLocked(f func(fd int) error) error {
+func (c *Conn) controlLocked(f func(fd int) error) error {
 	if c.raw == nil {
 		raw, err := c.socket.SyscallConn()
 		if err != nil {
@@ -331,7 +319,7 @@ func (c *connection) controlLocked(f func(fd int) error) error {
 }
 
 // tick runs on the timer's goroutine.
-func (c *connection) tick() {
+func (c *Conn) tick() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.timer == nil {
@@ -344,7 +332,7 @@ func (c *connection) tick() {
 
 // lookLocked has a glance at the connection, if it can still be had, and tells its
 // fate.
-func (c *connection) lookLocked() fate {
+func (c *Conn) lookLocked() Fate {
 	if c.settled {
 		return c.verdict
 	}
@@ -373,6 +361,14 @@ func roundUp(timeout, unit time.Duration) int {
 	}
 	return int(min(n, math.MaxInt32))
 }
+
+// instant is a moment on the monotonic clock.
+type instant time.Duration
+
+// clockStart is where instants count from.
+var clockStart = time.Now()
+
+func now() instant { return instant(time.Since(clockStart)) }
 
 // phase is how far a connection is in its life.
 type phase uint8
@@ -437,36 +433,36 @@ func (g glance) followedBy(o observation, at instant) glance {
 
 // seen returns the glance that this observation makes behind g, and the fate
 // of the connection.
-func (g glance) seen(o observation, at instant, timeout time.Duration) (glance, fate) {
+func (g glance) seen(o observation, at instant, timeout time.Duration) (glance, Fate) {
 	after := g.followedBy(o, at)
 	switch {
 	case o.phase == phaseOpen:
-		return after, connectionAlive
+		return after, Alive
 	case after.stalled:
-		return after, connectionStalled
+		return after, Stalled
 	case o.phase == phaseLeaving:
-		return after, connectionAlive
+		return after, Alive
 	}
 	// A reset is a segment that acknowledges nothing.
 	reset := o.received != g.received && o.heard > time.Duration(at-g.at)+clockSlack
 	if reset || after.silence < timeout-clockSlack {
-		return after, connectionAlive
+		return after, Alive
 	}
-	return after, connectionDead
+	return after, Dead
 }
 
 // fateUnseen is the fate of a connection that can't be asked any more.
-func (g glance) fateUnseen(at instant, timeout time.Duration) fate {
+func (g glance) fateUnseen(at instant, timeout time.Duration) Fate {
 	elapsed := time.Duration(at - g.at)
 	switch {
 	case elapsed > timeout/2: // somebody stopped the clocks: too much may have happened
-		return connectionAlive
+		return Alive
 	case g.stalled:
-		return connectionStalled
+		return Stalled
 	case g.silence > 0 && g.silence+elapsed >= timeout-clockSlack:
-		return connectionDead
+		return Dead
 	}
-	return connectionAlive
+	return Alive
 }
 
 // pause is how long to wait for the next glance: short when the end is near, so

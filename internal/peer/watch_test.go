@@ -1,34 +1,30 @@
-package caddysse
+package peer
 
 import (
-	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"math"
 	"net"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
-
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
 // needUserTimeout skips tests of what this platform has not.
 func needUserTimeout(t *testing.T) {
 	t.Helper()
-	if err := checkDeadClientTimeout(); err != nil {
+	if err := CheckUserTimeout(); err != nil {
 		t.Skip(err)
 	}
 }
 
 // acceptOne returns both ends of a connection to a listener.
-func acceptOne(t *testing.T, ln net.Listener) (server, client net.Conn) {
+func acceptOne(t testing.TB, ln net.Listener) (server, client net.Conn) {
 	t.Helper()
 	defer ln.Close()
 	client, err := net.Dial(ln.Addr().Network(), ln.Addr().String())
@@ -43,7 +39,7 @@ func acceptOne(t *testing.T, ln net.Listener) (server, client net.Conn) {
 	return server, client
 }
 
-func listen(t *testing.T) net.Listener {
+func listen(t testing.TB) net.Listener {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -52,11 +48,11 @@ func listen(t *testing.T) net.Listener {
 	return ln
 }
 
-// newConnection returns a connection, and the sockets at both its ends.
-func newConnection(t *testing.T) (c *connection, server, client *net.TCPConn) {
+// newConn returns a connection, and the sockets at both its ends.
+func newConn(t testing.TB) (c *Conn, server, client *net.TCPConn) {
 	t.Helper()
 	s, cl := acceptOne(t, listen(t))
-	c = connectionOf(withConnection(t.Context(), s))
+	c = FromContext(WithConn(t.Context(), s))
 	if c == nil {
 		t.Fatal("no connection found")
 	}
@@ -93,7 +89,7 @@ func TestASocketHasTheShortestTimeoutOfItsStreams(t *testing.T) {
 			{"one that never began", []int{-4, 5, -4, -5, -5}, []int{-1, 5, 5, -1, -1}},
 		} {
 			t.Run(fmt.Sprintf("%s, %v before", test.name, before), func(t *testing.T) {
-				c, server, _ := newConnection(t)
+				c, server, _ := newConn(t)
 				if before > 0 {
 					err := c.controlLocked(func(fd int) error { return setUserTimeout(fd, before) })
 					if err != nil {
@@ -102,9 +98,9 @@ func TestASocketHasTheShortestTimeoutOfItsStreams(t *testing.T) {
 				}
 				for i, step := range test.steps {
 					if step > 0 {
-						c.watch(time.Duration(step) * time.Second)
+						c.Watch(time.Duration(step) * time.Second)
 					} else {
-						c.unwatch(time.Duration(-step) * time.Second)
+						c.Leave(time.Duration(-step) * time.Second)
 					}
 					want := time.Duration(test.want[i]) * time.Second
 					if test.want[i] < 0 {
@@ -124,16 +120,16 @@ func TestASocketHasTheShortestTimeoutOfItsStreams(t *testing.T) {
 
 func TestATimeoutOfLessThanTheSocketsUnitDoesNotSwitchItOff(t *testing.T) {
 	needUserTimeout(t)
-	c, server, _ := newConnection(t)
+	c, server, _ := newConn(t)
 	for timeout, want := range map[time.Duration]func(time.Duration) bool{
 		time.Nanosecond: func(d time.Duration) bool { return d > 0 },
 		math.MaxInt64:   func(d time.Duration) bool { return d > 24*24*time.Hour },
 	} {
-		c.watch(timeout)
+		c.Watch(timeout)
 		if got := timeoutOf(t, server); !want(got) {
 			t.Errorf("%v became %v on the socket", timeout, got)
 		}
-		c.unwatch(timeout)
+		c.Leave(timeout)
 	}
 }
 
@@ -164,7 +160,6 @@ func TestTheSocketIsFoundInWhatWrapsIt(t *testing.T) {
 	needUserTimeout(t)
 	server, _ := acceptOne(t, listen(t))
 	tcp := server.(*net.TCPConn)
-	redirecting, _ := acceptOne(t, new(caddyhttp.HTTPRedirectListenerWrapper).WrapListener(listen(t)))
 
 	// Not t.TempDir: a path to a Unix socket has to be short.
 	dir, err := os.MkdirTemp("", "sse")
@@ -194,8 +189,6 @@ func TestTheSocketIsFoundInWhatWrapsIt(t *testing.T) {
 		"an embedded interface":           {embedding{tcp}, true},
 		"an embedded socket":              {embeddingTCP{tcp}, true},
 		"embedded in what is embedded":    {embeddingPtr{&embedding{withNetConn{tcp}}}, true},
-		"Caddy's http_redirect":           {redirecting, true},
-		"TLS around http_redirect":        {tls.Server(redirecting, nil), true},
 		"Unix socket":                     {overUnix, false},
 		"TLS around a Unix socket":        {tls.Server(overUnix, nil), false},
 		"no socket":                       {pipe, false},
@@ -206,20 +199,18 @@ func TestTheSocketIsFoundInWhatWrapsIt(t *testing.T) {
 		"a wrapper that is around itself": {selfish{tcp}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := connectionOf(withConnection(t.Context(), test.conn))
+			c := FromContext(WithConn(t.Context(), test.conn))
 			if (c != nil) != test.want {
 				t.Fatalf("found: %v, want %v", c != nil, test.want)
 			}
-			c.watch(5 * time.Second)
-			defer c.unwatch(5 * time.Second)
-			if f := c.fate(); f != connectionAlive {
+			c.Watch(5 * time.Second)
+			if test.want {
+				if got := timeoutOf(t, c.socket); got != 5*time.Second {
+					t.Errorf("%v on the socket, want 5s", got)
+				}
+			}
+			if f := c.Leave(5 * time.Second); f != Alive {
 				t.Errorf("it is %v, want alive", f)
-			}
-			if !test.want {
-				return
-			}
-			if got := timeoutOf(t, c.socket); got != 5*time.Second {
-				t.Errorf("%v on the socket, want 5s", got)
 			}
 		})
 	}
@@ -227,25 +218,25 @@ func TestTheSocketIsFoundInWhatWrapsIt(t *testing.T) {
 
 func TestOnlyTheFirstToRegisterAddsTheConnection(t *testing.T) {
 	server, _ := acceptOne(t, listen(t))
-	ctx := withConnection(t.Context(), server)
-	if again := withConnection(ctx, server); again != ctx {
+	ctx := WithConn(t.Context(), server)
+	if again := WithConn(ctx, server); again != ctx {
 		t.Error("it was added twice")
 	}
-	if connectionOf(t.Context()) != nil {
+	if FromContext(t.Context()) != nil {
 		t.Error("there is a connection where nobody has registered")
 	}
 }
 
 func TestAConnectionThatIsClosedAlreadyIsLeftAlone(t *testing.T) {
-	c, server, _ := newConnection(t)
+	c, server, _ := newConn(t)
 	server.Close()
-	c.watch(time.Second)
-	c.watch(2 * time.Second)
-	if f := c.fate(); f != connectionAlive {
-		t.Errorf("it is %v, want alive", f)
+	c.Watch(time.Second)
+	c.Watch(2 * time.Second)
+	for _, timeout := range []time.Duration{time.Second, 2 * time.Second} {
+		if f := c.Leave(timeout); f != Alive {
+			t.Errorf("it is %v, want alive", f)
+		}
 	}
-	c.unwatch(time.Second)
-	c.unwatch(2 * time.Second)
 	if c.timer != nil || len(c.watchers) != 0 {
 		t.Errorf("left behind: timer %v, watchers %v", c.timer, c.watchers)
 	}
@@ -268,15 +259,14 @@ func TestAMultipathConnectionIsLeftAloneOrWatched(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer server.Close()
-	c := connectionOf(withConnection(t.Context(), server))
-	c.watch(time.Second)
+	c := FromContext(WithConn(t.Context(), server))
+	c.Watch(time.Second)
 	if watched := c.timer != nil; watched != (c.applied == time.Second) || watched == c.settled {
 		t.Errorf("neither: timer %v, %v on the socket, settled %v", c.timer, c.applied, c.settled)
 	}
-	if f := c.fate(); f != connectionAlive {
+	if f := c.Leave(time.Second); f != Alive {
 		t.Errorf("it is %v, want alive", f)
 	}
-	c.unwatch(time.Second)
 	if c.timer != nil || len(c.watchers) != 0 {
 		t.Errorf("left behind: timer %v, watchers %v", c.timer, c.watchers)
 	}
@@ -284,17 +274,16 @@ func TestAMultipathConnectionIsLeftAloneOrWatched(t *testing.T) {
 
 func TestStreamsOfOneConnectionComeAndGoTogether(t *testing.T) {
 	needUserTimeout(t)
-	c, server, _ := newConnection(t)
+	c, server, _ := newConn(t)
 	var streams sync.WaitGroup
 	for i := range 16 {
 		streams.Go(func() {
 			timeout := time.Duration(40+i%5) * time.Millisecond // ticks come meanwhile
 			for range 200 {
-				c.watch(timeout)
-				if f := c.fate(); f != connectionAlive {
+				c.Watch(timeout)
+				if f := c.Leave(timeout); f != Alive {
 					t.Errorf("it is %v, want alive", f)
 				}
-				c.unwatch(timeout)
 			}
 		})
 	}
@@ -336,32 +325,32 @@ func TestAClientThatClosesIsNotDead(t *testing.T) {
 	for _, test := range []struct {
 		name    string
 		timeout time.Duration
-		leave   func(t *testing.T, c *connection, server, client *net.TCPConn)
-		want    fate
+		leave   func(t *testing.T, c *Conn, server, client *net.TCPConn)
+		want    Fate
 	}{
-		{"stays", brief, func(*testing.T, *connection, *net.TCPConn, *net.TCPConn) {}, connectionAlive},
-		{"closes", brief, func(t *testing.T, c *connection, server, client *net.TCPConn) {
+		{"stays", brief, func(*testing.T, *Conn, *net.TCPConn, *net.TCPConn) {}, Alive},
+		{"closes", brief, func(t *testing.T, c *Conn, server, client *net.TCPConn) {
 			client.Close()
 			readToEnd(t, server, io.EOF)
-		}, connectionAlive},
-		{"closes, and is written to", brief, func(t *testing.T, c *connection, server, client *net.TCPConn) {
+		}, Alive},
+		{"closes, and is written to", brief, func(t *testing.T, c *Conn, server, client *net.TCPConn) {
 			client.Close()
 			readToEnd(t, server, io.EOF)
 			server.Write([]byte(":\n\n")) // which is answered by a reset
 			for c.looked().phase != phaseClosed {
 				time.Sleep(time.Millisecond)
 			}
-		}, connectionAlive},
-		{"closes one way", brief, func(t *testing.T, c *connection, server, client *net.TCPConn) {
+		}, Alive},
+		{"closes one way", brief, func(t *testing.T, c *Conn, server, client *net.TCPConn) {
 			client.CloseWrite()
 			readToEnd(t, server, io.EOF)
-		}, connectionAlive},
-		{"resets", brief, func(t *testing.T, c *connection, server, client *net.TCPConn) {
+		}, Alive},
+		{"resets", brief, func(t *testing.T, c *Conn, server, client *net.TCPConn) {
 			client.SetLinger(0)
 			client.Close()
 			readToEnd(t, server, syscall.ECONNRESET)
-		}, connectionAlive},
-		{"resets with data in flight", brief, func(t *testing.T, c *connection, server, client *net.TCPConn) {
+		}, Alive},
+		{"resets with data in flight", brief, func(t *testing.T, c *Conn, server, client *net.TCPConn) {
 			var written sync.WaitGroup
 			written.Go(func() {
 				for {
@@ -374,18 +363,18 @@ func TestAClientThatClosesIsNotDead(t *testing.T) {
 			client.SetLinger(0)
 			client.Close()
 			written.Wait()
-		}, connectionAlive},
-		{"resets after a long silence", brief, func(t *testing.T, c *connection, server, client *net.TCPConn) {
+		}, Alive},
+		{"resets after a long silence", brief, func(t *testing.T, c *Conn, server, client *net.TCPConn) {
 			time.Sleep(600 * time.Millisecond) // several times the timeout
 			client.SetLinger(0)
 			client.Close()
 			readToEnd(t, server, syscall.ECONNRESET)
-		}, connectionAlive},
-		{"takes nothing", brief, func(t *testing.T, c *connection, server, client *net.TCPConn) {
+		}, Alive},
+		{"takes nothing", brief, func(t *testing.T, c *Conn, server, client *net.TCPConn) {
 			flood(t, server)
 			readToEnd(t, server, syscall.ETIMEDOUT)
-		}, connectionStalled},
-		{"takes nothing and resets", time.Minute, func(t *testing.T, c *connection, server, client *net.TCPConn) {
+		}, Stalled},
+		{"takes nothing and resets", time.Minute, func(t *testing.T, c *Conn, server, client *net.TCPConn) {
 			flood(t, server)
 			for !c.looked().stalled {
 				time.Sleep(time.Millisecond)
@@ -393,14 +382,13 @@ func TestAClientThatClosesIsNotDead(t *testing.T) {
 			client.SetLinger(0)
 			client.Close()
 			readToEnd(t, server, syscall.ECONNRESET)
-		}, connectionStalled},
+		}, Stalled},
 	} {
 		for _, closed := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, closed %v", test.name, closed), func(t *testing.T) {
 				t.Parallel()
-				c, server, client := newConnection(t)
-				c.watch(test.timeout)
-				defer c.unwatch(test.timeout)
+				c, server, client := newConn(t)
+				c.Watch(test.timeout)
 				if _, err := server.Write([]byte("data: 1\n\n")); err != nil {
 					t.Fatal(err)
 				}
@@ -411,7 +399,7 @@ func TestAClientThatClosesIsNotDead(t *testing.T) {
 				if closed {
 					server.Close()
 				}
-				if got := c.fate(); got != test.want {
+				if got := c.Leave(test.timeout); got != test.want {
 					t.Errorf("it is %v, want %v (%+v)", got, test.want, c.last)
 				}
 			})
@@ -423,7 +411,7 @@ func TestAClientThatClosesIsNotDead(t *testing.T) {
 const brief = 150 * time.Millisecond
 
 // looked has a glance at the connection.
-func (c *connection) looked() glance {
+func (c *Conn) looked() glance {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.lookLocked()
@@ -444,16 +432,16 @@ func readToEnd(t *testing.T, conn net.Conn, want error) {
 // stream that brought it.
 func TestTheFateHoldsWhenTheShortestTimeoutHasGone(t *testing.T) {
 	needUserTimeout(t)
-	c, server, _ := newConnection(t)
-	c.watch(time.Hour)
-	c.watch(brief)
-	defer c.unwatch(time.Hour)
+	c, server, _ := newConn(t)
+	c.Watch(time.Hour)
+	c.Watch(brief)
 	flood(t, server)
 	readToEnd(t, server, syscall.ETIMEDOUT)
 	server.Close()
-	c.unwatch(brief)
-	if got := c.fate(); got != connectionStalled {
-		t.Errorf("it is %v, want stalled", got)
+	for _, timeout := range []time.Duration{brief, time.Hour} {
+		if got := c.Leave(timeout); got != Stalled {
+			t.Errorf("leaving with %v: it is %v, want stalled", timeout, got)
+		}
 	}
 }
 
@@ -488,125 +476,125 @@ func TestWhatGlancesTell(t *testing.T) {
 	for _, test := range []struct {
 		name  string
 		steps []step // behind a healthy one
-		want  fate
+		want  Fate
 	}{
 		{"given up", []step{
 			{1 * s, with(waiting, busy(900*ms), heard(1*s))},
 			{1 * s, with(waiting, busy(1900*ms), heard(2*s))},
 			{1 * s, with(waiting, busy(2900*ms), heard(3*s))},
 			{1200 * ms, with(closed, busy(4100*ms), heard(4200*ms))},
-		}, connectionDead},
+		}, Dead},
 		{"given up and closed", []step{
 			{1 * s, with(waiting, busy(900*ms), heard(1*s))},
 			{1 * s, with(waiting, busy(1900*ms), heard(2*s))},
 			{1 * s, with(waiting, busy(2900*ms), heard(3*s))},
 			{-1100 * ms, observation{}},
-		}, connectionDead},
+		}, Dead},
 		{"given up, though segments come", []step{
 			{1 * s, with(waiting, busy(900*ms))},
 			{1 * s, with(waiting, busy(1900*ms), segment)},
 			{1 * s, with(waiting, busy(2900*ms), segment, segment)},
 			{1200 * ms, with(closed, busy(4100*ms), segment, segment, segment)},
-		}, connectionDead},
+		}, Dead},
 		{"given up, with no glance between", []step{
 			{5 * s, with(closed, busy(4100*ms), heard(5*s))},
-		}, connectionDead},
+		}, Dead},
 		{"given up behind a keepalive probe", []step{
 			{1 * s, with(probing, heard(2*s))},
 			{1 * s, with(probing, heard(3*s))},
 			{1 * s, with(probing, closed, heard(4*s))},
-		}, connectionDead},
+		}, Dead},
 		{"given up behind a keepalive probe and closed", []step{
 			{1 * s, with(probing, heard(2*s))},
 			{1 * s, with(probing, heard(3*s))},
 			{-1 * s, observation{}},
-		}, connectionDead},
+		}, Dead},
 		{"given up between two glances, behind a keepalive probe", []step{
 			{1 * s, with(heard(9 * s))},
 			{1 * s, with(probing, closed, heard(10*s))},
-		}, connectionDead},
+		}, Dead},
 		{"reset in answer to a keepalive probe", []step{
 			{1 * s, with(heard(9 * s))},
 			{1 * s, with(probing, closed, segment, heard(10*s))},
-		}, connectionAlive},
+		}, Alive},
 		{"reset in answer to a retransmission", []step{
 			{1 * s, with(waiting, busy(900*ms), heard(1*s))},
 			{1 * s, with(waiting, busy(1900*ms), heard(2*s))},
 			{1 * s, with(waiting, busy(2900*ms), heard(3*s))},
 			{900 * ms, with(closed, segment, busy(3800*ms), heard(3900*ms))},
-		}, connectionAlive},
+		}, Alive},
 		{"reset in the last moment", []step{
 			{1 * s, with(waiting, busy(1*s), heard(1*s))},
 			{2 * s, with(waiting, busy(3*s), heard(3*s))},
 			{999 * ms, with(closed, segment, busy(3999*ms), heard(3999*ms))},
-		}, connectionAlive},
+		}, Alive},
 		{"reset and closed", []step{
 			{1 * s, with(waiting, busy(200*ms), heard(1*s))},
 			{1 * s, with(waiting, busy(1200*ms), heard(2*s))},
 			{1 * s, with(waiting, busy(2200*ms), heard(3*s))},
 			{-1 * s, observation{}},
-		}, connectionAlive},
+		}, Alive},
 		{"reset of a stream that never rests, and closed", []step{
 			{1 * s, with(waiting, busy(1*s), acked, heard(10*ms))},
 			{1 * s, with(waiting, busy(2*s), acked, acked, heard(10*ms))},
 			{1 * s, with(waiting, busy(3*s), acked, acked, acked, heard(10*ms))},
 			{-1 * s, observation{}},
-		}, connectionAlive},
+		}, Alive},
 		{"reset while quiet", []step{
 			{1 * s, with(heard(20 * s))},
 			{1 * s, with(closed, segment, heard(21*s))},
-		}, connectionAlive},
+		}, Alive},
 		{"reset while quiet and closed", []step{
 			{1 * s, with(heard(20 * s))},
 			{-1 * s, observation{}},
-		}, connectionAlive},
+		}, Alive},
 		{"acknowledged in time", []step{
 			{1 * s, with(waiting, busy(1*s))},
 			{2 * s, with(waiting, busy(3*s))},
 			{900 * ms, with(acked, busy(3900*ms))},
 			{200 * ms, with(acked, closed, segment, busy(3900*ms), heard(200*ms))},
-		}, connectionAlive},
+		}, Alive},
 		{"half closed, with data in flight", []step{
 			{1 * s, with(waiting, busy(1*s))},
 			{1 * s, with(waiting, leaving, busy(2*s))},
-		}, connectionAlive},
+		}, Alive},
 		{"still open", []step{
 			{1 * s, with(waiting, busy(1*s))},
 			{5 * s, with(waiting, busy(6*s))},
-		}, connectionAlive},
+		}, Alive},
 		{"still open, with a zero window", []step{
 			{1 * s, with(waiting, shut, busy(1*s))},
-		}, connectionAlive},
+		}, Alive},
 		{"given up with a zero window", []step{
 			{1 * s, with(waiting, shut, busy(1*s))},
 			{3 * s, with(closed, shut, busy(4*s))},
-		}, connectionStalled},
+		}, Stalled},
 		{"closed with a zero window", []step{
 			{1 * s, with(waiting, shut, busy(1*s))},
 			{-1 * s, observation{}},
-		}, connectionStalled},
+		}, Stalled},
 		{"reset of a fast stream, with a zero window", []step{
 			{1 * s, with(waiting, shut, acked, busy(1*s), heard(1*ms))},
 			{1 * ms, with(waiting, shut, acked, acked, closed, segment, busy(1001*ms))},
-		}, connectionAlive},
+		}, Alive},
 		{"half closed with a zero window", []step{
 			{1 * s, with(leaving, waiting, shut, busy(1*s))},
-		}, connectionStalled},
+		}, Stalled},
 		{"reset behind a window that opened again", []step{
 			{1 * s, with(waiting, shut, busy(1*s))},
 			{2 * s, with(waiting, shut, busy(3*s))},
 			{500 * ms, with(waiting, busy(3500*ms))},
 			{-500 * ms, observation{}},
-		}, connectionAlive},
+		}, Alive},
 		{"the clocks stood still", []step{
 			{1 * s, with(waiting, busy(1*s))},
 			{2 * s, with(waiting, busy(3*s))},
 			{-time.Hour, observation{}},
-		}, connectionAlive},
+		}, Alive},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var at instant
-			last, got := glance{observation: healthy}, connectionAlive
+			last, got := glance{observation: healthy}, Alive
 			for _, step := range test.steps {
 				if step.after < 0 {
 					got = last.fateUnseen(at+instant(-step.after), timeout)
@@ -625,21 +613,14 @@ func TestWhatGlancesTell(t *testing.T) {
 // BenchmarkAGlance is what a watched connection costs four times in each
 // timeout.
 func BenchmarkAGlance(b *testing.B) {
-	if err := checkDeadClientTimeout(); err != nil {
+	if err := CheckUserTimeout(); err != nil {
 		b.Skip(err)
 	}
-	server := httptest.NewServer(nil)
-	defer server.Close()
-	conn, err := net.Dial("tcp", server.Listener.Addr().String())
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer conn.Close()
-	c := connectionOf(withConnection(context.Background(), conn))
-	c.watch(time.Hour)
-	defer c.unwatch(time.Hour)
+	c, _, _ := newConn(b)
+	c.Watch(time.Hour)
+	defer c.Leave(time.Hour)
 	b.ReportAllocs()
 	for b.Loop() {
-		c.fate()
+		c.looked()
 	}
 }
