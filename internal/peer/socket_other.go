@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// CheckUserTimeout reports whether this platform has what
-// dead_client_timeout needs: this one has not.
+// CheckUserTimeout returns an error if Watch can do nothing on this platform. It
+// reads well after the name of a setting and a colon.
 func CheckUserTimeout() error {
 	return fmt.Errorf("%s has no such timeout on its TCP sockets (Linux and macOS do)", runtime.GOOS)
 }

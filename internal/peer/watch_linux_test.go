@@ -1,4 +1,4 @@
-package peer_test
+package peer
 
 import (
 	"bufio"
@@ -12,34 +12,30 @@ import (
 	"testing"
 	"time"
 
-	"github.com/caddy-sse/caddy-sse/internal/peer"
 	"github.com/caddy-sse/caddy-sse/internal/peer/peertest"
 )
 
 const (
-	// deadTimeout is the dead_client_timeout of these tests.
+	// deadTimeout is what the connections of these tests are watched with.
 	deadTimeout = 2 * time.Second
 
 	// deadGrace is how much later the end may come: the kernel counts from the
 	// first retransmission, and the machine may be busy.
 	deadGrace = 4 * time.Second
-
-	// patience bounds every wait for something that has to happen.
-	patience = 20 * time.Second
 )
 
-// transports are the ways to a server that connections can be dead on.
+// transports are the protocols whose connections can be dead.
 var transports = []string{"plain", "TLS", "h2"}
 
-// watchedServer is a server of net/http alone, whose answers end when their
-// client is gone, and tell how.
+// watchedServer is a server of net/http alone. It tells the fate of each connection
+// whose client is gone.
 type watchedServer struct {
 	*httptest.Server
 	ends chan connectionEnd
 }
 
 type connectionEnd struct {
-	fate peer.Fate
+	fate Fate
 	at   time.Time
 }
 
@@ -50,7 +46,7 @@ func newWatchedServer(t *testing.T, transport string, interval time.Duration, ke
 	s := &watchedServer{ends: make(chan connectionEnd, 10)}
 	s.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		ctx := r.Context()
-		peer.FromContext(ctx).Watch(deadTimeout)
+		FromContext(ctx).Watch(deadTimeout)
 		ticker := time.NewTicker(interval)
 		defer ticker.Stop()
 		for ctx.Err() == nil {
@@ -61,7 +57,7 @@ func newWatchedServer(t *testing.T, transport string, interval time.Duration, ke
 			case <-ctx.Done():
 			}
 		}
-		s.ends <- connectionEnd{peer.FromContext(ctx).Leave(deadTimeout), time.Now()}
+		s.ends <- connectionEnd{FromContext(ctx).Leave(deadTimeout), time.Now()}
 	}))
 	s.Config.ErrorLog = log.New(io.Discard, "", 0)
 	s.Config.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
@@ -74,7 +70,7 @@ func newWatchedServer(t *testing.T, transport string, interval time.Duration, ke
 				t.Error(err)
 			}
 		}
-		return peer.WithConn(ctx, c)
+		return WithConn(ctx, c)
 	}
 	switch transport {
 	case "plain":
@@ -150,11 +146,11 @@ func TestAConnectionWhoseHostVanishesIsDead(t *testing.T) {
 		end := server.next(t)
 		took := end.at.Sub(vanished)
 		t.Logf("%s: %s after %v", name, end.fate, took)
-		if end.fate != peer.Dead {
+		if end.fate != Dead {
 			t.Errorf("%s: it is %s, want dead", name, end.fate)
 		}
-		// The last thing to be acknowledged came a second before at most, the
-		// first thing not to be 1.5 s behind.
+		// The last thing to be acknowledged came at most a second before, the
+		// first thing not to be at most 1.5 s after.
 		if took < deadTimeout-time.Second || took > deadTimeout+1500*time.Millisecond+deadGrace {
 			t.Errorf("%s: it ended after %v", name, took)
 		}
@@ -187,7 +183,7 @@ func TestAConnectionThatAHostResetsOnComingBackIsNotDead(t *testing.T) {
 		switch {
 		case took > deadTimeout:
 			t.Logf("%s: too late to show something", name)
-		case end.fate != peer.Alive:
+		case end.fate != Alive:
 			t.Errorf("%s: it is %s, want alive: it was reset", name, end.fate)
 		}
 	}
@@ -195,7 +191,7 @@ func TestAConnectionThatAHostResetsOnComingBackIsNotDead(t *testing.T) {
 
 // The HTTP/2 server may close the connection before a stream is told that its
 // client is gone.
-func TestTheFateOfAConnectionIsKnownBehindItsClose(t *testing.T) {
+func TestTheFateOfAConnectionIsKnownAfterItsClose(t *testing.T) {
 	host := peertest.NewHost(t)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -204,7 +200,7 @@ func TestTheFateOfAConnectionIsKnownBehindItsClose(t *testing.T) {
 	defer listener.Close()
 	const resets = 3 // of the clients; as many vanish
 	type result struct {
-		want, got peer.Fate
+		want, got Fate
 	}
 	results := make(chan result)
 	var clients []*net.TCPConn
@@ -218,17 +214,17 @@ func TestTheFateOfAConnectionIsKnownBehindItsClose(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		want := peer.Dead
+		want := Dead
 		if i < resets {
-			want = peer.Alive
+			want = Alive
 		}
-		ctx := peer.WithConn(t.Context(), server)
-		peer.FromContext(ctx).Watch(deadTimeout)
+		ctx := WithConn(t.Context(), server)
+		FromContext(ctx).Watch(deadTimeout)
 		go func() {
 			server.Read(make([]byte, 1)) // to the end
 			server.Close()
 			time.Sleep(deadTimeout / 8) // a glance comes meanwhile, or none
-			results <- result{want, peer.FromContext(ctx).Leave(deadTimeout)}
+			results <- result{want, FromContext(ctx).Leave(deadTimeout)}
 		}()
 		go func() {
 			for began := time.Now(); time.Since(began) < deadTimeout; time.Sleep(200 * time.Millisecond) {
@@ -272,7 +268,7 @@ func TestAHostThatWasAwayForLessThanTheTimeoutGoesOn(t *testing.T) {
 	default:
 	}
 	leave()
-	if end := server.next(t); end.fate != peer.Alive {
+	if end := server.next(t); end.fate != Alive {
 		t.Errorf("it is %s, want alive: the client left", end.fate)
 	}
 }

@@ -1,3 +1,4 @@
+// Package peertest has client hosts that can vanish, for tests.
 package peertest
 
 import (
@@ -16,21 +17,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// requireNetns makes a failure of what else is a skip: tests that need network
-// namespaces where there are none.
+// requireNetns is an environment variable. If it is set, tests that need network
+// namespaces fail where there are none, and are not skipped.
 const requireNetns = "CADDY_SSE_REQUIRE_NETNS"
 
-// Host is a host of its own, as far as the network goes: a network
-// namespace at the other end of a cable (veth) that can be cut. Seen from it,
-// 127.0.0.1 is ours, so that it reaches every server of a test:
+// Host is a host of its own, as far as the network goes: a network namespace at
+// the other end of a cable (veth) that can be cut. From there, 127.0.0.1 is our
+// side, so that it reaches every server of a test:
 //
-//	host := NewHost(t)
+//	host := peertest.NewHost(t)
 //	client.Transport.(*http.Transport).DialContext = host.Dial
 //	…
 //	host.Vanish()
 //
-// The namespace has no name and is held by this process only, so that nothing
-// is left of it whatever becomes of the process. A socket belongs to the
+// The namespace has no name and only this process holds it, so nothing of it stays
+// however the process ends. A socket belongs to the
 // namespace that its thread was in when it was made, and can then be used from
 // anywhere: no other process is needed.
 type Host struct {
@@ -50,8 +51,9 @@ const (
 	ourEnd  = "02:00:00:00:00:01"
 )
 
-// NewHost needs Linux, root and the program ip (iproute2), and skips the
-// test where something is missing.
+// NewHost needs Linux, root and the program ip (iproute2). If something is missing
+// it skips the test, or fails it if CADDY_SSE_REQUIRE_NETNS is set. The host is
+// removed at the end of the test.
 func NewHost(t testing.TB) *Host {
 	t.Helper()
 	h := &Host{t: t, ns: -1, home: -1}
@@ -157,9 +159,8 @@ func (h *Host) run(f func() error) error {
 	})
 }
 
-// Dial connects from the host, for http.Transport.DialContext. Its connections
-// are closed when the test ends, as a client does not close those that it has
-// given up hope of.
+// Dial connects from the host, for http.Transport.DialContext. The connections are
+// closed when the test ends, as a client does not close those that it has given up.
 func (h *Host) Dial(ctx context.Context, network, addr string) (conn net.Conn, err error) {
 	err = h.run(func() error {
 		conn, err = new(net.Dialer).DialContext(ctx, network, addr)
