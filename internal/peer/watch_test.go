@@ -211,6 +211,26 @@ func TestStreamsOfOneConnectionComeAndGoTogether(t *testing.T) {
 	}
 }
 
+func TestTheKernelIsAskedWhileAConnectionIsWatched(t *testing.T) {
+	needUserTimeout(t)
+	c, _, _ := newConn(t)
+	c.Watch(brief)
+	defer c.Leave(brief)
+	glancedAt := func() instant {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return c.last.at
+	}
+	began := time.Now()
+	for range 2 {
+		for last := glancedAt(); glancedAt() == last; time.Sleep(time.Millisecond) {
+			if time.Since(began) > patience {
+				t.Fatalf("it was not asked within %v", patience)
+			}
+		}
+	}
+}
+
 // flood writes until the client's window and the buffers on the way are full.
 func flood(t *testing.T, server *net.TCPConn) {
 	t.Helper()
@@ -257,7 +277,7 @@ func TestAClientThatClosesIsNotDead(t *testing.T) {
 			client.Close()
 			readToEnd(t, server, syscall.ECONNRESET)
 		}, Alive},
-		{"resets with data in flight", brief, func(t *testing.T, c *Conn, server, client *net.TCPConn) {
+		{"resets with data in flight", unhurried, func(t *testing.T, c *Conn, server, client *net.TCPConn) {
 			var written sync.WaitGroup
 			written.Go(func() {
 				for {
@@ -277,15 +297,12 @@ func TestAClientThatClosesIsNotDead(t *testing.T) {
 			client.Close()
 			readToEnd(t, server, syscall.ECONNRESET)
 		}, Alive},
-		{"takes nothing", brief, func(t *testing.T, c *Conn, server, client *net.TCPConn) {
-			flood(t, server)
+		{"takes nothing", unhurried, func(t *testing.T, c *Conn, server, client *net.TCPConn) {
+			stall(t, c, server)
 			readToEnd(t, server, syscall.ETIMEDOUT)
 		}, Stalled},
 		{"takes nothing and resets", time.Minute, func(t *testing.T, c *Conn, server, client *net.TCPConn) {
-			flood(t, server)
-			for !c.looked().stalled {
-				time.Sleep(time.Millisecond)
-			}
+			stall(t, c, server)
 			client.SetLinger(0)
 			client.Close()
 			readToEnd(t, server, syscall.ECONNRESET)
@@ -304,6 +321,7 @@ func TestAClientThatClosesIsNotDead(t *testing.T) {
 				}
 				test.leave(t, c, server, client)
 				if closed {
+					c.freshen()
 					server.Close()
 				}
 				if got := c.Leave(test.timeout); got != test.want {
@@ -314,8 +332,31 @@ func TestAClientThatClosesIsNotDead(t *testing.T) {
 	}
 }
 
-// brief is a timeout that kernels can keep.
-const brief = 150 * time.Millisecond
+const (
+	// brief is a timeout that kernels can keep.
+	brief = 150 * time.Millisecond
+
+	// unhurried is for what must not take as long as the timeout on a busy machine:
+	// a client that reads, or half of it from freshen to Leave.
+	unhurried = time.Second
+)
+
+// stall floods a connection until a glance shows it stalled.
+func stall(t *testing.T, c *Conn, server *net.TCPConn) {
+	t.Helper()
+	flood(t, server)
+	for !c.looked().stalled {
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// freshen makes the last glance one of this moment. Without it, a machine that lets
+// the test stand still makes the fate unknown.
+func (c *Conn) freshen() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.last.at = now()
+}
 
 // looked returns a glance at the connection.
 func (c *Conn) looked() glance {
@@ -339,13 +380,15 @@ func readToEnd(t *testing.T, conn net.Conn, want error) {
 // that brought it.
 func TestTheFateHoldsWhenTheShortestTimeoutHasGone(t *testing.T) {
 	needUserTimeout(t)
+	t.Parallel()
 	c, server, _ := newConn(t)
 	c.Watch(time.Hour)
-	c.Watch(brief)
-	flood(t, server)
+	c.Watch(unhurried)
+	stall(t, c, server)
 	readToEnd(t, server, syscall.ETIMEDOUT)
+	c.freshen()
 	server.Close()
-	for _, timeout := range []time.Duration{brief, time.Hour} {
+	for _, timeout := range []time.Duration{unhurried, time.Hour} {
 		if got := c.Leave(timeout); got != Stalled {
 			t.Errorf("leaving with %v: it is %v, want stalled", timeout, got)
 		}
