@@ -28,7 +28,6 @@ type Splicer struct {
 	lfOwed     bool  // the client must not get the LF of the upstream's last CR
 	spoken     bool  // the client has got something
 	overdue    bool  // a heartbeat was due where none may go
-	plain      bool  // all that comes is passed on as it is: none of the above matters
 }
 
 // owed is what goes out before anything else.
@@ -74,7 +73,6 @@ func (s *Splicer) owe() *owed {
 	if s.owed == nil {
 		s.owed = new(owed)
 	}
-	s.plain = false
 	return s.owed
 }
 
@@ -83,9 +81,6 @@ func (s *Splicer) owe() *owed {
 // of it. Both can be empty.
 func (s *Splicer) Splice(f *Frames, p []byte) (lead, body []byte) {
 	s.scan.Scan(p)
-	if s.plain {
-		return nil, p
-	}
 	return s.follow(f, p)
 }
 
@@ -173,9 +168,6 @@ func (s *Splicer) appendScanned(dst, p []byte, boundary int, event bool, id func
 // followAppended does to what was appended after start what follow does to the
 // upstream's bytes. What that looks at is in front of any id line.
 func (s *Splicer) followAppended(f *Frames, dst []byte, start int) []byte {
-	if s.plain {
-		return dst
-	}
 	lead, body := s.follow(f, dst[start:])
 	return slices.Replace(dst, start, len(dst)-len(body), lead...)
 }
@@ -194,14 +186,12 @@ func (s *Splicer) follow(f *Frames, p []byte) (lead, body []byte) {
 	switch {
 	case s.Opaque():
 		s.owed = nil
-		s.bomChecked = true
 		lead = s.appendOwed(f, nil)
 	case !s.bomChecked || s.owed != nil:
 		lead, p = s.begin(f, p)
 	}
 	if len(lead) > 0 || len(p) > 0 {
 		s.spoken, s.overdue = true, false
-		s.plain = s.bomChecked && s.scan.opening >= textOpening
 	}
 	return lead, p
 }
@@ -269,7 +259,7 @@ func (s *Splicer) Frame(f *Frames, dst []byte) (frame []byte, ok bool) {
 	}
 	place, ending := s.scan.Place(), s.scan.LineEnding()
 	if !f.mayGo(place) {
-		s.overdue, s.plain = true, false
+		s.overdue = true
 		return dst, false
 	}
 	dst = s.appendOwed(f, dst)
@@ -307,6 +297,6 @@ func (s *Splicer) endCR(dst []byte) []byte {
 	if !s.lfOwed && s.scan.LineEnding() != CR {
 		dst = append(dst, '\n')
 	}
-	s.lfOwed, s.plain = true, false
+	s.lfOwed = true
 	return dst
 }

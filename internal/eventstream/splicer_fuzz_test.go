@@ -15,11 +15,16 @@ import (
 // of it by the rules of the standard must be what it would make of the body
 // alone, and what was asked for besides.
 func FuzzSplicer(f *testing.F) {
+	const odd = 1 << 3
 	for i, body := range eventstreamtest.Bodies() {
-		for options := range 4 {
-			round := []byte{byte(i<<3 | feed), frameNow, blockNow, feedByte, 1<<3 | frameNow}
-			script := append([]byte{byte(options<<4 | i%16)}, bytes.Repeat(round, 1+i%4)...)
-			f.Add([]byte(body.Text), append(script, []byte{endEarly, endBody, noMoreIDs, feedMany}[options]))
+		for k, round := range [][]byte{
+			{feedByte, frameNow},
+			{frameNow, feedByte, feedByte, odd | frameNow, blockNow},
+			{byte(i<<3 | feed), odd | frameNow, feedByte, blockNow},
+			{feedByte, blockNow, frameNow, feedByte, frameNow},
+		} {
+			script := append([]byte{byte(k<<styleShift | (i+5*k)%(1<<styleShift))}, bytes.Repeat(round, 3+i%20)...)
+			f.Add([]byte(body.Text), append(script, []byte{endEarly, endBody, noMoreIDs, feedMany}[(i+k)%4]))
 		}
 	}
 	g := new(game)
@@ -137,7 +142,9 @@ func (g *game) step(t *testing.T, what byte, n int) {
 		g.frame(t, &g.frames[n%2])
 	case blockNow:
 		if g.s.MayEnd() && !g.s.Opaque() {
-			g.out(g.s.Block(&g.frames[0], nil, []byte(blockText)))
+			before := len(g.client)
+			g.client = g.s.Block(&g.frames[0], g.client, []byte(blockText))
+			g.noteOwed(len(g.client) - before)
 			g.ownEvents++
 		}
 	case noMoreIDs:
