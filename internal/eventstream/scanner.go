@@ -1,7 +1,8 @@
 // Package eventstream knows the text/event-stream format (HTML Standard,
 // section 9.2.5 "Parsing an event stream" and 9.2.6 "Interpreting an event
 // stream"). Its [Scanner] follows a body as it passes and says where in the
-// format it is; it keeps none of it.
+// format it is; it keeps none of it. Its [Splicer] says what a client gets of
+// the body, and puts in what is added.
 package eventstream
 
 import (

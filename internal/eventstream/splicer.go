@@ -62,9 +62,8 @@ func (s *Splicer) OweRetry(d time.Duration) {
 	s.owe().retry = d
 }
 
-// OweLead has the client told text before anything else but the reconnection
-// time: whole blocks, with LF. It goes out as that does. The text is kept until
-// then.
+// OweLead has the client get text, whole blocks with LF, before anything else
+// but the reconnection time. It goes out when that does, and is kept until then.
 func (s *Splicer) OweLead(text []byte) {
 	s.owe().lead = text
 }
@@ -87,7 +86,8 @@ func (s *Splicer) Splice(f *Frames, p []byte) (lead, body []byte) {
 // SpliceToEnd is [Splicer.Splice] for a stream that is to end early. It takes p
 // only up to the next place where that harms no event and tears no CRLF apart,
 // and says how many bytes that is. done is true if the stream may end after
-// lead and body; the rest of p is not for the client then.
+// lead and body, and the rest of p is not for the client then. It is true, and
+// [Splicer.MayEnd] false, where the rest shows that no LF follows a CR.
 func (s *Splicer) SpliceToEnd(f *Frames, p []byte) (lead, body []byte, n int, done bool) {
 	_, n, done = s.scanToEnd(p)
 	lead, body = s.follow(f, p[:n])
@@ -118,7 +118,7 @@ func (s *Splicer) scanToEnd(p []byte) (boundary, n int, certain bool) {
 // AppendWithIDs is [Splicer.Splice] for an upstream that sends no ids: each
 // block that dispatches an event gets an id line as its last one. It appends
 // what the client gets to dst. id is called once for each such block, and
-// appends the value of the field.
+// appends the value of the field, which has no line end and no NUL.
 //
 // From the first id field of the upstream on, no id is added, nor in the block
 // that has it: see [Splicer.HasOwnIDs].
@@ -151,9 +151,9 @@ func (s *Splicer) AppendWithIDsToEnd(f *Frames, dst, p []byte, id func(dst []byt
 // dispatched by the byte before boundary, the line end that makes a line blank,
 // and the id line goes in front of this byte.
 //
-// The way in which that line ends is the scanner's last certain one. It can't be
-// taken for a part of another: it is a CR only if the line before ended in a CR
-// and this byte is a second CR.
+// The id line ends as the last line did of which the scanner is certain. No byte
+// next to that is taken for a part of it: it is a CR only where the line before
+// ended in a CR and the byte after it is another one.
 func (s *Splicer) appendScanned(dst, p []byte, boundary int, event bool, id func(dst []byte) []byte) []byte {
 	if !event || s.HasOwnIDs() || s.Opaque() {
 		return append(dst, p...)
@@ -166,7 +166,7 @@ func (s *Splicer) appendScanned(dst, p []byte, boundary int, event bool, id func
 }
 
 // followAppended does to what was appended after start what follow does to the
-// upstream's bytes. What that looks at is in front of any id line.
+// upstream's bytes. That looks at nothing after the first id line.
 func (s *Splicer) followAppended(f *Frames, dst []byte, start int) []byte {
 	lead, body := s.follow(f, dst[start:])
 	return slices.Replace(dst, start, len(dst)-len(body), lead...)
