@@ -7,11 +7,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// collector is the module's metrics on whatever registry the current
-// configuration has. It is one for the process: Caddy makes a registry for each
-// configuration, and counters must not start again with it.
-var collector = newMetrics()
-
 // registerMetrics puts the collector on the registry of a configuration, once
 // for all its handlers.
 func registerMetrics(registry *prometheus.Registry) error {

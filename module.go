@@ -219,7 +219,6 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	h.ctx = ctx
 	h.logger = ctx.Logger()
 	h.warned = new(warnings)
-	h.agenda = new(agenda)
 	if h.Name == "" {
 		h.Name = defaultName
 	}
@@ -229,6 +228,10 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	h.writeTimeout = orDefault(h.WriteTimeout, defaultWriteTimeout)
 	h.upstreamTimeout = orDefault(h.UpstreamTimeout, 0)
 	h.deadClientTimeout = orDefault(h.DeadClientTimeout, 0)
+	h.agenda = new(agenda)
+	if h.upstreamTimeout > 0 {
+		h.agenda.pulse = max(min(h.upstreamTimeout/4, maxPulse), minPulse)
+	}
 	h.drain = newDrain(h.Drain)
 
 	h.group = live.group(h.Name)

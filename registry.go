@@ -9,10 +9,6 @@ import (
 	"github.com/google/uuid"
 )
 
-// live is every stream of the process, those of configurations that a reload
-// has replaced included.
-var live registry
-
 // registry keeps the streams by the name of their handler. A name stays when
 // its handlers go, so that totals never go backwards; configurations have few.
 type registry struct {
