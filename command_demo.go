@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -80,6 +81,9 @@ func runDemo(flags caddycmd.Flags) (int, error) {
 // system whether the address is free, since two Caddys can share one without
 // either noticing (SO_REUSEPORT).
 func demoAddress(listen string, chosen bool) (caddy.NetworkAddress, error) {
+	if _, err := strconv.ParseUint(listen, 10, 16); err == nil {
+		return caddy.NetworkAddress{}, fmt.Errorf("sse demo: --listen: %q is a port without a colon; write :%s", listen, listen)
+	}
 	address, err := caddy.ParseNetworkAddressWithDefaults(listen, "tcp", 8080)
 	if err != nil {
 		return caddy.NetworkAddress{}, fmt.Errorf("sse demo: --listen: %w", err)

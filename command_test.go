@@ -69,6 +69,12 @@ func TestTheDemoListensOnOneTCPPort(t *testing.T) {
 	}
 }
 
+func TestTheDemoSaysWhatAPortAloneLacks(t *testing.T) {
+	if _, err := demoAddress("22003", true); err == nil || !strings.Contains(err.Error(), "write :22003") {
+		t.Errorf("got %v", err)
+	}
+}
+
 // runningDemo starts a demo on a free port. It returns a client, the URL of
 // the page and what ends the upstream.
 func runningDemo(t *testing.T, upstream *demo.Upstream) (client *http.Client, url string, end context.CancelFunc) {
