@@ -48,12 +48,12 @@ func TestAnUnknownSubcommandIsAnError(t *testing.T) {
 
 func TestAdminAddressesAreTakenInEveryFormThatPeopleWrite(t *testing.T) {
 	for address, want := range map[string]adminClient{
-		"localhost:2019":           {network: "tcp", dial: "localhost:2019", hosts: []string{"localhost:2019"}},
-		"tcp/127.0.0.1:2019":       {network: "tcp", dial: "127.0.0.1:2019", hosts: []string{"127.0.0.1:2019"}},
-		"http://127.0.0.1:2019":    {network: "tcp", dial: "127.0.0.1:2019", hosts: []string{"127.0.0.1:2019"}},
-		"HTTP://[::1]:2019/":       {network: "tcp", dial: "[::1]:2019", hosts: []string{"[::1]:2019"}},
-		":22019":                   {network: "tcp", dial: "localhost:22019", hosts: []string{"localhost:22019", ":22019"}},
-		"unix//run/caddy.sock":     {network: "unix", dial: "/run/caddy.sock", hosts: []string{""}},
+		"localhost:2019":            {network: "tcp", dial: "localhost:2019", hosts: []string{"localhost:2019"}},
+		"tcp/127.0.0.1:2019":        {network: "tcp", dial: "127.0.0.1:2019", hosts: []string{"127.0.0.1:2019"}},
+		"http://127.0.0.1:2019":     {network: "tcp", dial: "127.0.0.1:2019", hosts: []string{"127.0.0.1:2019"}},
+		"HTTP://[::1]:2019/":        {network: "tcp", dial: "[::1]:2019", hosts: []string{"[::1]:2019"}},
+		":22019":                    {network: "tcp", dial: "localhost:22019", hosts: []string{"localhost:22019", ":22019"}},
+		"unix//run/caddy.sock":      {network: "unix", dial: "/run/caddy.sock", hosts: []string{""}},
 		"unix//run/admin.sock|0220": {network: "unix", dial: "/run/admin.sock", hosts: []string{""}},
 	} {
 		got, err := newAdminClient(address)

@@ -282,6 +282,9 @@ func TestAResponseIsAStreamByItsStatusMediaTypeAndMethod(t *testing.T) {
 		{200, "GET", "application/text/event-stream", false},
 		{200, "GET", "text/plain; x=text/event-stream", false},
 		{200, "GET", "application/x-ndjson", false},
+		{200, "GET", "text/html, text/event-stream", true},
+		{200, "GET", "text/event-stream, text/html", false},
+		{200, "GET", "text/event-stream,", true},
 		{200, "GET", "", false},
 	} {
 		t.Run(fmt.Sprintf("%d %s %s", test.status, test.method, test.contentType), func(t *testing.T) {
