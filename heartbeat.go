@@ -9,6 +9,7 @@ import (
 )
 
 const (
+	styleAuto  = "auto"
 	styleBlock = "block"
 	styleLine  = "line"
 	styleEvent = "event"
