@@ -3,6 +3,8 @@ package caddysse
 import (
 	"errors"
 	"fmt"
+	"strconv"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -112,6 +114,24 @@ func (m *metrics) Collect(out chan<- prometheus.Metric) {
 	}
 }
 
+// expect makes every series that a handler can add to, at 0: a query for the
+// increase of a counter does not see the first of a series that begins with it.
+// The statuses of early starts that fail are not known before.
+func (m *metrics) expect(name string, reconnectOn []int) {
+	for _, met := range []limit{limitTotal, limitPerClient} {
+		m.refused.WithLabelValues(name, string(met))
+	}
+	for _, cause := range []string{causeEncodedBody, causeOtherBody} {
+		m.unprotected.WithLabelValues(name, cause)
+	}
+	for _, status := range reconnectOn {
+		m.reconnects.WithLabelValues(name, strconv.Itoa(status))
+	}
+	for _, times := range []*prometheus.HistogramVec{m.duration, m.timeToHeaders, m.timeToFirstEvent} {
+		times.WithLabelValues(name)
+	}
+}
+
 // observeOpened takes the time that the headers took.
 func (m *metrics) observeOpened(s *stream) {
 	m.timeToHeaders.WithLabelValues(s.h.Name).Observe(s.opened.Seconds())
@@ -121,8 +141,13 @@ func (m *metrics) observeOpened(s *stream) {
 func (m *metrics) observeClosed(r report) {
 	m.duration.WithLabelValues(r.name).Observe(r.duration.Seconds())
 	if r.end.timeToFirstEvent > 0 {
-		m.timeToFirstEvent.WithLabelValues(r.name).Observe(r.end.timeToFirstEvent.Seconds())
+		m.observeFirstEvent(r.name, r.end.timeToFirstEvent)
 	}
+}
+
+// observeFirstEvent takes the time that a stream's first event took.
+func (m *metrics) observeFirstEvent(name string, took time.Duration) {
+	m.timeToFirstEvent.WithLabelValues(name).Observe(took.Seconds())
 }
 
 // Interface guards

@@ -260,6 +260,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	h.drain = newDrain(h.Drain)
 
 	h.group = live.group(h.Name)
+	collector.expect(h.Name, h.ReconnectOn)
 	if h.limits.perClient > 0 {
 		h.group.countClients()
 	}
