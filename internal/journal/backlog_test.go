@@ -3,6 +3,8 @@ package journal
 import (
 	"errors"
 	"io"
+	"math/rand/v2"
+	"sort"
 	"strings"
 	"testing"
 )
@@ -248,5 +250,111 @@ func TestPassingOnTakesNoMoreThanTheReader(t *testing.T) {
 	}
 	if got != text || err != nil {
 		t.Errorf("got %d of %d bytes, %v", len(got), len(text), err)
+	}
+}
+
+// TestABacklogAgainstAModel has a client come, read some bytes, leave and come
+// back to any event, while events and comments come in pieces, and holds what
+// it gets against all that the upstream has sent.
+func TestABacklogAgainstAModel(t *testing.T) {
+	const comment = ":comment\n"
+	for seed := range uint64(8) {
+		rng := rand.New(rand.NewPCG(seed, 4))
+		history := 2<<10 + rng.IntN(32<<10)
+		j := open(t, KeepUnsent, history)
+		var (
+			stream []byte       // all that was appended
+			ends   = []int64{0} // where the events end in it
+			rest   []byte       // of the event that is coming
+			c      *Cursor      // the client, if it is there
+			sent   int64        // what it has been sent
+		)
+		leave := func() {
+			if c != nil {
+				c.Leave()
+				c = nil
+			}
+		}
+		for range 4000 {
+			switch op := rng.IntN(20); {
+			case op < 9: // some of an event
+				if len(rest) == 0 {
+					rest = []byte(event(len(ends), 12+rng.IntN(300)))
+				}
+				n, err := j.Append(rest[:1+rng.IntN(len(rest))])
+				if err != nil {
+					t.Fatal(err)
+				}
+				stream = append(stream, rest[:n]...)
+				if rest = rest[n:]; len(rest) == 0 {
+					j.Commit(Block{Event: true})
+					ends = append(ends, int64(len(stream)))
+				}
+				j.Publish()
+			case op == 9 && len(rest) == 0:
+				n, _ := j.Append([]byte(comment))
+				if stream = append(stream, comment[:n]...); n < len(comment) {
+					rest = []byte(comment[n:] + event(len(ends), 30)) // goes on later
+				} else {
+					j.Commit(Block{})
+				}
+				j.Publish()
+			case op < 16 && c != nil:
+				for limit := rng.IntN(2000); limit > 0; {
+					p, err := c.Next()
+					if err != nil {
+						t.Fatalf("seed %d: %v", seed, err)
+					}
+					n := min(len(p), limit)
+					if n == 0 {
+						break
+					}
+					if string(p[:n]) != string(stream[sent:sent+int64(n)]) {
+						t.Fatalf("seed %d: it got %q, want %q", seed, clip(string(p[:n])), clip(string(stream[sent:sent+int64(n)])))
+					}
+					c.Advance(n)
+					limit -= n
+					sent += int64(n)
+				}
+			case op == 16:
+				leave()
+			case op == 17:
+				if rng.IntN(2) == 0 {
+					leave() // else it takes over from itself
+				}
+				n, f := rng.IntN(len(ends)+1), j.Figures()
+				old := c
+				next, ok := j.Join(After(uint64(n)), nil)
+				if ok != (n < len(ends)) {
+					t.Fatalf("seed %d: event %d of %d is known: %v", seed, n, len(ends)-1, ok)
+				}
+				if !ok {
+					continue
+				}
+				if c = next; old != nil {
+					old.Leave()
+				}
+				begin := max(uint64(n), f.Gone)
+				if c.Begin().Number != begin || c.Missed() != begin-uint64(n) {
+					t.Fatalf("seed %d: %d begins at %+v, missed %d; %d are gone", seed, n, c.Begin(), c.Missed(), f.Gone)
+				}
+				skipped := strings.ReplaceAll(string(stream[ends[begin]:c.offset]), comment, "")
+				if sent = c.offset; skipped != "" {
+					t.Fatalf("seed %d: %d begins after %q", seed, n, skipped)
+				}
+			}
+			check(t, j)
+			f := j.Figures()
+			if ends[f.Gone] > sent {
+				t.Fatalf("seed %d: %d events are gone, and only %d bytes have been sent", seed, f.Gone, sent)
+			}
+			if unsent := len(ends) - 1 - sort.Search(len(ends), func(i int) bool { return ends[i] > sent }) + 1; f.Unsent != uint64(unsent) {
+				t.Fatalf("seed %d: %d events have not been sent, want %d", seed, f.Unsent, unsent)
+			}
+			if f.Bytes > history+4<<10 {
+				t.Fatalf("seed %d: %+v with a history of %d", seed, f, history)
+			}
+		}
+		leave()
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -87,7 +88,7 @@ func wantRun(t testing.TB, got []int, first, last int) {
 }
 
 func TestReadersOfARingComeAndGoWhileItIsFilled(t *testing.T) {
-	const total = 5000
+	const total = 2000
 	for seed := range uint64(3) {
 		rng := rand.New(rand.NewPCG(seed, 0))
 		b := NewBudget(KeepNewest, 200<<10)
@@ -134,7 +135,7 @@ func TestReadersOfARingComeAndGoWhileItIsFilled(t *testing.T) {
 }
 
 func TestAClientOfABacklogComesAndGoesAndHasEveryEventOnce(t *testing.T) {
-	const total = 5000
+	const total = 3000
 	for seed := range uint64(3) {
 		rng := rand.New(rand.NewPCG(seed, 0))
 		b := NewBudget(KeepUnsent, 1<<20)
@@ -196,10 +197,10 @@ func TestManyJournalsShareABudget(t *testing.T) {
 	for _, policy := range []Policy{KeepNewest, KeepUnsent} {
 		b := NewBudget(policy, 256<<10)
 		var all sync.WaitGroup
-		for i := range 40 {
+		for i := range 20 {
 			all.Go(func() {
 				rng := rand.New(rand.NewPCG(uint64(i), 2))
-				for range 20 {
+				for range 10 {
 					j := b.Open(32<<10, "", nil)
 					if j == nil {
 						continue
@@ -229,8 +230,130 @@ func TestManyJournalsShareABudget(t *testing.T) {
 			})
 		}
 		all.Wait()
-		if used, _ := b.Used(); used > 256<<10+40*(16<<10) {
+		if used, _ := b.Used(); used > 256<<10+20*(16<<10) {
 			t.Errorf("%d bytes are used", used)
+		}
+	}
+}
+
+// TestARingAgainstAModel does everything that a ring allows in any order, and
+// holds what each reader gets against a list of all events.
+func TestARingAgainstAModel(t *testing.T) {
+	type reader struct {
+		c    *Cursor
+		next int // the number of the event that comes next
+	}
+	for seed := range uint64(8) {
+		rng := rand.New(rand.NewPCG(seed, 3))
+		history := 1<<10 + rng.IntN(32<<10)
+		j := NewBudget(KeepNewest, plenty).Open(history, "began", nil)
+		var (
+			log     []string            // all events
+			ids     = []string{"began"} // the id in force after each
+			set     = []string{"began"} // the id that each has committed
+			readers []*reader
+			newest  int
+		)
+		take := func(r *reader) bool {
+			text, err := read(r.c)
+			for block := range strings.SplitSeq(text, "\n\n") {
+				if block == "" || block[0] == ':' {
+					continue
+				}
+				if r.next >= len(log) || log[r.next] != block+"\n\n" {
+					t.Fatalf("seed %d: event %d is %q", seed, r.next+1, clip(block))
+				}
+				r.next++
+			}
+			switch {
+			case errors.Is(err, ErrLagged):
+				if f := j.Figures(); r.next >= int(f.Gone) {
+					t.Fatalf("seed %d: lagged with %d events, %d are gone", seed, r.next, f.Gone)
+				}
+				r.c.Leave()
+				return false
+			case err != nil || r.next != len(log) || r.c.Events() != uint64(r.next):
+				t.Fatalf("seed %d: at event %d of %d, %v", seed, r.next, len(log), err)
+			}
+			return true
+		}
+		for range 3000 {
+			switch op := rng.IntN(20); {
+			case op < 10: // an event, which may have to wait for the fastest reader
+				size := 12 + rng.IntN(200)
+				if rng.IntN(50) == 0 {
+					size = rng.IntN(2 * history)
+				}
+				text, id := event(len(log)+1, size), ids[len(ids)-1]
+				for rest := []byte(text); len(rest) > 0; {
+					n, err := j.Append(rest[:1+rng.IntN(len(rest))])
+					if err != nil {
+						t.Fatal(err)
+					}
+					if rest = rest[n:]; n == 0 {
+						readers = slices.DeleteFunc(readers, func(r *reader) bool { return !take(r) })
+					}
+				}
+				b := Block{Event: true}
+				if rng.IntN(2) == 0 {
+					id = fmt.Sprint(rng.IntN(len(log) + 2))
+					b.SetsID, b.ID = true, id
+				}
+				j.Commit(b)
+				set = append(set, b.ID)
+				log, ids, newest = append(log, text), append(ids, id), len(text)
+				j.Publish()
+			case op < 12:
+				if n, _ := j.Append([]byte(":comment\n\n")); n < len(":comment\n\n") {
+					j.Rollback()
+					continue
+				}
+				j.Commit(Block{})
+				j.Publish()
+			case op == 12:
+				_, _ = j.Append(make([]byte, rng.IntN(500)))
+				j.Publish()
+				j.Rollback()
+			case op < 16:
+				f := j.Figures()
+				n := uint64(rng.IntN(len(log) + 2))
+				at, want := Live(), uint64(len(log))
+				switch rng.IntN(4) {
+				case 0:
+					at, want = Last(n), max(f.Gone, uint64(len(log))-min(n, uint64(len(log))))
+				case 1:
+					at, want = After(n), max(f.Gone, n)
+				case 2:
+					at = AfterID(ids[rng.IntN(len(ids))])
+				}
+				known := at.kind != startAfter || n <= uint64(len(log))
+				if at.kind == startAfterID {
+					i := slices.Index(set[f.Gone:], at.id) // the earliest that is kept
+					known, want = i >= 0, f.Gone+uint64(max(i, 0))
+				}
+				c, ok := j.Join(at, nil)
+				if ok != known {
+					t.Fatalf("seed %d: %+v is known: %v", seed, at, ok)
+				}
+				if !ok {
+					continue
+				}
+				begin := c.Begin()
+				if begin.Number != want || begin.ID != ids[want] {
+					t.Fatalf("seed %d: %+v begins at %+v, want %d %q; %d are gone", seed, at, begin, want, ids[want], f.Gone)
+				}
+				readers = append(readers, &reader{c, int(want)})
+			case len(readers) > 0:
+				i := rng.IntN(len(readers))
+				if stays := take(readers[i]); !stays || rng.IntN(4) == 0 {
+					readers[i].c.Leave()
+					readers = slices.Delete(readers, i, i+1)
+				}
+			}
+			check(t, j)
+			if f := j.Figures(); f.Events != uint64(len(log)) || f.Bytes > max(history, newest)+4*(16<<10) {
+				t.Fatalf("seed %d: %+v with %d events and a history of %d", seed, f, len(log), history)
+			}
 		}
 	}
 }

@@ -38,8 +38,8 @@ func After(n uint64) Start { return Start{kind: startAfter, n: n} }
 // that the journal does not have is unknown.
 func AfterID(id string) Start { return Start{kind: startAfterID, id: id} }
 
-// Cursor is one reader's place in a journal. Next, Advance, Wait and Leave are
-// for the reader's goroutine, Wake for any.
+// Cursor is one reader's place in a journal. Wake is for any goroutine, all else
+// for one at a time.
 type Cursor struct {
 	j       *Journal
 	begin   Place
@@ -147,21 +147,21 @@ func (j *Journal) findLocked(at Start) (offset int64, missed uint64, ok bool) {
 		}
 		return j.afterLocked(at.n), 0, true
 	}
-	if spot, found := j.ids[at.id]; found {
-		return spot.offset, 0, true
-	}
 	if at.id == "" {
 		return 0, 0, false
 	}
 	// The block that committed it may be gone: the place is known for as long
 	// as all events after it are there.
-	if j.last.id == at.id && j.last.events == j.events {
-		return j.edge, 0, true
-	}
 	if len(j.chunks) > 0 {
 		if m := j.chunks[0].atBase; m.id == at.id && m.events == j.gone {
 			return j.start, 0, true
 		}
+	}
+	if spot, found := j.ids[at.id]; found {
+		return spot.offset, 0, true
+	}
+	if j.last.id == at.id && j.last.events == j.events {
+		return j.edge, 0, true
 	}
 	return 0, 0, false
 }
@@ -209,8 +209,8 @@ func (c *Cursor) Events() uint64 {
 	return c.ends
 }
 
-// Place returns the place where the reader is, for the closed line of a stream
-// and for lists. It is that of the last event boundary.
+// Place returns the place of the last event boundary that the reader has
+// passed.
 func (c *Cursor) Place() Place {
 	c.j.mu.Lock()
 	defer c.j.mu.Unlock()
@@ -275,6 +275,7 @@ func (c *Cursor) move() (bool, error) {
 		switch {
 		case len(c.kept) > 0:
 			c.enter(c.kept[0])
+			c.kept[0] = nil
 			c.kept = c.kept[1:]
 			return true, nil
 		case next == nil && end == nil:

@@ -39,8 +39,10 @@ const (
 
 const (
 	// largestEvent is how large the newest event of a ring may be, whatever its
-	// history.
+	// history. A larger history allows for larger events, up to what a chunk
+	// can count.
 	largestEvent = 16 << 20
+	largestEver  = 1 << 30
 
 	// smallestHistory is what a journal has at least: less is eaten up by
 	// overhead.
@@ -64,7 +66,8 @@ var (
 	// are gone.
 	ErrLagged = errors.New("the reader has fallen behind")
 
-	// ErrDiscarded means that there is no journal any more.
+	// ErrDiscarded means that there is no journal any more, or that it has been
+	// closed where something was to be appended.
 	ErrDiscarded = errors.New("the journal has been discarded")
 )
 
@@ -198,7 +201,7 @@ func (j *Journal) Commit(b Block) uint64 {
 			c.ends = append(c.ends, uint32(at))
 			j.bytes += 4 * (cap(c.ends) - before)
 		}
-		if b.SetsID && b.ID != j.last.id && j.policy == KeepNewest {
+		if b.SetsID && j.policy == KeepNewest && (b.ID != "" || j.last.id != "") {
 			j.markIDLocked(c, b.ID)
 		}
 		if j.policy == KeepNewest {
@@ -332,7 +335,7 @@ func (j *Journal) Discard() {
 // discardLocked needs the budget's lock as well.
 func (j *Journal) discardLocked() {
 	j.over = true
-	j.closed.CompareAndSwap(nil, &closing{ErrDiscarded})
+	j.closed.Store(&closing{ErrDiscarded})
 	for _, c := range j.chunks {
 		c.next.Store(dropped)
 	}

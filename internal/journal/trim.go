@@ -40,7 +40,8 @@ func (j *Journal) growRingLocked(want int) (bool, error) {
 	c := j.tailLocked()
 	unfinished := int(j.end - j.edge)
 	need := unfinished + want
-	if need > max(largestEvent, j.history) {
+	most := max(largestEvent, min(j.history, largestEver))
+	if need > most {
 		return false, ErrEventTooLarge
 	}
 	inPlace := unfinished > 0 && c.base == j.edge // nobody can have seen a byte of it
@@ -48,7 +49,7 @@ func (j *Journal) growRingLocked(want int) (bool, error) {
 	cost := chunkOverhead + size
 	switch {
 	case inPlace:
-		size = min(max(need, 2*len(c.buf)), max(largestEvent, j.history))
+		size = min(max(need, 2*len(c.buf)), most)
 		cost = size - len(c.buf)
 	case unfinished > 0: // more is likely to come
 		size = max(size, min(2*need, largestChunk))
