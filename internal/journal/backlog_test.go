@@ -161,6 +161,29 @@ func TestHalfAnEventThatWasSentIsKeptFromItsBeginning(t *testing.T) {
 	check(t, j)
 }
 
+func TestAReaderGoesOnWhereWhatItWasSentIsDroppedUnderIt(t *testing.T) {
+	b := NewBudget(KeepUnsent, plenty)
+	j := openIn(t, b, 1<<20)
+	c := join(t, j, After(0))
+	_, _ = j.Append([]byte(event(1, 100)))
+	j.Publish()
+	wantRead(t, c, event(1, 100)) // before it is known that it is a whole event
+	j.Commit(Block{Event: true})
+	j.Publish()
+	b.SetLimit(0)
+	b.Open(1<<20, "", nil)
+	if f := j.Figures(); f.Gone != 1 || f.Bytes != 0 {
+		t.Fatalf("%+v", f)
+	}
+	wantRead(t, c, "")
+	b.SetLimit(plenty)
+	add(t, j, event(2, 100))
+	wantRead(t, c, event(2, 100))
+	if c.Events() != 2 {
+		t.Errorf("it has %d events", c.Events())
+	}
+}
+
 func TestCommentsThatHaveBeenSentMakeRoom(t *testing.T) {
 	j := open(t, KeepUnsent, 4<<10)
 	c := join(t, j, After(0))

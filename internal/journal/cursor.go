@@ -307,7 +307,7 @@ func (c *Cursor) relocate() (bool, error) {
 	switch {
 	case end != nil && end.cause == ErrDiscarded:
 		return false, ErrDiscarded
-	case c.ends < c.j.gone:
+	case c.j.policy == KeepNewest && c.ends < c.j.gone, c.j.policy == KeepUnsent && c.offset < c.j.start:
 		return false, ErrLagged
 	case next == nil && end != nil:
 		return false, end.error()
