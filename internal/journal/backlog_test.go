@@ -184,6 +184,27 @@ func TestAReaderGoesOnWhereWhatItWasSentIsDroppedUnderIt(t *testing.T) {
 	}
 }
 
+func TestAnUnfinishedEventStaysWhenOthersNeedRoomInTheMiddleOfAnAppend(t *testing.T) {
+	b := NewBudget(KeepUnsent, plenty)
+	j := openIn(t, b, 1<<20)
+	c := join(t, j, After(0))
+	text := event(1, smallestChunk+1)
+	_, _ = j.Append([]byte(text[:smallestChunk]))
+	j.Publish()
+	wantRead(t, c, text[:smallestChunk])
+	// As Append does, between two looks at the journal.
+	if grown, err := b.grow(j, 1); !grown || err != nil {
+		t.Fatal(err)
+	}
+	b.SetLimit(0)
+	b.Open(1<<20, "", nil)
+	b.SetLimit(plenty)
+	_, _ = j.Append([]byte(text[smallestChunk:]))
+	j.Commit(Block{Event: true})
+	j.Publish()
+	wantRead(t, join(t, j, After(0)), text)
+}
+
 func TestCommentsThatHaveBeenSentMakeRoom(t *testing.T) {
 	j := open(t, KeepUnsent, 4<<10)
 	c := join(t, j, After(0))

@@ -35,7 +35,7 @@ type chunk struct {
 	ends          []uint32 // where its events end
 	ids           []idMark // where ids were committed
 	firstBoundary int      // the first event boundary after base; -1: none
-	lastBoundary  int      // and the last one
+	lastBoundary  int      // and the last one; -1: none
 	sealed        bool     // nothing more goes into it, whatever room it has
 
 	// published is how many bytes readers may see, and how many events end in

@@ -21,6 +21,7 @@ func (j *Journal) addChunkLocked(size int, head []byte) *chunk {
 		atBase:        j.last,
 		buf:           make([]byte, size),
 		firstBoundary: -1,
+		lastBoundary:  -1,
 	}
 	c.used = copy(c.buf, head)
 	j.end += int64(c.used)
