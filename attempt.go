@@ -43,9 +43,10 @@ type attempt struct {
 
 // outcome is how an attempt ended.
 type outcome struct {
-	err      error // what the handlers left with
-	panicked any   // what they panicked with; http.ErrAbortHandler: a side broke off
-	left     bool  // they have left; if not, nobody waits for them any more
+	err      error  // what the handlers left with
+	panicked any    // what they panicked with; http.ErrAbortHandler: a side broke off
+	left     bool   // they have left; if not, nobody waits for them any more
+	run      runEnd // how the run ended that fed the stream, if one did
 }
 
 // attemptContext is the context of an attempt's request.
@@ -94,7 +95,7 @@ func (x *exchange) newAttempt(w http.ResponseWriter) *attempt {
 	a := new(attempt)
 	c := &a.context
 	c.x = x
-	c.Context, a.cancel = context.WithCancelCause(x.r.Context())
+	c.Context, a.cancel = context.WithCancelCause(x.context())
 	a.request = new(http.Request)
 	*a.request = *detached
 	if w == nil {

@@ -117,6 +117,9 @@ type Handler struct {
 	// error.
 	ReconnectOn []int `json:"reconnect_on,omitempty"`
 
+	// One upstream stream for all clients that ask for the same. Default: off.
+	Share *Share `json:"share,omitempty"`
+
 	ctx     caddy.Context
 	logger  *zap.Logger
 	events  *caddyevents.App
@@ -127,6 +130,7 @@ type Handler struct {
 	frames  frames
 	headers headerPolicy
 	limits  limits
+	sharing *sharing // nil: off
 
 	writeTimeout, upstreamTimeout, deadClientTimeout time.Duration // 0: off
 }
@@ -260,6 +264,9 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	h.drain = newDrain(h.Drain)
 
 	h.group = live.group(h.Name)
+	if h.sharing, err = newSharing(h, h.Share); err != nil {
+		return err
+	}
 	collector.expect(h.Name, h.ReconnectOn)
 	if h.limits.perClient > 0 {
 		h.group.countClients()

@@ -64,15 +64,6 @@ var notInShareKey = []string{
 	"Te", "Trailer", "Transfer-Encoding", "Upgrade",
 }
 
-// isToken reports whether s can be the name of a header field (RFC 9110,
-// section 5.6.2).
-func isToken(s string) bool {
-	return s != "" && strings.IndexFunc(s, func(c rune) bool {
-		alphanumeric := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
-		return !alphanumeric && !strings.ContainsRune("!#$%&'*+-.^_`|~", c)
-	}) < 0
-}
-
 // shareKey is all that the requests of one shared stream have in common, and
 // all that the upstream gets to see of them. What is not in it can't reach the
 // upstream, and so not another client either.
