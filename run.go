@@ -367,7 +367,7 @@ func (r *run) remove() {
 	r.group().removeRun(r)
 	r.feed.journal.Discard()
 	if opened {
-		tellRunEnded(figures)
+		r.h.tellRunEnded(figures)
 	}
 }
 
