@@ -24,7 +24,8 @@ type exchange struct {
 
 	replacer *caddy.Replacer // the client's
 	attempt  *attempt
-	response response // what the attempt's handlers answer to
+	shown    atomic.Pointer[attempt] // whose placeholders handlers before sse see
+	response response                // what the attempt's handlers answer to
 	stream   *stream
 	told     *report // of the stream, when it has ended
 
@@ -51,6 +52,7 @@ type rare struct {
 	idle       *caddyhttp.IdleTimeoutWriter
 	relay      *relay
 	abandon    chan struct{}
+	tries      *tries // nil: its upstream is not asked again
 
 	given   *http.Request // with the ids of ours that handlers after sse do not see
 	brought string        // the id that the client came back with
@@ -142,6 +144,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 			return nil
 		}
 	}
+	if x.prepareTries() {
+		out = x.callAgain(next)
+		return nil
+	}
 	if x.mayStartEarly() || x.startedEarly {
 		out = x.callRelayed(next)
 		return nil
@@ -190,6 +196,10 @@ func (x *exchange) decide(status int, header http.Header) {
 	x.handOut()
 	if x.stream != nil {
 		x.role = streaming
+		if x.triesAgain() {
+			x.answeredAgain(status, header)
+			return
+		}
 		x.stream.answered(status, header, x.attempt.upstream())
 		return
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -34,6 +35,8 @@ type run struct {
 	ctx    context.Context // of its attempts
 	cancel context.CancelCauseFunc
 
+	tried atomic.Int64 // how many tries there were, after the first attempt
+
 	// stays is how long the run stays without a client from now on; it is called
 	// with mu held. forget takes the run off where clients look for it; it is
 	// called again and again, without.
@@ -52,6 +55,7 @@ type run struct {
 	limits  []*time.Timer
 	silence silence
 
+	upstream      string // of the last attempt that was answered
 	attempts      int
 	cancelAttempt context.CancelCauseFunc
 }
@@ -159,7 +163,7 @@ func (r *run) headLocked(answer runAnswer) {
 	}
 	r.answer = answer
 	if answer.kind == answerStream && r.stage == runAsking {
-		r.stage = runOpen
+		r.stage, r.upstream = runOpen, answer.upstream
 		r.feed.hears()
 		r.watchSilenceLocked()
 	}

@@ -1,6 +1,7 @@
 package caddysse
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -25,10 +26,14 @@ type runKey struct{}
 // ask makes the attempts of a run, one after the other, and returns how it
 // ended. It belongs to a goroutine of its own.
 func (r *run) ask(call askFunc, lastEventID string) runEnd {
-	w := r.newResponse()
+	w := &runResponse{run: r, header: make(http.Header)}
 	ctx := r.beginAttempt()
 	err := r.call(ctx, call, lastEventID, w)
-	return r.endOf(ctx, w, err)
+	end := r.endOf(ctx, w, err)
+	if w.kind != answerStream || !w.brokeOff(end) {
+		return end
+	}
+	return r.tryAgain(call, end)
 }
 
 // call is one attempt. What handlers panic with is recovered: no server would.
@@ -42,6 +47,7 @@ func (r *run) call(ctx context.Context, call askFunc, lastEventID string, w *run
 		default:
 			r.h.survive(panicked, debug.Stack())
 			err = fmt.Errorf("panic: %v", panicked)
+			w.failed = err // a bug, and no upstream that comes back
 		}
 	}()
 	return call(ctx, lastEventID, w)
@@ -58,6 +64,8 @@ func (r *run) endOf(ctx context.Context, w *runResponse, err error) runEnd {
 		return runEnd{reason: upstreamTimeout}
 	case w.failed != nil:
 		return runEnd{reason: upstreamError, err: w.failed, soft: w.soft}
+	case w.try != nil && w.kind != answerStream:
+		return runEnd{reason: upstreamError, err: cmp.Or(err, errNoAnswer)}
 	case w.kind == answerPending && err == nil:
 		r.head(runAnswer{kind: answerOther}) // the handlers have answered nothing
 		return runEnd{reason: upstreamClosed}
@@ -91,9 +99,8 @@ type runResponse struct {
 	answer runAnswer // of a failure, until its body is there
 	failed error     // what ended the run from here
 	soft   bool
+	try    *runTry // nil: it is the first attempt
 }
-
-func (r *run) newResponse() *runResponse { return &runResponse{run: r, header: make(http.Header)} }
 
 func (w *runResponse) Header() http.Header { return w.header }
 
@@ -101,6 +108,10 @@ func (w *runResponse) Header() http.Header { return w.header }
 // client that comes later would be missing.
 func (w *runResponse) WriteHeader(status int) {
 	if status < 200 && status != http.StatusSwitchingProtocols || w.kind != answerPending {
+		return
+	}
+	if w.try != nil {
+		w.kind = w.try.answered(status, w)
 		return
 	}
 	answer := runAnswer{status: status, header: w.clientsHeader(), upstream: w.upstream()}
@@ -178,8 +189,14 @@ func (w *runResponse) Write(p []byte) (int, error) {
 		if err != nil {
 			w.fail(err)
 		}
+		if w.try != nil {
+			w.try.noteEvents()
+		}
 		return n, err
 	case answerFailure:
+		if w.try != nil {
+			return 0, errRunEnded
+		}
 		if len(w.answer.body)+len(p) > maxFailureBody {
 			w.answer.body = nil
 			w.close()
@@ -207,7 +224,7 @@ func (w *runResponse) fail(err error) {
 
 // close says that the answer is complete.
 func (w *runResponse) close() {
-	if w.kind == answerFailure {
+	if w.kind == answerFailure && w.try == nil {
 		w.run.head(w.answer)
 	}
 }

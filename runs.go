@@ -213,7 +213,7 @@ func (r *run) figuresLocked() runFigures {
 		stage:       r.stage,
 		host:        r.host,
 		path:        r.path,
-		upstream:    r.answer.upstream,
+		upstream:    r.upstream,
 		began:       time.Now().Add(-age),
 		age:         age,
 		idle:        time.Duration(at - instant(r.feed.heard.Load())),

@@ -128,7 +128,7 @@ func (x *exchange) earlyStartIn() time.Duration {
 // false where the request is to ask the upstream by itself after all.
 func (x *exchange) callShared() (out outcome, shared bool) {
 	reader := x.rare.reader
-	x.rare.fed = &fed{run: reader.run.token().short(), greeting: x.newGreeting()}
+	x.rare.fed = &fed{run: reader.run.token().short(), source: reader.run, tried: reader.run.tried.Load(), greeting: x.newGreeting()}
 	feed := &x.rare.feed
 	feed.ctx, feed.cancel = context.WithCancelCause(x.r.Context())
 	if !x.awaitAnswer(feed.ctx, reader) {
@@ -201,7 +201,6 @@ func (x *exchange) openShared(reader *runReader, answer runAnswer) runEnd {
 	p := x.placeIn(reader)
 	x.h.group.countPlace(p)
 	x.rare.fed.resumed, x.rare.fed.missed = p.found, p.missed
-	x.rare.fed.end = func() bool { return reader.run.outcome().soft }
 	greeting := x.greeting(reader, p)
 	if x.stream != nil {
 		x.role = streaming
