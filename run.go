@@ -43,6 +43,9 @@ type run struct {
 	stays  func() time.Duration
 	forget func()
 
+	// call calls the handlers after sse; they answer to w.
+	call func(ctx context.Context, lastEventID string, w runWriter) error
+
 	mu      sync.Mutex
 	stage   runStage
 	answer  runAnswer
@@ -55,6 +58,7 @@ type run struct {
 	limits  []*time.Timer
 	silence silence
 
+	catchUps      catchUps
 	upstream      string // of the last attempt that was answered
 	attempts      int
 	cancelAttempt context.CancelCauseFunc
@@ -445,6 +449,14 @@ func (reader *runReader) join(at journal.Start) bool {
 	}
 	reader.cursor = c
 	return true
+}
+
+// leaveJournal gives up the client's place: who does not read falls behind.
+func (reader *runReader) leaveJournal() {
+	if reader.cursor != nil {
+		reader.cursor.Leave()
+		reader.cursor = nil
+	}
 }
 
 // feeds says which stream the client's is.

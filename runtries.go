@@ -27,7 +27,7 @@ func (w *runResponse) brokeOff(end runEnd) bool {
 // tryAgain asks an upstream that has broken off until it stays away for too
 // long, or ends cleanly. broken is how it broke off, and how the run ends if it
 // does not come back.
-func (r *run) tryAgain(call askFunc, broken runEnd) runEnd {
+func (r *run) tryAgain(broken runEnd) runEnd {
 	waits := &retryWaits{window: r.h.UpstreamRetry.window()}
 	if waits.window == 0 {
 		return broken
@@ -46,7 +46,7 @@ func (r *run) tryAgain(call askFunc, broken runEnd) runEnd {
 		w := &runResponse{run: r, header: make(http.Header), try: try}
 		ctx := r.beginAttempt()
 		forget := r.endTryAt(waits)
-		err := r.call(ctx, call, lastEventID, w)
+		err := r.attempt(ctx, lastEventID, w)
 		forget()
 		if r.ctx.Err() != nil {
 			return broken
