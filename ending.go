@@ -175,7 +175,11 @@ func (s *stream) breakWriteLocked() (done bool) {
 // abandon lets the client go without the handlers, which do not leave.
 func (s *stream) abandon() {
 	s.facts.Lock()
-	if s.moveLocked(stageAbandoned, 0) && s.abandoned == nil && s.breakWriteLocked() && s.proto == http1 {
+	switch moved := s.moveLocked(stageAbandoned, 0); {
+	case !moved:
+	case s.abandoned != nil:
+		s.broken = true // its request goes on, and ends with an abort
+	case s.breakWriteLocked() && s.proto == http1:
 		peer.HangUp(peer.Accepted(s.ctx))
 	}
 	s.facts.Unlock()
@@ -202,6 +206,12 @@ func (s *stream) accountWithoutHandlers() {
 	if s.abandoned != nil && asked {
 		s.abandoned()
 	}
+	// Somebody may be writing, to a client that takes nothing any more.
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	if !s.gone && s.h.writeTimeout > 0 {
+		s.h.agenda.hasten(s, s.arrived+instant(sum(s.age(), s.h.writeTimeout)))
+	}
 }
 
 // tickEnding is tick for a stream that is to end: its stage may be over.
@@ -212,7 +222,7 @@ func (s *stream) tickEnding() {
 		s.callIn(left)
 	}
 	s.facts.Unlock()
-	if left > 0 {
+	if left > 0 && at < stageAbandoned {
 		return
 	}
 	switch at {
@@ -226,6 +236,12 @@ func (s *stream) tickEnding() {
 		s.breakOff()
 	case stageCut:
 		s.abandon()
+	case stageClosed:
+		if s.moved.Load() != 0 {
+			s.facts.Lock()
+			s.breakWriteLocked()
+			s.facts.Unlock()
+		}
 	}
 }
 
