@@ -220,6 +220,13 @@ func (s *Scanner) LooksLikeJSON() bool {
 	return s.opening == jsonOpening
 }
 
+// resume has the next byte be the first one of another body. It is for where
+// the place is an event boundary: no line and no event is open there.
+func (s *Scanner) resume() {
+	s.opening = bodyStart
+	s.pendingCR = false
+}
+
 func (s *Scanner) scan(p []byte, toBoundary bool) int {
 	text := 0 // where it begins behind the byte order mark
 	if s.opening < bomRead {
