@@ -88,13 +88,27 @@ func (c *attemptContext) Value(key any) any {
 	return c.Context.Value(key)
 }
 
-// newAttempt makes the next attempt. w is what its handlers will answer to, if
+// newAttempt makes the first attempt. w is what its handlers will answer to, if
 // that has a header map of its own.
 func (x *exchange) newAttempt(w http.ResponseWriter) *attempt {
+	ctx := x.r.Context()
+	if t := x.tries(); t != nil {
+		ctx = t.ctx
+	}
+	if w == nil {
+		return x.newAttemptOf(x.r, ctx, nil, nil)
+	}
+	return x.newAttemptOf(x.r, ctx, w, newIsolation(x.r))
+}
+
+// newAttemptOf makes an attempt of a request, which is copied where the attempt
+// is isolated.
+func (x *exchange) newAttemptOf(r *http.Request, ctx context.Context, w http.ResponseWriter, isolated *isolation) *attempt {
 	a := new(attempt)
 	c := &a.context
 	c.x = x
-	c.Context, a.cancel = context.WithCancelCause(x.r.Context())
+	c.isolated = isolated
+	c.Context, a.cancel = context.WithCancelCause(ctx)
 	a.request = new(http.Request)
 	*a.request = *detached
 	if w == nil {
@@ -104,15 +118,14 @@ func (x *exchange) newAttempt(w http.ResponseWriter) *attempt {
 	} else {
 		c.replacer = caddy.NewReplacer()
 		a.request = caddyhttp.PrepareRequest(a.request, c.replacer, w, nil)
-		c.isolated = newIsolation(x.r)
 	}
 	c.set = *c.replacer
 	c.replacer.Map(x.clientsPlaceholder)
 	// The Replacer has the pointer to the request, so it stays the same.
-	*a.request = *x.r.WithContext(c)
+	*a.request = *r.WithContext(c)
 	if c.isolated != nil {
-		a.request.URL = new(*x.r.URL)
-		a.request.Header = x.r.Header.Clone()
+		a.request.URL = new(*r.URL)
+		a.request.Header = r.Header.Clone()
 	}
 	if x.accept.eventStream {
 		if c.isolated == nil {
@@ -120,6 +133,7 @@ func (x *exchange) newAttempt(w http.ResponseWriter) *attempt {
 		}
 		a.request.Header["Accept-Encoding"] = identity
 	}
+	x.shown.Store(a)
 	return a
 }
 
@@ -202,10 +216,12 @@ func (x *exchange) placeholder(key string) (any, bool) {
 		}
 		return x.told.placeholder(key)
 	}
-	if x.attempt == nil {
+	// Handlers of an attempt that is over may ask, too.
+	a := x.shown.Load()
+	if a == nil {
 		return nil, false
 	}
-	return x.attempt.context.set.Get(key)
+	return a.context.set.Get(key)
 }
 
 // handOut lets the client's side know what the handlers have set so far. It runs
@@ -216,6 +232,9 @@ func (x *exchange) handOut() {
 	}
 	if x.attempt.context.isolated != nil {
 		x.attempt.context.isolated.handBack()
+	}
+	if t := x.tries(); t != nil && !t.over {
+		return // the next try needs what a proxy before sse has left
 	}
 	if _, proxied := x.attempt.context.set.Get(upstreamPlaceholder); proxied {
 		// What a proxy before sse (forward_auth) left would hide it.
@@ -260,8 +279,21 @@ func (i *isolation) value(key caddy.CtxKey) any {
 	return nil
 }
 
+// copy is the same for another attempt. It is not handed back: handlers of the
+// first attempt may still read the client's variables.
+func (i *isolation) copy() *isolation {
+	again := &isolation{vars: maps.Clone(i.vars), groups: maps.Clone(i.groups), original: i.original}
+	if i.original.URL != nil {
+		again.original.URL = new(*i.original.URL)
+	}
+	return again
+}
+
 // handBack gives the client's request the variables that the handlers have set.
 func (i *isolation) handBack() {
+	if i.clientsVars == nil {
+		return
+	}
 	for name, value := range i.vars {
 		i.clientsVars[name] = value
 	}

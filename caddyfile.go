@@ -58,6 +58,8 @@ var subdirectives = map[string]subdirective{
 	"max_streams":            {"<n>", 1, 1, setMaxStreams},
 	"max_streams_per_client": {"<n> [<key>]", 1, 2, setMaxStreamsPerClient},
 	"reconnect_on":           {"<status...>", 1, math.MaxInt, setReconnectOn},
+
+	"upstream_retry": {"<window> [live]", 1, 2, setUpstreamRetry},
 }
 
 // UnmarshalCaddyfile sets up the handler from Caddyfile tokens. Syntax:
@@ -83,6 +85,8 @@ var subdirectives = map[string]subdirective{
 //		max_streams            <n>
 //		max_streams_per_client <n> [<key>]
 //		reconnect_on           <status...>
+//
+//		upstream_retry <window> [live]
 //	}
 //
 // What can be checked is checked here, where the line is known.
@@ -292,6 +296,20 @@ func setReconnectOn(h *Handler, args []string) error {
 		h.ReconnectOn = append(h.ReconnectOn, status)
 	}
 	return validateReconnectOn(h.ReconnectOn)
+}
+
+func setUpstreamRetry(h *Handler, args []string) (err error) {
+	h.UpstreamRetry = new(UpstreamRetry)
+	if h.UpstreamRetry.Window, err = parseDuration("upstream_retry", args[0]); err != nil {
+		return err
+	}
+	if len(args) > 1 {
+		if args[1] != "live" {
+			return fmt.Errorf("sse: upstream_retry: %q is unknown here; the one word that may follow the window is live", args[1])
+		}
+		h.UpstreamRetry.Live = true
+	}
+	return nil
 }
 
 func (h *Handler) heartbeat() *Heartbeat {

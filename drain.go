@@ -31,6 +31,10 @@ type drain struct {
 	// until is when the window ends, an instant; 0: the handler is in use.
 	until atomic.Int64
 
+	// replaced says that a reload has replaced the handler's configuration: its
+	// upstreams are not asked again.
+	replaced atomic.Bool
+
 	// graceEnds is when Caddy's grace period ends, an instant; 0: it does not.
 	graceEnds atomic.Int64
 
@@ -100,6 +104,9 @@ func newDrain(config *Drain) *drain {
 // the handler's server begins to stop.
 func (h *Handler) drainStreams() {
 	exit.notify()
+	if !exiting() {
+		h.drain.replaced.Store(true)
+	}
 	h.setGrace()
 	stop := make(chan struct{})
 	forget := exit.await(func() { close(stop) })

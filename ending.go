@@ -15,12 +15,14 @@ import (
 // counts any other failure of a request against the upstream.
 var errStreamEnded = fmt.Errorf("sse: the stream has ended: %w", context.Canceled)
 
-// stage is where a stream is in its life. A stream only moves on.
+// stage is where a stream is in its life. A stream only moves on, but for one
+// that retries: it is open again when its upstream has come back.
 type stage uint8
 
 const (
 	stageWaiting   stage = iota // started early: the upstream has not answered
 	stageOpen                   // bytes pass
+	stageRetrying               // the upstream broke off, and is asked again
 	stageEnding                 // an early end was asked for; it comes at the next event boundary
 	stageHurried                // it comes as soon as nothing is being written, wherever that is
 	stageBreaking               // the write in its way is being broken off
@@ -249,7 +251,7 @@ func (s *stream) tickEnding() {
 func (s *stream) aborts(why reason) bool {
 	switch why {
 	case upstreamError:
-		return !s.told
+		return !s.told && !s.gaveUpCleanly()
 	case writeTimeout, deadClient, serverClosed:
 		return true
 	case upstreamTimeout:
@@ -283,9 +285,11 @@ func (s *stream) close() {
 // for.
 func (s *stream) verdict(out outcome) (reason, error) {
 	s.facts.Lock()
-	why, over := s.why, s.isCut() || s.broken
+	why, over, gaveUp := s.why, s.isCut() || s.broken, s.gaveUpLocked()
 	s.facts.Unlock()
 	switch {
+	case gaveUp != nil:
+		return why, gaveUp
 	case why == upstreamError:
 		return upstreamError, errUnusable(out.err)
 	case over && why != notEnded:

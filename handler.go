@@ -24,7 +24,8 @@ type exchange struct {
 
 	replacer *caddy.Replacer // the client's
 	attempt  *attempt
-	response response // what the attempt's handlers answer to
+	shown    atomic.Pointer[attempt] // whose placeholders handlers before sse see
+	response response                // what the attempt's handlers answer to
 	stream   *stream
 	told     *report // of the stream, when it has ended
 
@@ -51,6 +52,7 @@ type rare struct {
 	lent       caddyhttp.IdleDeadline // what idle and the server's writer had in common last
 	relay      *relay
 	abandon    chan struct{}
+	tries      *tries // nil: its upstream is not asked again
 }
 
 // role is what the answer to a request has turned out to be.
@@ -116,6 +118,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	if out.err = x.enter(); out.err != nil {
 		return nil
 	}
+	if x.prepareTries() {
+		out = x.callAgain(next)
+		return nil
+	}
 	if x.mayStartEarly() {
 		out = x.callRelayed(next)
 		return nil
@@ -164,6 +170,10 @@ func (x *exchange) decide(status int, header http.Header) {
 	x.handOut()
 	if x.stream != nil {
 		x.role = streaming
+		if x.triesAgain() {
+			x.answeredAgain(status, header)
+			return
+		}
 		x.stream.answered(status, header, x.attempt.upstream())
 		return
 	}

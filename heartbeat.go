@@ -96,11 +96,14 @@ func (f *frames) retryBlock() []byte {
 	return splicer.Block(&f.Frames, nil, nil)
 }
 
-// oweRetry has a stream's client told its reconnection time.
-func (f *frames) oweRetry(splicer *eventstream.Splicer) {
+// oweRetry has a stream's client told its reconnection time, and returns that; 0
+// where none is told.
+func (f *frames) oweRetry(splicer *eventstream.Splicer) (told time.Duration) {
 	if f.retryMin > 0 {
-		splicer.OweRetry(f.reconnectionTime())
+		told = f.reconnectionTime()
+		splicer.OweRetry(told)
 	}
+	return told
 }
 
 // tick is called by the agenda when something may be due.
@@ -113,6 +116,7 @@ func (s *stream) tick() {
 	free := s.mu.TryLock()
 	s.facts.Lock()
 	left, why := s.untilEndLocked(s.age(), !free)
+	retrying := s.at() == stageRetrying
 	if left > 0 && !free && s.isLiveLocked() {
 		// A write is on its way and restarts the clock; if it is stuck, a frame
 		// would be stuck behind it.
@@ -126,11 +130,20 @@ func (s *stream) tick() {
 		}
 		s.endNow(why)
 		return
-	case left <= 0:
+	case left <= 0 && retrying && isBreak(why):
 		if free {
 			s.unlock()
 		}
-		s.end(why)
+		s.giveUp(errTriesOver)
+		return
+	case left <= 0:
+		retries := free && why == upstreamTimeout && s.breakLocked(why)
+		if free {
+			s.unlock()
+		}
+		if !retries {
+			s.end(why)
+		}
 		return
 	case !free:
 		return

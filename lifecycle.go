@@ -57,6 +57,8 @@ func (at stage) state() string {
 		return "waiting"
 	case at == stageOpen:
 		return "open"
+	case at == stageRetrying:
+		return "retrying"
 	}
 	return "ending"
 }
@@ -212,6 +214,7 @@ type end struct {
 	timeToHeaders    time.Duration // from the request
 	timeToFirstEvent time.Duration // from the request; 0: there was none
 	longestGap       time.Duration // between bytes of the upstream
+	retries          int           // how often the upstream was asked again; -1: it would not be
 	incompleteEvent  bool          // clients drop what is behind the last blank line
 	invalidUTF8      bool          // clients read something else
 	err              error
@@ -258,6 +261,7 @@ func (s *stream) reportLocked() report {
 			timeToHeaders:    s.opened,
 			timeToFirstEvent: s.firstEvent,
 			longestGap:       s.longestGap,
+			retries:          s.retriesLocked(),
 			incompleteEvent:  scanner.Incomplete(),
 			invalidUTF8:      !scanner.ValidUTF8() || scanner.TruncatedUTF8(),
 		},
@@ -401,6 +405,9 @@ func (r closedFields) addFigures(enc zapcore.ObjectEncoder) {
 	enc.AddUint64("heartbeats", r.counts.heartbeats)
 	enc.AddUint64("heartbeats_deferred", r.counts.deferred)
 	enc.AddString("last_event_id", r.lastEventID)
+	if r.end.retries >= 0 {
+		enc.AddInt("retries", r.end.retries)
+	}
 	if r.end.incompleteEvent {
 		enc.AddBool("incomplete_event", true)
 	}

@@ -117,6 +117,10 @@ type Handler struct {
 	// error.
 	ReconnectOn []int `json:"reconnect_on,omitempty"`
 
+	// Asks the upstream of a resumable stream again when it breaks off, while the
+	// client stays. Default: off.
+	UpstreamRetry *UpstreamRetry `json:"upstream_retry,omitempty"`
+
 	ctx     caddy.Context
 	logger  *zap.Logger
 	events  *caddyevents.App
@@ -213,6 +217,37 @@ type Retry struct {
 	Max caddy.Duration `json:"max,omitempty"`
 }
 
+// UpstreamRetry says for how long an upstream that has broken off is asked again.
+// It is for resumable requests without a body whose stream has opened. When the
+// upstream aborts, its connection fails or it is silent for `upstream_timeout`, at
+// an event boundary, the client stays and gets heartbeats. The handlers after this
+// one run again, with `Last-Event-ID` set to the last ID of the upstream (HTML
+// Standard, section 9.2.4), and the stream goes on with what they send. A clean
+// end stays a clean end.
+//
+// The wait before the first try is the reconnection time that the stream was told,
+// else one second. It doubles up to 10 seconds while tries bring no event, varies
+// between half of it and all of it, and heeds `Retry-After`. All streams of a name
+// together make at most 64 tries a second. An answer that is no stream, other than
+// 502, 503 and 504, ends the stream.
+type UpstreamRetry struct {
+	// The tries of a stream end this long after the first one, unless one brings
+	// an event. -1: off.
+	Window caddy.Duration `json:"window,omitempty"`
+
+	// Ask again too where there is no ID to go on from, as the upstream sends
+	// none: what it sends meanwhile is lost, and the client is not told.
+	Live bool `json:"live,omitempty"`
+}
+
+// window is 0 where nothing is asked again.
+func (u *UpstreamRetry) window() time.Duration {
+	if u == nil {
+		return 0
+	}
+	return max(time.Duration(u.Window), 0)
+}
+
 // CaddyModule returns the Caddy module information.
 func (Handler) CaddyModule() caddy.ModuleInfo {
 	return caddy.ModuleInfo{
@@ -260,7 +295,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	h.drain = newDrain(h.Drain)
 
 	h.group = live.group(h.Name)
-	collector.expect(h.Name, h.ReconnectOn)
+	collector.expect(h.Name, h.ReconnectOn, h.UpstreamRetry.window() > 0)
 	if h.limits.perClient > 0 {
 		h.group.countClients()
 	}

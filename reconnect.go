@@ -64,13 +64,19 @@ func isOfErrorBody(field string) bool {
 	return strings.HasPrefix(field, "Content-") && !strings.HasPrefix(field, "Content-Security-Policy")
 }
 
-// retryAfter reads a Retry-After: seconds or a date (RFC 9110, section 10.2.3).
+// retryAfter reads a Retry-After, and keeps to as much of it as a page can wait.
 func retryAfter(value string) time.Duration {
+	return min(statedRetryAfter(value), longestRetryAfter)
+}
+
+// statedRetryAfter reads a Retry-After: seconds or a date (RFC 9110, section
+// 10.2.3).
+func statedRetryAfter(value string) time.Duration {
 	var after time.Duration
 	if seconds, err := strconv.ParseUint(value, 10, 31); err == nil {
 		after = time.Duration(seconds) * time.Second
 	} else if date, err := http.ParseTime(value); err == nil {
 		after = time.Until(date)
 	}
-	return min(max(after, 0), longestRetryAfter)
+	return max(after, 0)
 }

@@ -30,6 +30,7 @@ type group struct {
 	closed      [reasonCount]uint64
 	closedTotal counts // what went by on streams that have closed
 
+	tries    tryQueue             // to reach upstreams that broke off; has a lock of its own
 	reserved int                  // places of requests that may become streams
 	clients  map[netip.Prefix]int // streams and places by client; nil without such a limit
 }

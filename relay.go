@@ -151,6 +151,7 @@ func (x *exchange) callRelayed(next caddyhttp.Handler) outcome {
 	w := &relayedResponse{relay: relay, rw: &x.response, header: x.w.Header().Clone()}
 	x.attempt = x.newAttempt(w)
 	x.watchUpload()
+	x.watchBody()
 	x.fixID()
 	x.idleTimeoutsOfHandlers() // before a heartbeat can use the server's
 

@@ -108,6 +108,7 @@ type stream struct {
 type rareStream struct {
 	panicked any                      // on a goroutine where no server would recover it
 	control  *http.ResponseController // of the connection, where writers in between hide it
+	tries    *tries                   // nil: the upstream is not asked again; set before the stream starts
 }
 
 // newStream makes the stream of a request. It has not started yet.
@@ -126,6 +127,11 @@ func (x *exchange) newStream(status int) *stream {
 	s.stage.Store(uint32(stageOpen))
 	if x.rare != nil {
 		s.id = x.rare.id
+		if t := x.rare.tries; t != nil {
+			t.attempt = x.attempt
+			s.rare = &rareStream{tries: t}
+			s.cancel = t.cancel
+		}
 		if abandon := x.rare.abandon; abandon != nil {
 			s.abandoned = sync.OnceFunc(func() { close(abandon) })
 		}
@@ -213,7 +219,7 @@ func (s *stream) open() {
 		return
 	}
 	if s.body == eventStreamBody {
-		s.h.frames.oweRetry(&s.splicer)
+		s.toldReconnection(s.h.frames.oweRetry(&s.splicer))
 		s.wait = s.h.frames.prelude
 		if s.wait == 0 {
 			s.wait = s.h.frames.wait()
@@ -273,13 +279,20 @@ func (s *stream) callIn(wait time.Duration) {
 // silent. It wants facts to be locked.
 func (s *stream) untilEndLocked(age time.Duration, writing bool) (wait time.Duration, why reason) {
 	wait = never
+	retrying := s.at() == stageRetrying
+	if t := s.triesLocked(); retrying {
+		wait, why = time.Duration(t.until-now()), t.why
+	}
 	if timeout := s.h.writeTimeout; timeout > 0 {
-		wait, why = timeout, writeTimeout
+		left := timeout
 		if moved := time.Duration(s.moved.Load()); writing && moved > 0 {
-			wait = sum(moved, timeout) - age
+			left = sum(moved, timeout) - age
+		}
+		if left < wait {
+			wait, why = left, writeTimeout
 		}
 	}
-	if timeout := s.h.upstreamTimeout; timeout > 0 && s.headed && !writing {
+	if timeout := s.h.upstreamTimeout; timeout > 0 && s.headed && !writing && !retrying {
 		silentSince := s.arrived + instant(s.lastBytes)
 		if left := sum(s.lastBytes, timeout, s.h.agenda.stoppedSince(silentSince)) - age; left < wait {
 			wait, why = left, upstreamTimeout
@@ -329,6 +342,9 @@ func (s *stream) unlock() {
 func (s *stream) write(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.unlock()
+	if s.at() == stageRetrying {
+		return 0, errStreamEnded // of an attempt that is over
+	}
 	if err := s.errLocked(); err != nil || len(p) == 0 {
 		return 0, err
 	}
@@ -382,6 +398,9 @@ func (s *stream) followLocked(p []byte) (lead, body []byte) {
 		s.bytes += uint64(len(p))
 	}
 	if s.body == eventStreamBody && s.splicer.Opaque() {
+		if s.refuseLocked("the upstream's answer is no event stream") {
+			return nil, nil
+		}
 		s.body = otherBody
 		s.h.unprotected(causeOtherBody)
 	}

@@ -44,7 +44,10 @@ func (s *stream) ownWriteTimeouts() {
 	if err != nil && inner != nil {
 		// A writer in between does not say what it is around. What has just been
 		// switched off knows the way.
-		s.rare = &rareStream{control: inner}
+		if s.rare == nil {
+			s.rare = new(rareStream)
+		}
+		s.rare.control = inner
 		_ = inner.SetWriteDeadline(time.Time{})
 	}
 }
