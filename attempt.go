@@ -43,9 +43,10 @@ type attempt struct {
 
 // outcome is how an attempt ended.
 type outcome struct {
-	err      error // what the handlers left with
-	panicked any   // what they panicked with; http.ErrAbortHandler: a side broke off
-	left     bool  // they have left; if not, nobody waits for them any more
+	err      error  // what the handlers left with
+	panicked any    // what they panicked with; http.ErrAbortHandler: a side broke off
+	left     bool   // they have left; if not, nobody waits for them any more
+	run      runEnd // how the run ended that fed the stream, if one did
 }
 
 // attemptContext is the context of an attempt's request.
@@ -91,7 +92,7 @@ func (c *attemptContext) Value(key any) any {
 // newAttempt makes the first attempt. w is what its handlers will answer to, if
 // that has a header map of its own.
 func (x *exchange) newAttempt(w http.ResponseWriter) *attempt {
-	ctx := x.r.Context()
+	ctx := x.context()
 	if t := x.tries(); t != nil {
 		ctx = t.ctx
 	}

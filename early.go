@@ -126,7 +126,7 @@ func (x *exchange) unanswered(out outcome) (after outcome) {
 	}()
 	s := x.stream
 	s.facts.Lock()
-	s.client.upstream = x.attempt.upstream()
+	s.client.upstream = x.upstream()
 	s.facts.Unlock()
 	status := statusOf(out.err)
 	if out.panicked != nil || !out.left {

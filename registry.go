@@ -33,6 +33,8 @@ type group struct {
 	tries    tryQueue             // to reach upstreams that broke off; has a lock of its own
 	reserved int                  // places of requests that may become streams
 	clients  map[netip.Prefix]int // streams and places by client; nil without such a limit
+
+	runs runs
 }
 
 // group returns the group of a name and makes it where there is none.

@@ -160,7 +160,7 @@ func (x *exchange) callRelayed(next caddyhttp.Handler) outcome {
 		out := x.attempt.call(next, w)
 		left <- out
 	}()
-	delay := time.NewTimer(time.Duration(x.h.EarlyStart.Delay))
+	delay := time.NewTimer(x.earlyStartIn())
 	defer delay.Stop()
 	clientLeft := x.r.Context().Done()
 	var grace <-chan time.Time
