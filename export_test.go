@@ -40,3 +40,10 @@ func SortKeys() (names []string) {
 	}
 	return names
 }
+
+// SetExiting lets the process seem to end, or not, until undo is called.
+func SetExiting(is bool) (undo func()) {
+	before := exiting
+	exiting = func() bool { return is }
+	return func() { exiting = before }
+}
