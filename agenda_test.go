@@ -37,7 +37,7 @@ func quietHandler() *Handler {
 
 // openStream is a stream without a server, whose next frame is due after a wait.
 func openStream(h *Handler, w http.ResponseWriter, wait time.Duration) *stream {
-	s := &stream{h: h, w: w, arrived: now(), ctx: context.Background(), cancel: func(error) {}, wait: wait, headed: true}
+	s := &stream{h: h, frames: &h.frames, w: w, arrived: now(), ctx: context.Background(), cancel: func(error) {}, wait: wait, headed: true}
 	s.stage.Store(uint32(stageOpen))
 	s.mu.Lock()
 	s.scheduleLocked()

@@ -116,7 +116,7 @@ func TestNoStreamIsForgottenAsCallersComeAndGo(t *testing.T) {
 	for range adders {
 		adding.Go(func() {
 			for range each {
-				s := &stream{h: h, w: &beaten{write: func() { calls.Add(1); called.Done() }}, arrived: now() - instant(time.Hour), wait: time.Minute, cancel: func(error) {}}
+				s := &stream{h: h, frames: &h.frames, w: &beaten{write: func() { calls.Add(1); called.Done() }}, arrived: now() - instant(time.Hour), wait: time.Minute, cancel: func(error) {}}
 				s.stage.Store(uint32(stageOpen))
 				c.add(s)
 			}

@@ -33,8 +33,8 @@ type exchange struct {
 	role         role
 	headed       bool   // what is no stream has got its final header
 	ip           string // the client's, as it was when the request came
-	resumable    bool
-	eventSource  bool
+	kind         kind
+	frames       *frames // what its client can take
 	startedEarly bool
 	accept       accept
 	place        *place // nil: none has been taken
@@ -53,7 +53,8 @@ type rare struct {
 	lent       caddyhttp.IdleDeadline // what idle and the server's writer had in common last
 	relay      *relay
 	abandon    chan struct{}
-	tries      *tries // nil: its upstream is not asked again
+	tries      *tries  // nil: its upstream is not asked again
+	key        keyHash // the client's, for the limit; zero: its address counts
 
 	given   *http.Request // with the ids of ours that handlers after sse do not see
 	brought string        // the id that the client came back with
@@ -78,13 +79,16 @@ const (
 func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived instant) *exchange {
 	x := &exchange{h: h, w: w, r: r, arrived: arrived, accept: acceptOf(r.Header), ip: clientIP(r)}
 	x.response.x = x
-	x.resumable = x.accept.eventStream && r.Method == http.MethodGet
-	x.eventSource = kindOf(r, x.accept, h.Resumable).eventSource
+	x.kind = kindOf(r, x.accept, h.Resumable)
+	x.frames = h.framesFor(r.Header)
 	if h.sharing != nil {
 		x.takeID()
 	}
 	x.replacer, _ = r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	if x.replacer != nil {
+		if h.ClientKey != "" {
+			x.rememberKey(x.replacer.ReplaceAll(h.ClientKey, ""))
+		}
 		x.outer = *x.replacer
 		x.replacer.Map(x.placeholder)
 	}
@@ -166,7 +170,7 @@ func (x *exchange) enter() error {
 	}
 	switch {
 	case x.h.limits == limits{}:
-	case x.resumable:
+	case x.kind.resumable:
 		return x.takePlace()
 	default:
 		// The upstream will have set its headers before the answer can be
@@ -336,6 +340,7 @@ func (x *exchange) conclude(out outcome) error {
 	case out.panicked != nil && !isAbort(out.panicked):
 		panic(out.panicked) // somebody's bug, and not ours to hide
 	case s.aborts(r.end.reason):
+		s.letArrive()
 		panic(http.ErrAbortHandler)
 	}
 	s.boundLastWrite() // of an encoder, and of the server, which completes the response

@@ -255,7 +255,7 @@ func (s *stream) reportLocked() report {
 		name:      s.h.Name,
 		state:     s.at().state(),
 		proto:     s.proto,
-		resumable: s.resumable,
+		resumable: s.kind.resumable,
 		openedAt:  time.Now().Add(s.opened - age),
 		duration:  age - s.opened,
 		idle:      age - s.lastBytes,

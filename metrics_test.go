@@ -444,3 +444,37 @@ func TestEverySeriesThatTheConfigurationNamesIsThereAtZero(t *testing.T) {
 		}
 	}
 }
+
+func TestTheFirstEventsTimeIsObservedWhileTheStreamIsOpen(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		sse 1h {
+			name "first event"
+			prelude off
+		}
+		reverse_proxy `+up.addr, withAdmin())
+	o := c.open(t, c.client("h1"), up, "/", acceptStream)
+	count := func() float64 {
+		return c.scrape(t).values[`caddy_sse_time_to_first_event_seconds{name="first event"}_count`]
+	}
+	if n := count(); n != 0 {
+		t.Errorf("%v before the first event", n)
+	}
+	for range 3 {
+		o.call.send("data: 1\n\n")
+		o.body.expect(t, "data: 1\n\n")
+	}
+	// It is observed right after the write that the client has seen.
+	for deadline := time.Now().Add(patience); count() != 1; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%v after three events", count())
+		}
+	}
+	o.call.end()
+	o.body.expectEnd(t)
+	c.closedLine(t, "/")
+	if n := count(); n != 1 {
+		t.Errorf("%v after the end", n)
+	}
+}

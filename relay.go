@@ -157,6 +157,7 @@ func (x *exchange) callRelayed(next caddyhttp.Handler) outcome {
 	x.watchBody()
 	x.fixID()
 	x.idleTimeoutsOfHandlers() // before a heartbeat can use the server's
+	asked := x.awaitAsking()
 
 	left := make(chan outcome, 1)
 	go func() {
@@ -165,6 +166,7 @@ func (x *exchange) callRelayed(next caddyhttp.Handler) outcome {
 	}()
 	delay := time.NewTimer(x.earlyStartIn())
 	defer delay.Stop()
+	isDue, isAsked := false, false
 	clientLeft := x.r.Context().Done()
 	var grace <-chan time.Time
 	for {
@@ -177,7 +179,15 @@ func (x *exchange) callRelayed(next caddyhttp.Handler) outcome {
 			x.takeTrailers(w.header)
 			return out
 		case <-delay.C:
-			x.startEarly()
+			isDue = true
+			if isAsked {
+				x.startEarly()
+			}
+		case <-asked:
+			isAsked, asked = true, nil
+			if isDue {
+				x.startEarly()
+			}
 		case <-clientLeft:
 			clientLeft = nil
 			timer := time.NewTimer(leaveGrace)
