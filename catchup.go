@@ -260,7 +260,7 @@ func (x *exchange) startUnknown(reader *runReader) bool {
 	if !reader.join(journal.Live()) {
 		return false
 	}
-	if !x.h.sharing.lost.isToldTo(x.eventSource) {
+	if !x.h.sharing.lost.isToldTo(x.kind.eventSource) {
 		return true
 	}
 	g := greeting{

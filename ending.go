@@ -177,7 +177,11 @@ func (s *stream) breakWriteLocked() (done bool) {
 // abandon lets the client go without the handlers, which do not leave.
 func (s *stream) abandon() {
 	s.facts.Lock()
-	if s.moveLocked(stageAbandoned, 0) && s.abandoned == nil && s.breakWriteLocked() && s.proto == http1 {
+	switch moved := s.moveLocked(stageAbandoned, 0); {
+	case !moved:
+	case s.abandoned != nil:
+		s.broken = true // its request goes on, and ends with an abort
+	case s.breakWriteLocked() && s.proto == http1:
 		peer.HangUp(peer.Accepted(s.ctx))
 	}
 	s.facts.Unlock()
@@ -204,6 +208,12 @@ func (s *stream) accountWithoutHandlers() {
 	if s.abandoned != nil && asked {
 		s.abandoned()
 	}
+	// Somebody may be writing, to a client that takes nothing any more.
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	if !s.gone && s.h.writeTimeout > 0 {
+		s.h.agenda.hasten(s, s.arrived+instant(sum(s.age(), s.h.writeTimeout)))
+	}
 }
 
 // tickEnding is tick for a stream that is to end: its stage may be over.
@@ -214,7 +224,7 @@ func (s *stream) tickEnding() {
 		s.callIn(left)
 	}
 	s.facts.Unlock()
-	if left > 0 {
+	if left > 0 && at < stageAbandoned {
 		return
 	}
 	switch at {
@@ -228,6 +238,12 @@ func (s *stream) tickEnding() {
 		s.breakOff()
 	case stageCut:
 		s.abandon()
+	case stageClosed:
+		if s.moved.Load() != 0 {
+			s.facts.Lock()
+			s.breakWriteLocked()
+			s.facts.Unlock()
+		}
 	}
 }
 
@@ -235,17 +251,31 @@ func (s *stream) tickEnding() {
 func (s *stream) aborts(why reason) bool {
 	switch why {
 	case upstreamError:
-		return !s.told && !s.gaveUpCleanly() && !(s.eventSource && s.fed.endedSoftly())
+		return !s.told && !s.gaveUpCleanly() && !(s.kind.eventSource && s.fed.endedSoftly())
 	case lagged, takenOver:
-		return s.broken || !s.eventSource
+		return s.broken || !s.kind.eventSource
 	case writeTimeout, deadClient, serverClosed:
 		return true
-	case upstreamTimeout:
-		return s.broken || !s.resumable || s.body != eventStreamBody
-	case drained, maxDuration, endedByAdmin:
-		return s.broken || s.body != eventStreamBody
+	case upstreamTimeout, drained, maxDuration, endedByAdmin:
+		return s.broken || !s.kind.eventSource || s.body != eventStreamBody
 	}
 	return false
+}
+
+// arrivalPatience is how long the last bytes of a stream over HTTP/3 have to reach
+// the client before it is aborted.
+const arrivalPatience = 200 * time.Millisecond
+
+// letArrive waits for the last bytes before an abort that takes back what has not
+// arrived: QUIC's reset of a stream does (RFC 9000, section 3.2).
+func (s *stream) letArrive() {
+	if s.proto != http3 {
+		return
+	}
+	select {
+	case <-time.After(s.lastHeard + arrivalPatience - s.age()):
+	case <-s.ctx.Done():
+	}
 }
 
 // close waits until nobody writes, and lets nobody write again.
@@ -260,7 +290,7 @@ func (s *stream) close() {
 	s.gone = true
 	s.h.agenda.drop(s)
 	s.facts.Unlock()
-	if rest := s.splicer.Rest(&s.h.frames.Frames); rest != nil && err == nil {
+	if rest := s.splicer.Rest(&s.frames.Frames); rest != nil && err == nil {
 		// The body was a piece of a BOM, which makes it no BOM.
 		s.boundLastWrite()
 		_ = s.sendLocked(s.age(), rest, nil)

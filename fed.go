@@ -49,7 +49,7 @@ func (s *stream) sendFirstLocked() error {
 	if len(s.fed.first) == 0 {
 		return nil
 	}
-	block := s.splicer.Block(&s.h.frames.Frames, nil, s.fed.first)
+	block := s.splicer.Block(&s.frames.Frames, nil, s.fed.first)
 	s.fed.first = nil
 	if _, err := s.w.Write(block); err != nil {
 		s.failLocked(err)
@@ -66,7 +66,7 @@ func (s *stream) greet(text []byte) error {
 	if err := s.errLocked(); err != nil || len(text) == 0 {
 		return err
 	}
-	return s.sendLocked(s.age(), s.splicer.Block(&s.h.frames.Frames, nil, text), nil)
+	return s.sendLocked(s.age(), s.splicer.Block(&s.frames.Frames, nil, text), nil)
 }
 
 // follow passes on what a reader of a journal gets, until the stream or the

@@ -23,21 +23,21 @@ type exchange struct {
 	arrived instant
 
 	replacer *caddy.Replacer // the client's
+	outer    caddy.Replacer  // the same, but does not ask the attempt's
 	attempt  *attempt
 	shown    atomic.Pointer[attempt] // whose placeholders handlers before sse see
 	response response                // what the attempt's handlers answer to
 	stream   *stream
 	told     *report // of the stream, when it has ended
 
-	role           role
-	headed         bool   // what is no stream has got its final header
-	ip             string // the client's, as it was when the request came
-	resumable      bool
-	eventSource    bool
-	startedEarly   bool
-	accept         accept
-	acceptEncoding lentHeader
-	place          *place // nil: none has been taken
+	role         role
+	headed       bool   // what is no stream has got its final header
+	ip           string // the client's, as it was when the request came
+	kind         kind
+	frames       *frames // what its client can take
+	startedEarly bool
+	accept       accept
+	place        *place // nil: none has been taken
 
 	rare *rare // nil for most
 }
@@ -50,9 +50,11 @@ type rare struct {
 	refusal    error       // of a stream too many
 	id         uuid.UUID   // the request's, where it had to be known before the stream
 	idle       *caddyhttp.IdleTimeoutWriter
+	lent       caddyhttp.IdleDeadline // what idle and the server's writer had in common last
 	relay      *relay
 	abandon    chan struct{}
-	tries      *tries // nil: its upstream is not asked again
+	tries      *tries  // nil: its upstream is not asked again
+	key        keyHash // the client's, for the limit; zero: its address counts
 
 	given   *http.Request // with the ids of ours that handlers after sse do not see
 	brought string        // the id that the client came back with
@@ -77,13 +79,17 @@ const (
 func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived instant) *exchange {
 	x := &exchange{h: h, w: w, r: r, arrived: arrived, accept: acceptOf(r.Header), ip: clientIP(r)}
 	x.response.x = x
-	x.resumable = x.accept.eventStream && r.Method == http.MethodGet
-	x.eventSource = kindOf(r, x.accept, h.Resumable).eventSource
+	x.kind = kindOf(r, x.accept, h.Resumable)
+	x.frames = h.framesFor(r.Header)
 	if h.sharing != nil {
 		x.takeID()
 	}
 	x.replacer, _ = r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	if x.replacer != nil {
+		if h.ClientKey != "" {
+			x.rememberKey(x.replacer.ReplaceAll(h.ClientKey, ""))
+		}
+		x.outer = *x.replacer
 		x.replacer.Map(x.placeholder)
 	}
 	return x
@@ -163,7 +169,7 @@ func (x *exchange) enter() error {
 	}
 	switch {
 	case x.h.limits == limits{}:
-	case x.resumable:
+	case x.kind.resumable:
 		return x.takePlace()
 	default:
 		// The upstream will have set its headers before the answer can be
@@ -266,12 +272,11 @@ func (x *exchange) relayed() bool { return x.rare != nil && x.rare.relay != nil 
 // leave does what comes after the handlers. Where a panic is on its way that is
 // not ours, it goes on after this.
 func (x *exchange) leave(out outcome) error {
-	x.handOut()
-	x.lendIdleTimeouts()
-	if x.stream == nil {
-		// Handlers of an error get the request as it came.
-		x.acceptEncoding.replace(x.asGiven())
-	} else {
+	if out.left {
+		x.handOut()
+		x.lendIdleTimeouts()
+	}
+	if x.stream != nil {
 		if x.role == undecided {
 			out = x.unanswered(out)
 		}
@@ -334,6 +339,7 @@ func (x *exchange) conclude(out outcome) error {
 	case out.panicked != nil && !isAbort(out.panicked):
 		panic(out.panicked) // somebody's bug, and not ours to hide
 	case s.aborts(r.end.reason):
+		s.letArrive()
 		panic(http.ErrAbortHandler)
 	}
 	s.boundLastWrite() // of an encoder, and of the server, which completes the response

@@ -88,6 +88,7 @@ func load(t testing.TB, config string) (*caddysse.Handler, error) {
 
 func provision(t testing.TB, config *caddysse.Handler) *caddysse.Handler {
 	t.Helper()
+	caddysse.ForgetDrains()
 	text, err := json.Marshal(config)
 	if err != nil {
 		t.Fatal(err)
@@ -189,6 +190,7 @@ func get(accept ...string) *http.Request {
 	if len(accept) > 0 {
 		r.Header["Accept"] = accept
 	}
+	likeEventSource(r)
 	return r
 }
 

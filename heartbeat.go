@@ -36,7 +36,7 @@ func newFrames(hb *Heartbeat, retry *Retry) frames {
 		hb = new(Heartbeat)
 	}
 	f := frames{
-		Frames:   eventstream.Frames{Comment: hb.Comment, Event: hb.Event, Data: hb.Data},
+		Frames:   eventstream.Frames{Comment: hb.Comment, Event: hb.Event, Data: hb.Data, Pad: max(hb.Pad, 0)},
 		interval: time.Duration(hb.Interval),
 		prelude:  time.Duration(hb.Prelude),
 	}
@@ -120,7 +120,7 @@ func (s *stream) tick() {
 	if left > 0 && !free && s.isLiveLocked() {
 		// A write is on its way and restarts the clock; if it is stuck, a frame
 		// would be stuck behind it.
-		s.callIn(min(left, max(s.h.frames.reserve, time.Millisecond)))
+		s.callIn(min(left, max(s.frames.reserve, time.Millisecond)))
 	}
 	s.facts.Unlock()
 	switch {
@@ -158,8 +158,8 @@ func (s *stream) tick() {
 		if s.failed != notEnded {
 			return
 		}
-		if s.wait = s.h.frames.wait(); s.splicer.Overdue() && s.wait > 0 {
-			s.wait += s.age() - s.lastHeard
+		if s.wait = s.frames.wait(); s.splicer.Overdue() && s.wait > 0 {
+			s.wait = sum(s.wait, s.age()-s.lastHeard)
 		}
 	}
 	s.scheduleLocked()
@@ -168,14 +168,14 @@ func (s *stream) tick() {
 // beatLocked sends a frame, or notes that it is due and can't go here.
 func (s *stream) beatLocked() {
 	ends := s.endsSilenceLocked()
-	frame, ok := s.splicer.Frame(&s.h.frames.Frames, nil)
+	frame, ok := s.splicer.Frame(&s.frames.Frames, nil)
 	if ok {
 		if err := s.sendLocked(s.age(), frame, nil); err != nil {
 			s.cancel(fmt.Errorf("%w: %w", errStreamEnded, err))
 			return
 		}
 		if ends {
-			s.wait = s.h.frames.wait()
+			s.wait = s.frames.wait()
 		}
 	}
 	s.facts.Lock()

@@ -255,7 +255,7 @@ func (s *stream) reportLocked() report {
 		name:      s.h.Name,
 		state:     s.at().state(),
 		proto:     s.proto,
-		resumable: s.resumable,
+		resumable: s.kind.resumable,
 		openedAt:  time.Now().Add(s.opened - age),
 		duration:  age - s.opened,
 		idle:      age - s.lastBytes,
@@ -274,12 +274,19 @@ func (s *stream) reportLocked() report {
 	if s.fed != nil {
 		r.fed = s.fed.report()
 	}
-	if id, committed := scanner.LastEventID(); committed {
-		r.lastEventID = printableID(id)
-	} else if s.client.lastEventID != nil {
-		r.lastEventID = *s.client.lastEventID
-	}
+	r.lastEventID = s.lastEventIDLocked()
 	return r
+}
+
+// lastEventIDLocked wants facts to be locked.
+func (s *stream) lastEventIDLocked() string {
+	if id, committed := s.splicer.Scanner().LastEventID(); committed {
+		return printableID(id)
+	}
+	if s.client.lastEventID != nil {
+		return *s.client.lastEventID
+	}
+	return ""
 }
 
 // tellOpened tells of a stream that has been opened.
@@ -413,13 +420,13 @@ func (r closedFields) addFigures(enc zapcore.ObjectEncoder) {
 	enc.AddUint64("heartbeats", r.counts.heartbeats)
 	enc.AddUint64("heartbeats_deferred", r.counts.deferred)
 	enc.AddString("last_event_id", r.lastEventID)
+	if r.end.retries >= 0 {
+		enc.AddInt("retries", r.end.retries)
+	}
 	if r.fed != nil {
 		enc.AddString("run", r.fed.run)
 		enc.AddBool("resumed", r.fed.resumed)
 		enc.AddUint64("missed", r.fed.missed)
-	}
-	if r.end.retries >= 0 {
-		enc.AddInt("retries", r.end.retries)
 	}
 	if r.end.incompleteEvent {
 		enc.AddBool("incomplete_event", true)

@@ -771,7 +771,7 @@ func TestTheAccessLogHasTheFiguresOnEveryEnd(t *testing.T) {
 			t.Run(proto+" "+reason, func(t *testing.T) {
 				path := "/" + proto + "/" + reason
 				cl := c.client(proto)
-				e := cl.begin(cl.request(t, "GET", path, nil))
+				e := cl.begin(cl.request(t, "GET", path, nil, acceptStream))
 				call := up.accept(t)
 				call.start(eventStream)
 				body := e.headers(t).follow()

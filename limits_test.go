@@ -415,3 +415,55 @@ func TestAPlaceIsFreeAsSoonAsTheAnswerIsNoStream(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestAClientCanBeWhatTheSiteSaysItIs(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		sse 1h {
+			name keyed
+			prelude off
+			max_streams_per_client 1 {header.X-User}
+		}
+		reverse_proxy `+up.addr, withAdmin())
+	cl := c.client("h1")
+	user := func(name string) []string { return []string{acceptStream, "X-User: " + name} }
+	a := c.open(t, cl, up, "/a", user("a")...)
+	c.open(t, cl, up, "/b", user("b")...)
+	c.open(t, cl, up, "/nobody", acceptStream) // the address counts
+	expectRefusal(t, cl.begin(cl.request(t, "GET", "/a2", nil, user("a")...)), 429)
+	expectRefusal(t, cl.begin(cl.request(t, "GET", "/nobody2", nil, user(" ")...)), 429)
+	for _, line := range c.ourLines() {
+		if strings.Contains(fmt.Sprint(line), "X-User") {
+			t.Errorf("told: %v", line)
+		}
+	}
+	a.exchange.leave()
+	c.waitForStreams(t, 2)
+	c.open(t, cl, up, "/a3", user("a")...)
+}
+
+// A page that asks for fragments and streams alike takes no place before it is
+// known which of them it gets.
+func TestARequestThatAcceptsMoreThanStreamsReservesNoPlace(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		sse 1h {
+			name htmx
+			prelude off
+			max_streams_per_client 1
+		}
+		reverse_proxy `+up.addr, withAdmin())
+	cl := c.client("h1")
+	const htmx = "Accept: text/html, text/event-stream"
+	c.open(t, cl, up, "/stream", htmx)
+	e := cl.begin(cl.request(t, "GET", "/fragment", nil, htmx))
+	call := up.accept(t)
+	call.start("text/html")
+	call.send("<p>")
+	call.end()
+	if res := e.headers(t); res.StatusCode != 200 {
+		t.Errorf("the fragment is %s", res.Status)
+	}
+}

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -167,17 +166,15 @@ func (m *metrics) observeOpened(s *stream) {
 	m.timeToHeaders.WithLabelValues(s.h.Name).Observe(s.opened.Seconds())
 }
 
-// observeClosed takes the times of a stream that has ended.
+// observeClosed takes the age of a stream that has ended.
 func (m *metrics) observeClosed(r report) {
 	m.duration.WithLabelValues(r.name).Observe(r.duration.Seconds())
-	if r.end.timeToFirstEvent > 0 {
-		m.observeFirstEvent(r.name, r.end.timeToFirstEvent)
-	}
 }
 
-// observeFirstEvent takes the time that a stream's first event took.
-func (m *metrics) observeFirstEvent(name string, took time.Duration) {
-	m.timeToFirstEvent.WithLabelValues(name).Observe(took.Seconds())
+// observeFirstEvent takes the time that the first event took, when the client has
+// it: an alert on it can't wait for the end of the stream.
+func (m *metrics) observeFirstEvent(s *stream) {
+	m.timeToFirstEvent.WithLabelValues(s.h.Name).Observe(s.firstEvent.Seconds())
 }
 
 // Interface guards

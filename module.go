@@ -120,7 +120,6 @@ type Handler struct {
 	// Asks the upstream of a resumable stream again when it breaks off, while the
 	// client stays. Default: off.
 	UpstreamRetry *UpstreamRetry `json:"upstream_retry,omitempty"`
-
 	// One upstream stream for all clients that ask for the same. Default: off.
 	Share *Share `json:"share,omitempty"`
 
@@ -132,6 +131,7 @@ type Handler struct {
 	agenda  *agenda
 	drain   *drain
 	frames  frames
+	spared  *sparedFrames // nil: every client gets the same
 	headers headerPolicy
 	limits  limits
 	sharing *sharing // nil: off
@@ -287,6 +287,9 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		h.Name = defaultName
 	}
 	h.frames = newFrames(&texts.heartbeat, h.Retry)
+	if texts.heartbeat.Style == "" || texts.heartbeat.Style == styleAuto {
+		h.spared = newSparedFrames(texts.heartbeat, h.Retry)
+	}
 	h.headers = newHeaderPolicy(texts.cacheControl, h.Compression)
 	h.limits = limits{total: max(h.MaxStreams, 0), perClient: max(h.MaxStreamsPerClient, 0)}
 	h.writeTimeout = orDefault(h.WriteTimeout, defaultWriteTimeout)

@@ -22,7 +22,7 @@ const (
 // wantsReconnect reports whether the status is answered with a reconnection
 // time.
 func (x *exchange) wantsReconnect(status int) bool {
-	return x.resumable && slices.Contains(x.h.ReconnectOn, status)
+	return x.kind.eventSource && slices.Contains(x.h.ReconnectOn, status)
 }
 
 // answerReconnect answers an error with an empty stream and a reconnection
@@ -40,12 +40,13 @@ func (x *exchange) answerReconnect(status int) {
 	x.h.headers.apply(header)
 	collector.reconnects.WithLabelValues(x.h.Name, strconv.Itoa(status)).Inc()
 
-	frames := x.h.frames
+	frames := *x.frames
 	if frames.retryMin == 0 {
 		frames.retryMin, frames.retryMax = defaultReconnectMin, defaultReconnectMax
 	}
-	frames.retryMin = max(frames.retryMin, after)
-	frames.retryMax = max(frames.retryMax, after)
+	// On top, and not instead: else all that were refused come back at once.
+	frames.retryMin = sum(frames.retryMin, after)
+	frames.retryMax = sum(frames.retryMax, after)
 	x.w.WriteHeader(http.StatusOK)
 	// A client that has left needs no answer.
 	_, _ = x.w.Write(frames.retryBlock())

@@ -2,7 +2,6 @@ package caddysse
 
 import (
 	"cmp"
-	"net/netip"
 	"slices"
 	"sync"
 
@@ -30,9 +29,11 @@ type group struct {
 	closed      [reasonCount]uint64
 	closedTotal counts // what went by on streams that have closed
 
-	tries    tryQueue             // to reach upstreams that broke off; has a lock of its own
-	reserved int                  // places of requests that may become streams
-	clients  map[netip.Prefix]int // streams and places by client; nil without such a limit
+	drains []instant // when those on reload began that still matter, oldest first
+
+	tries    tryQueue         // to reach upstreams that broke off; has a lock of its own
+	reserved int              // places of requests that may become streams
+	clients  map[clientID]int // streams and places by client; nil without such a limit
 
 	runs runs
 }
@@ -101,7 +102,7 @@ func (g *group) add(s *stream, r reservation) {
 		g.reserved--
 	}
 	if r != clientsPlace {
-		g.countClientLocked(s.client.ip, +1)
+		g.countClientLocked(s.clientID(), +1)
 	}
 	g.opened[s.proto]++
 	g.open[s.proto]++
@@ -122,7 +123,7 @@ func (g *group) remove(s *stream, why reason, last counts) {
 	defer g.mu.Unlock()
 	g.open[s.proto]--
 	g.closed[why]++
-	g.countClientLocked(s.client.ip, -1)
+	g.countClientLocked(s.clientID(), -1)
 	g.closedTotal.add(last)
 	if s.previous == nil {
 		g.oldest = s.next
@@ -137,6 +138,23 @@ func (g *group) remove(s *stream, why reason, last counts) {
 	s.previous, s.next = nil, nil
 }
 
+// roll appends the live streams to a slice and returns what the group knows
+// without them: the counts are those of the streams that have closed. The counts
+// of these streams, read later, make up for the rest, each stream's once.
+func (g *group) roll(streams []*stream) (totals, []*stream) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for s := g.oldest; s != nil; s = s.next {
+		streams = append(streams, s)
+	}
+	return g.closedTotalsLocked(), streams
+}
+
+// closedTotalsLocked are the totals without what went by on live streams.
+func (g *group) closedTotalsLocked() totals {
+	return totals{name: g.name, open: g.open, opened: g.opened, closed: g.closed, counts: g.closedTotal}
+}
+
 // totals is a group at one moment.
 type totals struct {
 	name   string
@@ -149,7 +167,7 @@ type totals struct {
 func (g *group) totals() totals {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	t := totals{name: g.name, open: g.open, opened: g.opened, closed: g.closed, counts: g.closedTotal}
+	t := g.closedTotalsLocked()
 	for s := g.oldest; s != nil; s = s.next {
 		s.facts.Lock()
 		t.counts.add(s.countsLocked())

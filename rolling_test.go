@@ -196,6 +196,7 @@ func (e *eventSource) follow(ctx context.Context) {
 		return
 	}
 	req.Header.Set("Accept", eventStream)
+	req.Header.Set("Cache-Control", "no-cache")
 	if last := e.last.Load(); last > 0 {
 		req.Header.Set("Last-Event-ID", strconv.FormatInt(last, 10))
 	}

@@ -279,9 +279,9 @@ func (x *exchange) placeIn(reader *runReader) placing {
 
 // newGreeting tells a client its reconnection time, and nothing else.
 func (x *exchange) newGreeting() greeting {
-	g := greeting{eventSource: x.eventSource}
-	if x.h.frames.retryMin > 0 {
-		g.retry = x.h.frames.reconnectionTime()
+	g := greeting{eventSource: x.kind.eventSource}
+	if x.frames.retryMin > 0 {
+		g.retry = x.frames.reconnectionTime()
 	}
 	return g
 }
@@ -299,9 +299,9 @@ func (x *exchange) greeting(reader *runReader, p placing) greeting {
 		g.upstreamRetry = d
 	}
 	switch {
-	case p.lost != "" && x.h.sharing.lost.isToldTo(x.eventSource):
+	case p.lost != "" && x.h.sharing.lost.isToldTo(x.kind.eventSource):
 		g.event, g.data = x.h.sharing.lost.name, p.lost
-	case x.eventSource && !p.found && (!p.brought || isRunID(x.rare.brought)):
+	case x.kind.eventSource && !p.found && (!p.brought || isRunID(x.rare.brought)):
 		g.event = firstEvent
 	default:
 		return g

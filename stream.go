@@ -46,8 +46,9 @@ type stream struct {
 	// Inside it only the agenda's lock may be taken.
 	facts sync.Mutex
 
-	w http.ResponseWriter
-	h *Handler // the settings and the totals
+	w      http.ResponseWriter
+	h      *Handler // the settings and the totals
+	frames *frames  // what its client can take
 
 	arrived   instant       // when the request came; ages count from here
 	lastHeard time.Duration // age at which the client heard something last; mu
@@ -61,19 +62,18 @@ type stream struct {
 	bytes      uint64        // of the upstream's body; facts
 	firstEvent time.Duration // age at which the client had the first event; 0: none yet; facts
 
-	stage       atomic.Uint32 // a stage; changes with facts locked
-	body        bodyKind      // changes with both locked
-	failed      reason        // what the writer's first error means; nothing goes out after it; mu
-	unflushed   bool          // mu
-	told        bool          // the client has been told of the error; mu
-	why         reason        // of an early end that has been asked for; facts
-	gone        bool          // the handlers have left, and the ResponseWriter with them; changes with both locked
-	broken      bool          // a write was broken off by an early end; facts
-	resumable   bool          // its client comes back by itself, so it may be ended on purpose
-	eventSource bool          // after a clean end, too
-	started     bool          // it is among the live ones
-	headed      bool          // the headers have gone out; facts
-	proto       proto
+	stage     atomic.Uint32 // a stage; changes with facts locked
+	body      bodyKind      // changes with both locked
+	failed    reason        // what the writer's first error means; nothing goes out after it; mu
+	unflushed bool          // mu
+	told      bool          // the client has been told of the error; mu
+	why       reason        // of an early end that has been asked for; facts
+	gone      bool          // the handlers have left, and the ResponseWriter with them; changes with both locked
+	broken    bool          // a write was broken off by an early end; facts
+	kind      kind          // does its client come back by itself?
+	started   bool          // it is among the live ones
+	headed    bool          // the headers have gone out; facts
+	proto     proto
 
 	// splicer decides which bytes go out. What it says of the upstream's body
 	// changes with both locked.
@@ -108,6 +108,7 @@ type stream struct {
 
 // rareStream is what few streams need.
 type rareStream struct {
+	key      keyHash                  // what the client is to the limit, if not its address
 	panicked any                      // on a goroutine where no server would recover it
 	control  *http.ResponseController // of the connection, where writers in between hide it
 	tries    *tries                   // nil: the upstream is not asked again; set before the stream starts
@@ -116,16 +117,16 @@ type rareStream struct {
 // newStream makes the stream of a request. It has not started yet.
 func (x *exchange) newStream(status int) *stream {
 	s := &stream{
-		h:           x.h,
-		w:           x.w,
-		arrived:     x.arrived,
-		ctx:         x.r.Context(),
-		cancel:      x.cancelFeed(),
-		client:      x.newClient(),
-		status:      uint16(status),
-		proto:       protoOf(x.r),
-		resumable:   x.resumable,
-		eventSource: x.eventSource,
+		h:       x.h,
+		w:       x.w,
+		arrived: x.arrived,
+		ctx:     x.r.Context(),
+		cancel:  x.cancelFeed(),
+		client:  x.newClient(),
+		status:  uint16(status),
+		proto:   protoOf(x.r),
+		kind:    x.kind,
+		frames:  x.frames,
 	}
 	s.stage.Store(uint32(stageOpen))
 	if x.rare != nil && x.rare.fed != nil {
@@ -134,9 +135,15 @@ func (x *exchange) newStream(status int) *stream {
 	}
 	if x.rare != nil {
 		s.id = x.rare.id
+		if x.rare.key != (keyHash{}) {
+			s.rare = &rareStream{key: x.rare.key}
+		}
 		if t := x.rare.tries; t != nil {
 			t.attempt = x.attempt
-			s.rare = &rareStream{tries: t}
+			if s.rare == nil {
+				s.rare = new(rareStream)
+			}
+			s.rare.tries = t
 			s.cancel = t.cancel
 		}
 		if abandon := x.rare.abandon; abandon != nil {
@@ -153,6 +160,9 @@ type instant time.Duration
 var clockStart = time.Now()
 
 func now() instant { return instant(time.Since(clockStart)) }
+
+// plus is the moment after a wait; one too late to be told is the last there is.
+func (i instant) plus(wait time.Duration) instant { return instant(sum(time.Duration(i), wait)) }
 
 // age is the time since the request came.
 func (s *stream) age() time.Duration { return time.Duration(now() - s.arrived) }
@@ -223,13 +233,12 @@ func (s *stream) open() {
 		return
 	}
 	if s.body == eventStreamBody {
-		if s.fed == nil {
-			s.h.frames.oweRetry(&s.splicer)
+		if s.kind.resumable && s.fed == nil {
+			s.toldReconnection(s.frames.oweRetry(&s.splicer))
 		}
-		s.toldReconnection(s.h.frames.oweRetry(&s.splicer))
-		s.wait = s.h.frames.prelude
+		s.wait = s.frames.prelude
 		if s.wait == 0 || s.splicer.Spoken() {
-			s.wait = s.h.frames.wait()
+			s.wait = s.frames.wait()
 		}
 	}
 	s.scheduleLocked()
@@ -257,7 +266,7 @@ func (s *stream) scheduleLocked() {
 	wait, _ := s.untilEndLocked(age, false)
 	if s.isLiveLocked() {
 		if s.wait > 0 && s.body == eventStreamBody {
-			wait = min(wait, s.lastHeard+s.wait-age)
+			wait = min(wait, sum(s.lastHeard, s.wait)-age)
 		}
 	} else {
 		wait = time.Duration(s.due - now())
@@ -270,7 +279,7 @@ func (s *stream) scheduleLocked() {
 // watchWrite has tick called when a write that begins now has taken too long.
 func (s *stream) watchWrite() {
 	if timeout := s.h.writeTimeout; timeout > 0 {
-		s.h.agenda.hasten(s, now()+instant(timeout))
+		s.h.agenda.hasten(s, now().plus(timeout))
 	}
 }
 
@@ -283,7 +292,7 @@ func (s *stream) rests() { s.moved.Store(0) }
 // callIn has tick called. It wants facts to be locked, so that the deadline of a
 // stage that begins at the same time is not lost.
 func (s *stream) callIn(wait time.Duration) {
-	s.h.agenda.set(s, s.arrived+instant(sum(s.age(), wait)))
+	s.h.agenda.set(s, now().plus(wait))
 }
 
 // untilEndLocked returns how long it is at least until the stream's own limits
@@ -336,7 +345,7 @@ func (s *stream) resumes() bool {
 
 // resumesLocked wants facts to be locked.
 func (s *stream) resumesLocked() bool {
-	return s.resumable && s.body == eventStreamBody
+	return s.kind.resumable && s.body == eventStreamBody
 }
 
 // unlock gives mu back. An end that was asked for meanwhile could not get it
@@ -382,7 +391,7 @@ func (s *stream) pass(p []byte) (int, error) {
 		return 0, err
 	}
 	if ends {
-		s.wait = s.h.frames.wait()
+		s.wait = s.frames.wait()
 	}
 	first, slow := events == 0 && s.splicer.Scanner().Events() > 0, s.lastHeard-s.lastBytes > slowWrite
 	if first || slow {
@@ -392,6 +401,9 @@ func (s *stream) pass(p []byte) (int, error) {
 		}
 		s.lastBytes = s.lastHeard // the upstream was not listened to meanwhile
 		s.facts.Unlock()
+	}
+	if first {
+		collector.observeFirstEvent(s)
 	}
 	return n, nil
 }
@@ -410,11 +422,11 @@ func (s *stream) followLocked(p []byte) (lead, body []byte, n int) {
 		body = p
 	case s.isEndingLocked():
 		done := false
-		if lead, body, n, done = s.splicer.SpliceToEnd(&s.h.frames.Frames, p); done {
+		if lead, body, n, done = s.splicer.SpliceToEnd(&s.frames.Frames, p); done {
 			s.hurryLocked()
 		}
 	default:
-		lead, body = s.splicer.Splice(&s.h.frames.Frames, p)
+		lead, body = s.splicer.Splice(&s.frames.Frames, p)
 	}
 	s.bytes += uint64(n)
 	if s.body == eventStreamBody && s.splicer.Opaque() {

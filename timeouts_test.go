@@ -665,7 +665,7 @@ func TestAnEndThatAbortsHasNoLastChunk(t *testing.T) {
 				conn = tls.Client(conn, &tls.Config{InsecureSkipVerify: true, ServerName: "localhost", NextProtos: []string{"http/1.1"}})
 			}
 			conn.SetDeadline(time.Now().Add(patience))
-			fmt.Fprintf(conn, "%s /%v HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", method, secure)
+			fmt.Fprintf(conn, "%s /%v HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\nCache-Control: no-cache\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", method, secure)
 			call := up.accept(t)
 			call.start(eventStream)
 			text, err := io.ReadAll(bufio.NewReader(conn))

@@ -79,13 +79,12 @@ func (x *exchange) prepareTries() bool {
 	if window == 0 || !mayLackBody(x.r) {
 		return false
 	}
-	kind := kindOf(x.r, x.accept, x.h.Resumable)
-	if !kind.resumable {
+	if !x.kind.resumable {
 		return false
 	}
 	t := &tries{
 		live:        x.h.UpstreamRetry.Live,
-		eventSource: kind.eventSource,
+		eventSource: x.kind.eventSource,
 		entered:     x.r.Clone(x.r.Context()),
 		state:       newIsolation(x.r),
 		waits:       retryWaits{window: window},

@@ -31,6 +31,7 @@ func (h *Handler) Validate() error {
 		validateLimit("max_streams_per_client", h.MaxStreamsPerClient),
 		validateClientKey(h.ClientKey, h.MaxStreamsPerClient),
 		validateReconnectOn(h.ReconnectOn),
+		h.UpstreamRetry.validate(),
 		h.Share.validate(h.Resumable),
 		h.UpstreamRetry.validate(),
 	} {
