@@ -101,10 +101,10 @@ func (r *run) endOf(ctx context.Context, w *runResponse, err error) runEnd {
 }
 
 // answeredOther reports whether each client is to ask the upstream by itself.
-func (r *run) answeredOther() bool {
+func (r *run) answeredOther(end runEnd) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.answer.kind == answerOther || errors.Is(r.end.err, errOtherBody)
+	return r.answer.kind == answerOther || errors.Is(end.err, errOtherBody)
 }
 
 // runResponse is the ResponseWriter that the handlers of a run's attempt get. It

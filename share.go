@@ -157,7 +157,7 @@ func (sh *sharing) serve(r *run, share *shareRequest, server *caddyhttp.Server, 
 		return next.ServeHTTP(w, request)
 	}
 	end := r.ask(began)
-	if r.answeredOther() {
+	if r.answeredOther(end) {
 		sh.notShared(share.sum, r.path)
 	}
 	r.finish(end)
