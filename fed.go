@@ -20,9 +20,10 @@ type fed struct {
 
 	greeting greeting // until the stream is open
 
-	resumed bool        // the client's id was found
-	missed  uint64      // events that it has lost
-	end     func() bool // reports whether the run ended as clean as an EventSource may know it
+	source  *run
+	tried   int64  // how many tries of the run there were before
+	resumed bool   // the client's id was found
+	missed  uint64 // events that it has lost
 }
 
 // fedReport is what is told of it.
@@ -37,7 +38,11 @@ func (f *fed) report() *fedReport {
 }
 
 // endedSoftly reports whether an upstream_error is clean to an EventSource.
-func (f *fed) endedSoftly() bool { return f != nil && f.end != nil && f.end() }
+func (f *fed) endedSoftly() bool { return f != nil && f.source.outcome().soft }
+
+// retries is how often the upstream of the run was asked again meanwhile. It
+// takes no lock: whoever asks has one of a stream.
+func (f *fed) retries() int { return int(f.source.tried.Load() - f.tried) }
 
 // sendFirstLocked writes what goes out with the headers.
 func (s *stream) sendFirstLocked() error {

@@ -185,7 +185,7 @@ func (f *feed) commitID(id string) string {
 func (f *feed) again() {
 	f.journal.Rollback()
 	f.splicer = eventstream.Splicer{}
-	f.partial, f.scanned, f.lastID, f.follows = false, 0, "", false
+	f.partial, f.scanned = false, 0
 }
 
 // upstreamPosition is where the upstream would go on; ok is false where there is
@@ -204,8 +204,11 @@ func (f *feed) upstreamRetry() (d time.Duration, told bool) {
 	return f.retry, f.told
 }
 
-// atBoundary reports whether no event is unfinished.
-func (f *feed) atBoundary() bool { return f.splicer.AtBoundary() }
+// mayGoOn reports whether what another attempt sends may follow here. What has
+// gone out of an unfinished event can't be taken back.
+func (f *feed) mayGoOn() bool {
+	return f.policy == journal.KeepNewest || f.splicer.MayResume()
+}
 
 // place is the id of an event boundary, as a client that starts there is told
 // it: the upstream's where it has one there, else ours. It is for any goroutine.

@@ -112,10 +112,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 			return next.ServeHTTP(w, r)
 		}
 	}
-	if outer, ok := r.Context().Value(runKey{}).(*runResponse); ok && outer.kind == answerPending {
-		h.warnNested(outer.run.h)
-		outer.standAside(runAnswer{})
-		return errRunEnded
+	if outer, ok := r.Context().Value(runKey{}).(runWriter); ok {
+		outer.yield()
+		return errRunEnded // each client comes by itself
 	}
 	h.drain.enter()
 	defer h.drain.leave()

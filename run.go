@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -34,11 +35,16 @@ type run struct {
 	ctx    context.Context // of its attempts
 	cancel context.CancelCauseFunc
 
+	tried atomic.Int64 // how many tries there were, after the first attempt
+
 	// stays is how long the run stays without a client from now on; it is called
 	// with mu held. forget takes the run off where clients look for it; it is
 	// called again and again, without.
 	stays  func() time.Duration
 	forget func()
+
+	// call calls the handlers after sse; they answer to w.
+	call func(ctx context.Context, lastEventID string, w runWriter) error
 
 	mu      sync.Mutex
 	stage   runStage
@@ -52,6 +58,8 @@ type run struct {
 	limits  []*time.Timer
 	silence silence
 
+	catchUps      catchUps
+	upstream      string // of the last attempt that was answered
 	attempts      int
 	cancelAttempt context.CancelCauseFunc
 }
@@ -159,7 +167,7 @@ func (r *run) headLocked(answer runAnswer) {
 	}
 	r.answer = answer
 	if answer.kind == answerStream && r.stage == runAsking {
-		r.stage = runOpen
+		r.stage, r.upstream = runOpen, answer.upstream
 		r.feed.hears()
 		r.watchSilenceLocked()
 	}
@@ -367,7 +375,7 @@ func (r *run) remove() {
 	r.group().removeRun(r)
 	r.feed.journal.Discard()
 	if opened {
-		tellRunEnded(figures)
+		r.h.tellRunEnded(figures)
 	}
 }
 
@@ -441,6 +449,14 @@ func (reader *runReader) join(at journal.Start) bool {
 	}
 	reader.cursor = c
 	return true
+}
+
+// leaveJournal gives up the client's place: who does not read falls behind.
+func (reader *runReader) leaveJournal() {
+	if reader.cursor != nil {
+		reader.cursor.Leave()
+		reader.cursor = nil
+	}
 }
 
 // feeds says which stream the client's is.

@@ -1,6 +1,7 @@
 package caddysse
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -15,37 +16,61 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
-// askFunc calls the handlers after sse for a run. They answer to w.
-type askFunc func(ctx context.Context, lastEventID string, w *runResponse) error
+// runWriter is what the handlers of a run's attempt answer to.
+type runWriter interface {
+	http.ResponseWriter
 
-// runKey is the context key of the runResponse that a request's handlers answer
+	// asked says which request they get.
+	asked(request *http.Request)
+
+	// yield leaves the answer to an inner sse handler: no client of the run gets
+	// it.
+	yield()
+}
+
+// runKey is the context key of the runWriter that a request's handlers answer
 // to.
 type runKey struct{}
 
 // ask makes the attempts of a run, one after the other, and returns how it
 // ended. It belongs to a goroutine of its own.
-func (r *run) ask(call askFunc, lastEventID string) runEnd {
-	w := r.newResponse()
+func (r *run) ask(lastEventID string) runEnd {
+	w := &runResponse{run: r, header: make(http.Header)}
 	ctx := r.beginAttempt()
-	err := r.call(ctx, call, lastEventID, w)
-	return r.endOf(ctx, w, err)
+	err := r.attempt(ctx, lastEventID, w)
+	end := r.endOf(ctx, w, err)
+	if w.kind != answerStream || !w.brokeOff(end) {
+		return end
+	}
+	return r.tryAgain(end)
 }
 
-// call is one attempt. What handlers panic with is recovered: no server would.
-func (r *run) call(ctx context.Context, call askFunc, lastEventID string, w *runResponse) (err error) {
+// attempt is one call of the handlers.
+func (r *run) attempt(ctx context.Context, lastEventID string, w *runResponse) error {
+	defer w.close()
+	err := r.callSafely(ctx, lastEventID, w)
+	if errors.Is(err, errPanic) {
+		w.failed = err // a bug, and no upstream that comes back
+	}
+	return err
+}
+
+// callSafely recovers what the handlers panic with: no server would.
+func (r *run) callSafely(ctx context.Context, lastEventID string, w runWriter) (err error) {
 	defer func() {
-		w.close()
 		switch panicked := recover(); {
 		case panicked == nil:
 		case isAbort(panicked):
 			err = errBrokenOff
 		default:
 			r.h.survive(panicked, debug.Stack())
-			err = fmt.Errorf("panic: %v", panicked)
+			err = fmt.Errorf("%w: %v", errPanic, panicked)
 		}
 	}()
-	return call(ctx, lastEventID, w)
+	return r.call(ctx, lastEventID, w)
 }
+
+var errPanic = errors.New("panic")
 
 // errBrokenOff is the error of a run whose upstream has broken off.
 var errBrokenOff = errors.New("the upstream broke off")
@@ -58,6 +83,8 @@ func (r *run) endOf(ctx context.Context, w *runResponse, err error) runEnd {
 		return runEnd{reason: upstreamTimeout}
 	case w.failed != nil:
 		return runEnd{reason: upstreamError, err: w.failed, soft: w.soft}
+	case w.try != nil && w.kind != answerStream:
+		return runEnd{reason: upstreamError, err: cmp.Or(err, errNoAnswer)}
 	case w.kind == answerPending && err == nil:
 		r.head(runAnswer{kind: answerOther}) // the handlers have answered nothing
 		return runEnd{reason: upstreamClosed}
@@ -91,9 +118,10 @@ type runResponse struct {
 	answer runAnswer // of a failure, until its body is there
 	failed error     // what ended the run from here
 	soft   bool
+	try    *runTry // nil: it is the first attempt
 }
 
-func (r *run) newResponse() *runResponse { return &runResponse{run: r, header: make(http.Header)} }
+func (w *runResponse) asked(request *http.Request) { w.request = request }
 
 func (w *runResponse) Header() http.Header { return w.header }
 
@@ -101,6 +129,10 @@ func (w *runResponse) Header() http.Header { return w.header }
 // client that comes later would be missing.
 func (w *runResponse) WriteHeader(status int) {
 	if status < 200 && status != http.StatusSwitchingProtocols || w.kind != answerPending {
+		return
+	}
+	if w.try != nil {
+		w.kind = w.try.answered(status, w)
 		return
 	}
 	answer := runAnswer{status: status, header: w.clientsHeader(), upstream: w.upstream()}
@@ -121,6 +153,12 @@ func (w *runResponse) WriteHeader(status int) {
 		w.standAside(answer)
 	}
 	w.kind = answer.kind
+}
+
+func (w *runResponse) yield() {
+	if w.kind == answerPending {
+		w.standAside(runAnswer{})
+	}
 }
 
 // standAside has each client ask the upstream by itself.
@@ -178,8 +216,14 @@ func (w *runResponse) Write(p []byte) (int, error) {
 		if err != nil {
 			w.fail(err)
 		}
+		if w.try != nil {
+			w.try.noteEvents()
+		}
 		return n, err
 	case answerFailure:
+		if w.try != nil {
+			return 0, errRunEnded
+		}
 		if len(w.answer.body)+len(p) > maxFailureBody {
 			w.answer.body = nil
 			w.close()
@@ -207,7 +251,7 @@ func (w *runResponse) fail(err error) {
 
 // close says that the answer is complete.
 func (w *runResponse) close() {
-	if w.kind == answerFailure {
+	if w.kind == answerFailure && w.try == nil {
 		w.run.head(w.answer)
 	}
 }

@@ -213,7 +213,7 @@ func (r *run) figuresLocked() runFigures {
 		stage:       r.stage,
 		host:        r.host,
 		path:        r.path,
-		upstream:    r.answer.upstream,
+		upstream:    r.upstream,
 		began:       time.Now().Add(-age),
 		age:         age,
 		idle:        time.Duration(at - instant(r.feed.heard.Load())),
@@ -267,8 +267,12 @@ func (g *group) runTotals() runTotals {
 
 // tellRunEnded tells of a run that has been accounted for, by the logger of the
 // configuration that is current: its own may be long gone.
-func tellRunEnded(f runFigures) {
-	caddy.ActiveContext().Logger(Handler{}).Info("run ended",
+func (h *Handler) tellRunEnded(f runFigures) {
+	logger := h.logger
+	if current := caddy.ActiveContext(); current.Context != nil {
+		logger = current.Logger(Handler{})
+	}
+	logger.Info("run ended",
 		zap.String("run", f.token),
 		zap.String("name", f.name),
 		zap.String("upstream", f.upstream),

@@ -152,11 +152,12 @@ func (sh *sharing) forget(sum shareSum, r *run) {
 // serve lets the handlers after sse answer a run. It keeps nothing of the
 // client that began it but the key.
 func (sh *sharing) serve(r *run, share *shareRequest, server *caddyhttp.Server, began string, next caddyhttp.Handler) {
-	ask := func(ctx context.Context, lastEventID string, w *runResponse) error {
-		w.request = sh.names.request(context.WithValue(ctx, runKey{}, w), share.key, lastEventID, w, server)
-		return next.ServeHTTP(w, w.request)
+	r.call = func(ctx context.Context, lastEventID string, w runWriter) error {
+		request := sh.names.request(context.WithValue(ctx, runKey{}, w), share.key, lastEventID, w, server)
+		w.asked(request)
+		return next.ServeHTTP(w, request)
 	}
-	end := r.ask(ask, began)
+	end := r.ask(began)
 	if r.answeredOther() {
 		sh.notShared(share.sum, r.path)
 	}

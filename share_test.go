@@ -319,7 +319,7 @@ func TestHalfAnEventIsNobodys(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, sharedSite(up, ""))
-	first, call := open(t, c.client("h1"), up, "/", "Accept: text/event-stream")
+	first, call := open(t, c.client("h1"), up, "/", "Accept: text/event-stream", notEventSource)
 	call.start("text/event-stream")
 	one := first.headers(t).follow()
 	call.send("data: 1\n\ndata: half\n")
@@ -328,5 +328,49 @@ func TestHalfAnEventIsNobodys(t *testing.T) {
 	id := runIDPattern.FindString(got)
 	if got != "data: 1\nid: "+id+"\n\n" || err != io.EOF {
 		t.Errorf("%q, %v", got, err)
+	}
+}
+
+func TestASharedRunsUpstreamIsAskedAgain(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		sse {
+			name `+t.Name()+`
+			heartbeat off
+			upstream_retry 20s
+			share
+		}
+		reverse_proxy `+up.addr)
+	cl := c.client("h1")
+	first, call := open(t, cl, up, "/", asEventSource...)
+	call.start("text/event-stream")
+	one := first.headers(t).follow()
+	one.expectFirst(t, 0)
+	call.send("retry: 100\nid: 1\ndata: 1\n\nid: 2\ndata: half")
+	one.expect(t, "retry: 100\nid: 1\ndata: 1\n\n")
+	call.abort()
+
+	call = up.accept(t)
+	if got := call.Header.Get("Last-Event-ID"); got != "1" {
+		t.Errorf("Last-Event-ID %q", got)
+	}
+	call.startWith(503)
+	call.end()
+	two := cl.get(t, "/", append(asEventSource, "Last-Event-ID: 1")...).follow()
+	call = up.accept(t)
+	call.start("text/event-stream")
+	call.send("\uFEFFid: 2\ndata: 2\n\n")
+	one.expect(t, "id: 2\ndata: 2\n\n")
+	two.expect(t, "retry: 100\n\nid: 2\ndata: 2\n\n")
+	call.abort()
+	call = up.accept(t)
+	call.startWith(404)
+	call.end()
+	one.expectEnd(t)
+	two.expectEnd(t)
+	entry := c.waitForLog("stream closed", 0)
+	if entry["reason"] != "upstream_error" || entry["retries"] != 3.0 && entry["retries"] != 2.0 {
+		t.Errorf("%v", entry)
 	}
 }

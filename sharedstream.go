@@ -128,7 +128,7 @@ func (x *exchange) earlyStartIn() time.Duration {
 // false where the request is to ask the upstream by itself after all.
 func (x *exchange) callShared() (out outcome, shared bool) {
 	reader := x.rare.reader
-	x.rare.fed = &fed{run: reader.run.token().short(), greeting: x.newGreeting()}
+	x.rare.fed = &fed{run: reader.run.token().short(), source: reader.run, tried: reader.run.tried.Load(), greeting: x.newGreeting()}
 	feed := &x.rare.feed
 	feed.ctx, feed.cancel = context.WithCancelCause(x.r.Context())
 	if !x.awaitAnswer(feed.ctx, reader) {
@@ -201,7 +201,6 @@ func (x *exchange) openShared(reader *runReader, answer runAnswer) runEnd {
 	p := x.placeIn(reader)
 	x.h.group.countPlace(p)
 	x.rare.fed.resumed, x.rare.fed.missed = p.found, p.missed
-	x.rare.fed.end = func() bool { return reader.run.outcome().soft }
 	greeting := x.greeting(reader, p)
 	if x.stream != nil {
 		x.role = streaming
@@ -223,6 +222,11 @@ func (x *exchange) openShared(reader *runReader, answer runAnswer) runEnd {
 		x.open(answer.status)
 		reader.feeds(x.stream)
 	}
+	if p.catchUp != "" {
+		if end, met := x.catchUp(reader, p.catchUp); !met {
+			return end
+		}
+	}
 	return reader.followRun(x.rare.feed.ctx, x.stream)
 }
 
@@ -231,6 +235,7 @@ type placing struct {
 	brought bool   // it came with an id
 	found   bool   // which is known
 	missed  uint64 // how many events after it are gone
+	catchUp string // the upstream's id that it has to catch up from
 	lost    string // what it is told of that; empty: nothing
 }
 
@@ -247,7 +252,11 @@ func (x *exchange) placeIn(reader *runReader) placing {
 	if parsed, ok := parseRunID(id); ok && parsed.token == reader.run.token() {
 		p.found = reader.join(journal.After(parsed.n))
 	} else if upstreams := x.upstreamsID(); upstreams != "" {
-		p.found = reader.join(journal.AfterID(upstreams))
+		if p.found = reader.join(journal.AfterID(upstreams)); !p.found {
+			p.catchUp = upstreams
+			reader.leaveJournal()
+			return p
+		}
 	}
 	if p.found {
 		if p.missed = reader.cursor.Missed(); p.missed > 0 {
@@ -280,8 +289,12 @@ func (x *exchange) newGreeting() greeting {
 // greeting is what a client gets first at its place in the run.
 func (x *exchange) greeting(reader *runReader, p placing) greeting {
 	g := x.newGreeting()
-	at := reader.cursor.Begin()
 	feed := reader.run.feed
+	if p.catchUp != "" {
+		g.upstreamRetry, _ = feed.upstreamRetry()
+		return g
+	}
+	at := reader.cursor.Begin()
 	if d, told := feed.upstreamRetry(); told && at.Number > 0 {
 		g.upstreamRetry = d
 	}

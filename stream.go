@@ -313,7 +313,8 @@ func (s *stream) untilEndLocked(age time.Duration, writing bool) (wait time.Dura
 			wait, why = left, writeTimeout
 		}
 	}
-	if timeout := s.h.upstreamTimeout; timeout > 0 && s.headed && !writing && !retrying && (s.fed == nil || s.at() == stageWaiting) {
+	isRuns := s.fed != nil && s.at() != stageWaiting // the run has its own
+	if timeout := s.h.upstreamTimeout; timeout > 0 && s.headed && !writing && !retrying && !isRuns {
 		silentSince := s.arrived + instant(s.lastBytes)
 		if left := sum(s.lastBytes, timeout, s.h.agenda.stoppedSince(silentSince)) - age; left < wait {
 			wait, why = left, upstreamTimeout

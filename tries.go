@@ -91,7 +91,7 @@ func (x *exchange) prepareTries() bool {
 	}
 	t.entered.Body, t.entered.ContentLength = http.NoBody, 0
 	t.entered.TransferEncoding, t.entered.Trailer = nil, nil
-	t.ctx, t.cancel = context.WithCancelCause(x.r.Context())
+	t.ctx, t.cancel = context.WithCancelCause(x.context())
 	x.rarely().tries = t
 	return true
 }
@@ -129,7 +129,7 @@ func (x *exchange) watchBody() {
 // breaks off where it can go on.
 func (x *exchange) callAgain(next caddyhttp.Handler) (out outcome) {
 	defer func() { x.rare.tries.over = true }()
-	if x.mayStartEarly() {
+	if x.mayStartEarly() || x.startedEarly {
 		out = x.callRelayed(next)
 	} else {
 		x.attempt = x.newAttempt(nil)
@@ -353,6 +353,9 @@ func (s *stream) toldReconnection(told time.Duration) {
 func (s *stream) retriesLocked() int {
 	if t := s.triesLocked(); t != nil {
 		return t.count
+	}
+	if s.fed != nil && s.h.UpstreamRetry.window() > 0 {
+		return s.fed.retries()
 	}
 	return -1
 }

@@ -33,6 +33,7 @@ func (h *Handler) Validate() error {
 		validateReconnectOn(h.ReconnectOn),
 		h.UpstreamRetry.validate(),
 		h.Share.validate(h.Resumable),
+		h.UpstreamRetry.validate(),
 	} {
 		if err != nil {
 			return err

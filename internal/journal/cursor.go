@@ -68,6 +68,7 @@ type Cursor struct {
 type Place struct {
 	Number uint64 // how many events come before it
 	ID     string // the upstream's id in force there; empty: none
+	Exact  bool   // no event lies between the block that committed the id and here
 }
 
 // Join adds a reader. Its place, what is kept for it and its registration are
@@ -216,7 +217,8 @@ func (c *Cursor) Place() Place {
 	defer c.j.mu.Unlock()
 	p := Place{Number: c.ends, ID: c.begin.ID}
 	if c.chunk != nil && c.offset >= c.chunk.base {
-		p.ID = c.chunk.idAt(c.offset).id
+		m := c.chunk.idAt(c.offset)
+		p.ID, p.Exact = m.id, m.id != "" && m.events == c.ends
 	}
 	if c.j.policy == KeepUnsent {
 		p.Number = max(c.ends, c.j.eventsAtLocked(c.offset))

@@ -335,18 +335,18 @@ func TestAPlaceIsFoundByTheUpstreamsID(t *testing.T) {
 
 	for id, after := range map[string]int{"began": 0, "a": 1, "b": 2} {
 		c := join(t, j, AfterID(id))
-		if c.Begin() != (Place{uint64(after), id}) {
+		if c.Begin() != (Place{Number: uint64(after), ID: id}) {
 			t.Errorf("%q begins at %+v", id, c.Begin())
 		}
 		if got, _ := read(c); !strings.HasPrefix(got, event(after+1, 50)) {
 			t.Errorf("%q: read %q", id, got)
 		}
-		if c.Place() != (Place{5, ""}) {
+		if c.Place() != (Place{Number: 5}) {
 			t.Errorf("an empty id does not reset it: %+v", c.Place())
 		}
 	}
 	wantRead(t, join(t, j, AfterID("only")), event(5, 50))
-	if c := join(t, j, Last(2)); c.Begin() != (Place{3, "b"}) {
+	if c := join(t, j, Last(2)); c.Begin() != (Place{Number: 3, ID: "b"}) {
 		t.Errorf("the last two begin at %+v", c.Begin())
 	}
 	for _, id := range []string{"", "c", "A"} {
@@ -581,4 +581,28 @@ func TestADiscardedJournalIsGone(t *testing.T) {
 			t.Errorf("append: %v", err)
 		}
 	}
+}
+
+func TestAPlaceIsExactWhereItsIDWasCommittedLast(t *testing.T) {
+	j := NewBudget(KeepNewest, plenty).Open(1<<20, "", nil)
+	c := join(t, j, Live())
+	want := func(id string, exact bool) {
+		t.Helper()
+		if _, err := read(c); err != nil {
+			t.Fatal(err)
+		}
+		if at := c.Place(); at.ID != id || at.Exact != exact {
+			t.Errorf("%+v, want id %q, exact: %v", at, id, exact)
+		}
+	}
+	addID(t, j, "a", event(1, 50))
+	want("a", true)
+	add(t, j, event(2, 50)) // no id of its own
+	want("a", false)
+	_, _ = j.Append([]byte("id: b\n\n")) // no event
+	j.Commit(Block{SetsID: true, ID: "b"})
+	j.Publish()
+	want("b", true)
+	addID(t, j, "", event(3, 50))
+	want("", false)
 }
