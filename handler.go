@@ -90,6 +90,9 @@ func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived in
 			x.rememberKey(x.replacer.ReplaceAll(h.ClientKey, ""))
 		}
 		x.outer = *x.replacer
+		if h.ClientKey != "" {
+			x.rememberKey(x.replacer.ReplaceAll(h.ClientKey, ""))
+		}
 		x.replacer.Map(x.placeholder)
 	}
 	return x

@@ -80,8 +80,7 @@ func (x *exchange) mayShare() bool {
 	if x.h.sharing == nil || asksForUpgrade(x.r.Header) {
 		return false
 	}
-	kind := kindOf(x.r, x.accept, x.h.Resumable)
-	return kind.resumable && hasNoBody(x.r)
+	return x.kind.resumable && hasNoBody(x.r)
 }
 
 // hasNoBody reports whether a request has no body. Over HTTP/3 its length is not
