@@ -56,8 +56,8 @@ type Handler struct {
 	// Default: `deny`.
 	Compression string `json:"compression,omitempty"`
 
-	// The reconnection time told to the client before anything else in the
-	// stream. One that the upstream sends comes later and so wins.
+	// The reconnection time told to the client of a resumable stream before
+	// anything else in it. One that the upstream sends comes later and so wins.
 	// Default: none is told.
 	Retry *Retry `json:"retry,omitempty"`
 
@@ -110,8 +110,8 @@ type Handler struct {
 	// or log.
 	ClientKey string `json:"client_key,omitempty"`
 
-	// Statuses that an EventSource would take for final. A resumable request
-	// gets an empty stream with a reconnection time instead, whether the status
+	// Statuses that an EventSource would take for final. It gets an empty stream
+	// with a reconnection time instead (a Retry-After comes on top), whether the status
 	// comes from the upstream, from an error of another handler or from the
 	// limits above. 401 and 403 can't be listed, nor can anything that is not an
 	// error.
@@ -186,8 +186,9 @@ type EarlyStart struct {
 	// How long to wait for the upstream's headers. -1: off.
 	Delay caddy.Duration `json:"delay,omitempty"`
 
-	// Do so for every request, not only for those whose Accept names
-	// text/event-stream and no other type.
+	// Do so for every request but OPTIONS and HEAD, not only for those whose
+	// Accept names text/event-stream and no other type, or whose JSON body has
+	// "stream": true at its top level.
 	Any bool `json:"any,omitempty"`
 }
 
