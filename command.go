@@ -14,7 +14,7 @@ func init() {
 		Long: `
 Works with Server-Sent Events streams that pass through the sse handler.`,
 		CobraFunc: func(cmd *cobra.Command) {
-			cmd.AddCommand(listCommand(), closeCommand(), demoCommand())
+			cmd.AddCommand(listCommand(), closeCommand(), checkCommand(), demoCommand())
 		},
 	})
 }

@@ -22,7 +22,7 @@ type Trace struct {
 	Error   string        // why there is no answer
 
 	Proto    string // "1.1", "2" …; empty without an answer
-	Status   int // 0: there was no answer
+	Status   int    // 0: there was no answer
 	Type     string // Content-Type
 	Encoding string // Content-Encoding, where it is one
 	Via      string
