@@ -6,9 +6,12 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/caddyserver/caddy/v2"
 
 	caddysse "github.com/caddy-sse/caddy-sse"
 	"github.com/caddy-sse/caddy-sse/internal/doctor"
@@ -217,6 +220,160 @@ func strips(names ...string) func(*http.Request) {
 	return func(r *http.Request) {
 		for _, name := range names {
 			r.Header.Del(name)
+		}
+	}
+}
+
+func TestFewPlacesAreNoFinding(t *testing.T) {
+	for _, places := range []int{1, 2, 3, 5} {
+		t.Run(fmt.Sprint(places), func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				r := checkThrough(t, doctor.Config{}, &caddysse.Probe{MaxProbes: places}, hop{})
+				if r.Status() != 0 || r.Seconds > 75 || r.Covered.SilenceSeconds < 10 || r.Covered.AgeSeconds < 10 {
+					t.Errorf("status %d", r.Status())
+					dump(t, r)
+				}
+				r = checkThrough(t, doctor.Config{}, &caddysse.Probe{MaxProbes: places}, hop{total: 9 * time.Second, idle: 5 * time.Second})
+				if got := codes(r); got != "idle_timeout total_cap" {
+					t.Errorf("found %q", got)
+					dump(t, r)
+				}
+			})
+		})
+	}
+}
+
+func TestPlacesThatOthersHaveAreWaitedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := new(network)
+		n.serve(t, "probe:80", probe(t, &caddysse.Probe{MaxProbes: 1}))
+		ask := func(script string) *http.Response {
+			tr := &http.Transport{DialContext: n.dial, DisableKeepAlives: true}
+			req, _ := http.NewRequest("GET", "http://probe/?script="+script, nil)
+			req.Header.Set("Sse-Probe-Token", "sesame")
+			res, err := tr.RoundTrip(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return res
+		}
+		res := ask("w20s")
+		defer res.Body.Close()
+		config := doctor.Config{URL: "http://probe/", Token: "sesame", Dial: n.dial}
+		r, err := doctor.Check(context.Background(), config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.Status() != 0 || r.Seconds < 20 {
+			t.Errorf("status %d", r.Status())
+			dump(t, r)
+		}
+
+		res = ask("w290s")
+		defer res.Body.Close()
+		if r, _ = doctor.Check(context.Background(), config); r.Status() != 2 || !strings.Contains(r.Error, "no place") || len(r.Findings) > 0 {
+			t.Errorf("status %d", r.Status())
+			dump(t, r)
+		}
+	})
+}
+
+func TestAProbeThatAllowsLittleIsAskedForLittle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := checkThrough(t, doctor.Config{}, &caddysse.Probe{MaxDuration: caddy.Duration(12 * time.Second)}, hop{body: bufferOf(4 << 10)})
+		if got := codes(r); got != "buffered" || len(r.Untold) > 0 {
+			t.Errorf("found %q", got)
+			dump(t, r)
+		}
+		if e := evidence[doctor.Buffered](t, r); e.BufferBytes != 4<<10 {
+			t.Errorf("%+v", e)
+		}
+	})
+}
+
+func TestAShortCheckFindsTheSame(t *testing.T) {
+	for name, test := range map[string]struct {
+		hop   hop
+		codes string
+	}{
+		"nothing":    {hop{}, ""},
+		"a buffer":   {hop{body: bufferOf(4 << 10)}, "buffered"},
+		"to the end": {hop{body: toEnd}, "buffered_to_end"},
+		"idle, cap":  {hop{idle: 3 * time.Second, total: 6 * time.Second}, "idle_timeout total_cap"},
+		"a delay":    {hop{body: waits(200*time.Millisecond, true)}, "delayed"},
+		"headers":    {hop{headersHeld: true}, "headers_held"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := checkThrough(t, doctor.Config{For: 10 * time.Second}, new(caddysse.Probe), test.hop)
+				if got := codes(r); got != test.codes || r.Seconds > 10.1 {
+					t.Errorf("found %q, want %q", got, test.codes)
+					dump(t, r)
+				}
+			})
+		})
+	}
+}
+
+func TestARestartIsNoFinding(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		restarted := make(chan struct{})
+		time.AfterFunc(20*time.Second, func() { close(restarted) })
+		r := checkThrough(t, doctor.Config{}, new(caddysse.Probe), hop{restarted: restarted})
+		if r.Status() != 2 || len(r.Findings) > 0 || !strings.Contains(strings.Join(r.Untold, " "), "restarted") {
+			t.Errorf("status %d", r.Status())
+			dump(t, r)
+		}
+	})
+}
+
+func TestOneOfTwoStreamsThatIsCutIsNoFinding(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var asked atomic.Bool
+		r := checkThrough(t, doctor.Config{}, new(caddysse.Probe), hop{cutsOnly: func(r *http.Request) bool {
+			return strings.Contains(r.URL.RawQuery, "w1s%29%2Ce") && asked.CompareAndSwap(false, true)
+		}, total: 15 * time.Second})
+		if r.Status() != 2 || len(r.Findings) > 0 || !strings.Contains(strings.Join(r.Untold, " "), "one of the two") {
+			t.Errorf("status %d", r.Status())
+			dump(t, r)
+		}
+	})
+}
+
+func TestWhatMakesNoSenseIsAnError(t *testing.T) {
+	for _, test := range []struct {
+		config doctor.Config
+		named  string
+	}{
+		{doctor.Config{URL: ""}, "http://"},
+		{doctor.Config{URL: "example.com/events"}, "http://"},
+		{doctor.Config{URL: "ftp://example.com/"}, "http://"},
+		{doctor.Config{URL: "http://user:secret@[::1/"}, "can't be read"},
+		{doctor.Config{URL: "http://example.com/", HTTP: "1.0"}, "--http"},
+		{doctor.Config{URL: "http://example.com/", For: time.Second}, "--for"},
+		{doctor.Config{URL: "http://example.com/", Token: "t", Method: "PUT"}, "--method"},
+	} {
+		_, err := doctor.Check(context.Background(), test.config)
+		if err == nil || !strings.Contains(err.Error(), test.named) || strings.Contains(err.Error(), "secret") {
+			t.Errorf("%+v: %v does not name %s", test.config, err, test.named)
+		}
+	}
+}
+
+func TestHTTPVersionsThatCannotBeAreSaid(t *testing.T) {
+	for _, test := range []struct {
+		config doctor.Config
+		named  string
+	}{
+		{doctor.Config{URL: "http://127.0.0.1:1/", HTTP: doctor.HTTP3}, "https"},
+		{doctor.Config{URL: "http://127.0.0.1:1/", HTTP: doctor.HTTP2, Getenv: func(name string) string {
+			return map[string]string{"http_proxy": "http://127.0.0.1:1"}[name]
+		}}, "proxy"},
+	} {
+		r, err := doctor.Check(context.Background(), test.config)
+		if err != nil || r.Status() != 2 || !strings.Contains(r.Error, test.named) {
+			t.Errorf("%+v: %+v %v", test.config, r, err)
 		}
 	}
 }

@@ -61,7 +61,7 @@ func (s *seen) judgeEnds() (v verdict) {
 	switch {
 	case !cut:
 		return v
-	case capped > 0 && closeTo(end.age, capped, s.startGap()/2):
+	case capped > 0 && closeTo(end.age, capped, s.closeness()):
 		return v // it was as old
 	case s.cutWith(end.at):
 		return v // judgeAges has told of it
@@ -79,7 +79,7 @@ func (s *seen) cutWith(at time.Duration) bool {
 		if t == nil {
 			continue
 		}
-		if end, cut := t.cut(); cut && closeTo(end.at, at, s.startGap()/4) {
+		if end, cut := t.cut(); cut && closeTo(end.at, at, s.closeness()/2) {
 			return true
 		}
 	}
@@ -115,10 +115,10 @@ func (s *seen) judgeAges() (capped time.Duration, v verdict) {
 	case cuts == 0 || len(v.again) > 0:
 	case cuts == 1:
 		v.untold = append(v.untold, both+"one of the two streams was cut at an age of "+told(a.age)+", the other was not")
-	case closeTo(a.age, b.age, s.startGap()/2):
+	case closeTo(a.age, b.age, s.closeness()):
 		capped = (a.age + b.age) / 2
 		v.add(found(totalCap, TotalCap{round(capped), a.clean}))
-	case closeTo(a.at, b.at, s.startGap()/2):
+	case closeTo(a.at, b.at, s.closeness()):
 		v.untold = append(v.untold, both+"the streams were cut at one moment, at ages of "+told(a.age)+" and "+told(b.age)+": something on the way has been restarted")
 	default:
 		v.untold = append(v.untold, both+"the streams were cut at ages of "+told(a.age)+" and "+told(b.age))
@@ -126,12 +126,15 @@ func (s *seen) judgeAges() (capped time.Duration, v verdict) {
 	return capped, v
 }
 
-// startGap is the time between the starts of the two streams.
-func (s *seen) startGap() time.Duration {
-	if s.ages[0] == nil || s.ages[1] == nil {
-		return time.Second
+// closeness is how far apart two things are that are the same: less than half of
+// the time between the starts of the two streams, so that an age and a moment
+// can't be taken for each other.
+func (s *seen) closeness() time.Duration {
+	gap := ageGap
+	if s.ages[0] != nil && s.ages[1] != nil {
+		gap = min((s.ages[1].Started - s.ages[0].Started).Abs(), ageGap)
 	}
-	return (s.ages[1].Started - s.ages[0].Started).Abs()
+	return gap / 2
 }
 
 func closeTo(a, b, within time.Duration) bool { return (a - b).Abs() < within }

@@ -106,6 +106,8 @@ type hop struct {
 	headersHeld bool
 	idle, total time.Duration // cut after
 	cleanly     bool
+	cutsOnly    func(r *http.Request) bool // nil: every answer
+	restarted   <-chan struct{}            // cuts all
 }
 
 // sink is a body on its way.
@@ -143,6 +145,9 @@ func (h hop) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if !h.headersHeld {
 		w.WriteHeader(http.StatusOK)
 		http.NewResponseController(w).Flush()
+	}
+	if h.cutsOnly != nil && !h.cutsOnly(r) {
+		h.idle, h.total = 0, 0
 	}
 	h.copy(to, res.Body)
 	to.end()
@@ -210,6 +215,7 @@ func (h hop) copy(to sink, body io.ReadCloser) {
 			return
 		case <-idle:
 		case <-total:
+		case <-h.restarted:
 		}
 		if !h.cleanly {
 			panic(http.ErrAbortHandler)

@@ -78,7 +78,8 @@ func planFor(limit time.Duration, limits Limits) plan {
 	if places := time.Duration(max(limits.Probes, 1)); places < enoughPlaces {
 		// One after the other: the short ones, and three long ones.
 		short := time.Duration(len(sizes)+1)*p.sizesPause + burstCount*(burstEvents*burstStep+burstGap) + encodingEvents*encodingPause
-		p.long = (p.long - short/places) * min(places, 3) / 3
+		rounds := (3 + places - 1) / places
+		p.long = (p.long - short/places) / rounds
 	}
 	if allowed := seconds(limits.DurationSeconds); allowed > 0 {
 		p.long = min(p.long, allowed*9/10)
@@ -200,6 +201,8 @@ func (c *check) run(ctx context.Context, m measurement, free places) *Trace {
 		select {
 		case <-time.After(retryAfter):
 		case <-ctx.Done():
+		}
+		if ctx.Err() != nil {
 			return c.noPlace(m)
 		}
 	}
