@@ -75,9 +75,17 @@ func (n *network) serve(t *testing.T, addr string, handler http.Handler) {
 	}
 	n.listeners[addr] = l
 	n.mu.Unlock()
-	server := &http.Server{Handler: handler, ErrorLog: log.New(io.Discard, "", 0)}
+	var answers sync.WaitGroup
+	server := &http.Server{ErrorLog: log.New(io.Discard, "", 0), Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		answers.Add(1)
+		defer answers.Done()
+		handler.ServeHTTP(w, r)
+	})}
 	go server.Serve(l)
-	t.Cleanup(func() { server.Close() })
+	t.Cleanup(func() {
+		server.Close()
+		answers.Wait()
+	})
 }
 
 // probe is an sse_probe as Caddy would serve it.
