@@ -183,7 +183,7 @@ type places chan struct{}
 
 // run makes a test as soon as there is a place for it.
 func (c *check) run(ctx context.Context, m measurement, free places) *Trace {
-	for {
+	for waited := false; ; waited = true {
 		if free != nil {
 			select {
 			case free <- struct{}{}:
@@ -195,14 +195,15 @@ func (c *check) run(ctx context.Context, m measurement, free places) *Trace {
 		if free != nil {
 			<-free
 		}
+		if err == nil && waited && t.Status == 0 && ctx.Err() != nil {
+			return c.noPlace(m)
+		}
 		if err == nil {
 			return t
 		}
 		select {
 		case <-time.After(retryAfter):
 		case <-ctx.Done():
-		}
-		if ctx.Err() != nil {
 			return c.noPlace(m)
 		}
 	}
