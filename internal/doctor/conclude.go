@@ -386,7 +386,7 @@ func (s *seen) judgeEncoding() verdict {
 // covered is how far a check has looked.
 func (s *seen) covered() Covered {
 	var c Covered
-	for _, t := range []*Trace{s.request, s.post, s.sizes, s.drip, s.delay, s.encoding, s.silence, s.ages[0], s.ages[1]} {
+	for _, t := range s.all() {
 		if !t.answered() || t.Encoding != "" {
 			continue
 		}
@@ -400,4 +400,11 @@ func (s *seen) covered() Covered {
 		}
 	}
 	return c
+}
+
+// all are the traces that there are.
+func (s *seen) all() []*Trace {
+	return slices.DeleteFunc(
+		[]*Trace{s.request, s.post, s.sizes, s.drip, s.delay, s.encoding, s.silence, s.ages[0], s.ages[1]},
+		func(t *Trace) bool { return t == nil })
 }

@@ -151,24 +151,24 @@ func (c *check) sent() (sent, error) {
 	}, nil
 }
 
-// ask checks with a probe.
-func (c *check) ask(ctx context.Context, r *Report) {
+// ask checks with a probe. It returns what it has seen.
+func (c *check) ask(ctx context.Context, r *Report) *seen {
 	c.config.Begin(fmt.Sprintf("Asks the probe at %s in about ten streams side by side: what arrives of a request, what is held back, "+
 		"delayed, compressed or cut. That takes about %v, and at most %v.", r.URL, planFor(c.config.For, Limits{Probes: enoughPlaces}).long+3*time.Second, c.config.For))
 	said, err := c.sent()
 	if err != nil {
-		r.Error = plain(err).Error()
-		return
+		r.Error = clean(plain(err).Error())
+		return nil
 	}
 	t := c.run(ctx, c.measurement(testRequest, plan{}, said), nil)
 	r.add(c, t)
 	switch {
 	case t.Error != "":
 		r.Error = t.Error
-		return
+		return nil
 	case t.Request == nil:
 		r.Error = "the answer is a stream, but none of an sse_probe"
-		return
+		return nil
 	}
 	p := planFor(c.config.For-c.age(), t.Request.Limits)
 	s := &seen{request: t, sent: said}
@@ -176,6 +176,7 @@ func (c *check) ask(ctx context.Context, r *Report) {
 	r.Findings = append(r.Findings, v.findings...)
 	r.Untold = append(r.Untold, v.untold...)
 	r.Covered = s.covered()
+	return s
 }
 
 // places are the streams that may be open at a time; nil: any number.
