@@ -70,7 +70,7 @@ func Check(ctx context.Context, config Config) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, config.For)
+	ctx, cancel := context.WithTimeoutCause(ctx, config.For, errTimeOver)
 	defer cancel()
 	c := &check{config: config, url: u, began: time.Now()}
 	c.stalls = watchStalls(c.began)
@@ -82,9 +82,15 @@ func Check(ctx context.Context, config Config) (*Report, error) {
 	} else {
 		c.listen(ctx, r)
 	}
+	if ctx.Err() != nil && context.Cause(ctx) != errTimeOver {
+		r.Error = "the check was interrupted"
+	}
 	r.finish(c.age())
 	return r, nil
 }
+
+// errTimeOver is how a check ends that has taken as long as it may.
+var errTimeOver = errors.New("the time is over")
 
 // complete fills in the defaults and reads the URL.
 func (c *Config) complete() (*url.URL, error) {

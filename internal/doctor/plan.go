@@ -153,7 +153,7 @@ func (c *check) sent() (sent, error) {
 
 // ask checks with a probe. It returns what it has seen.
 func (c *check) ask(ctx context.Context, r *Report) *seen {
-	c.config.Begin(fmt.Sprintf("Asks the probe at %s in about ten streams side by side: what arrives of a request, what is held back, "+
+	c.config.Begin(fmt.Sprintf("Asks the probe at %s in eight streams, most of them side by side: what arrives of a request, what is held back, "+
 		"delayed, compressed or cut. That takes about %v, and at most %v.", r.URL, planFor(c.config.For, Limits{Probes: enoughPlaces}).long+3*time.Second, c.config.For))
 	said, err := c.sent()
 	if err != nil {
