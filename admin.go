@@ -14,6 +14,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 )
 
 func init() {
@@ -32,9 +33,17 @@ func (adminAPI) CaddyModule() caddy.ModuleInfo {
 	}
 }
 
-// Provision puts the metrics on the registry also where no handler does:
-// counters of handlers that are gone must not vanish.
+// Provision does what must be done for each configuration, whether it has a
+// handler or not: counters of handlers that are gone must not vanish, and their
+// streams must hear of the exit.
 func (adminAPI) Provision(ctx caddy.Context) error {
+	events, err := ctx.App("events")
+	if err != nil {
+		return fmt.Errorf("sse: getting the events app: %w", err)
+	}
+	if err := exit.subscribe(events.(*caddyevents.App)); err != nil {
+		return fmt.Errorf("sse: subscribing to the end of the configuration: %w", err)
+	}
 	return registerMetrics(ctx.GetMetricsRegistry())
 }
 
@@ -80,7 +89,7 @@ func newStreamJSON(r report) streamJSON {
 	return streamJSON{
 		ID:              r.id,
 		Name:            r.name,
-		State:           r.state.String(),
+		State:           r.state,
 		ClientIP:        r.ip,
 		Method:          r.method,
 		Host:            r.host,

@@ -726,6 +726,21 @@ func TestTheCommandLineListsAndClosesStreams(t *testing.T) {
 	closing("0 streams ending\n", "--all")
 }
 
+func TestTheCommandLineFindsTheAdminSocketOfTheCaddyfileBesideIt(t *testing.T) {
+	checkLeaks(t)
+	c := startCaddy(t, "respond hello", withAdmin())
+	t.Chdir(t.TempDir())
+	if err := os.WriteFile("Caddyfile", []byte("{\n\tadmin unix/"+c.adminSocket()+"\n}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if printed, err := run(t, caddysse.ListCommand()); err != nil || printed != "0 streams open\n" {
+		t.Errorf("list: got %q, %v", printed, err)
+	}
+	if printed, err := run(t, caddysse.CloseCommand(), "--all"); err != nil || printed != "0 streams ending\n" {
+		t.Errorf("close: got %q, %v", printed, err)
+	}
+}
+
 func TestTheCommandLineSaysPlainlyWhatIsWrong(t *testing.T) {
 	checkLeaks(t)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -734,7 +749,7 @@ func TestTheCommandLineSaysPlainlyWhatIsWrong(t *testing.T) {
 	}
 	nobody := listener.Addr().String()
 	listener.Close()
-	bare := rawUpstream(t, func(conn *net.TCPConn) { // a Caddy without this module
+	stranger := rawUpstream(t, func(conn *net.TCPConn) {
 		io.WriteString(conn, "HTTP/1.1 404 Not Found\r\nContent-Type: text/plain\r\nContent-Length: 19\r\nConnection: close\r\n\r\n404 page not found\n")
 	})
 	forbidding := rawUpstream(t, func(conn *net.TCPConn) {
@@ -753,9 +768,9 @@ func TestTheCommandLineSaysPlainlyWhatIsWrong(t *testing.T) {
 		{[]string{"list", "--address", nobody}, "no Caddy answers at the admin address " + nobody},
 		{[]string{"close", "--address", nobody, "--all"}, "no Caddy answers at the admin address " + nobody},
 		{[]string{"list", "--address", "unix//nowhere/admin.sock"}, "no Caddy answers"},
-		{[]string{"list", "--address", "127.0.0.1:1-9"}, "invalid admin address"},
-		{[]string{"list", "--address", bare}, "has no sse module"},
-		{[]string{"close", "--address", bare, "x"}, "has no sse module"},
+		{[]string{"list", "--address", "127.0.0.1:1-9"}, "needs one port"},
+		{[]string{"list", "--address", stranger}, "is no admin API of Caddy"},
+		{[]string{"close", "--address", stranger, "x"}, "is no admin API of Caddy"},
 		{[]string{"list", "--address", forbidding}, "host not allowed: \ufffd[31mx"},
 		{[]string{"list", "--address", other}, "none of Caddy's admin API"},
 		{[]string{"list", "--address", live, "x"}, "unknown command"},

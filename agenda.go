@@ -14,6 +14,12 @@ type agenda struct {
 	entries entries
 	timer   *time.Timer // nil until there is an entry
 	armed   instant     // when the timer fires; 0: it does not
+	crew    crew
+
+	// pulse is how often the timer fires at least while there is an entry, so
+	// that times in which the process did not run are noticed; 0: nobody asks.
+	pulse time.Duration
+	stops []stop // the latest ones
 }
 
 // entry says when a stream is to be called on.
@@ -26,6 +32,19 @@ type entry struct {
 func (a *agenda) set(s *stream, at instant) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.setLocked(s, at)
+}
+
+// hasten has the stream called on at a moment, unless it is sooner anyway.
+func (a *agenda) hasten(s *stream, at instant) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if i := int(s.agendaIndex) - 1; i < 0 || at < a.entries[i].at {
+		a.setLocked(s, at)
+	}
+}
+
+func (a *agenda) setLocked(s *stream, at instant) {
 	if i := int(s.agendaIndex) - 1; i >= 0 {
 		a.entries[i].at = at
 		heap.Fix(&a.entries, i)
@@ -54,12 +73,16 @@ func (a *agenda) armLocked() {
 	if len(a.entries) == 0 {
 		return
 	}
+	at := now()
 	first := a.entries[0].at
+	if a.pulse > 0 {
+		first = min(first, at+instant(a.pulse))
+	}
 	if a.armed != 0 && a.armed <= first {
 		return
 	}
 	a.armed = first
-	wait := time.Duration(first - now())
+	wait := time.Duration(first - at)
 	if a.timer == nil {
 		a.timer = time.AfterFunc(wait, a.fire)
 	} else {
@@ -67,16 +90,60 @@ func (a *agenda) armLocked() {
 	}
 }
 
-// fire calls on every stream whose time has come, each on a goroutine of its
-// own: its client may not read.
+// fire has every stream called on whose time has come.
 func (a *agenda) fire() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	at := now()
+	if a.pulse > 0 && a.armed != 0 {
+		a.noteStopLocked(a.armed, at)
+	}
 	a.armed = 0
-	for at := now(); len(a.entries) > 0 && a.entries[0].at <= at; {
-		go heap.Pop(&a.entries).(entry).s.tick()
+	for len(a.entries) > 0 && a.entries[0].at <= at {
+		a.crew.add(heap.Pop(&a.entries).(entry).s)
 	}
 	a.armLocked()
+}
+
+// stop is a time in which the process did not run: it was stopped, or had no
+// processor.
+type stop struct{ from, to instant }
+
+const (
+	// How often an agenda looks at least, where it looks at all: a stop is noticed
+	// if it is longer than that.
+	minPulse = 50 * time.Millisecond
+	maxPulse = time.Second
+
+	// stopSlack is how late a timer may fire on a machine that is just busy.
+	stopSlack = 100 * time.Millisecond
+
+	// keptStops is how many stops are remembered. More of them in one silence of
+	// an upstream are not worth the memory.
+	keptStops = 8
+)
+
+// noteStopLocked remembers that a timer that was due fired late.
+func (a *agenda) noteStopLocked(due, at instant) {
+	if time.Duration(at-due) < stopSlack {
+		return
+	}
+	if len(a.stops) == keptStops {
+		a.stops = append(a.stops[:0], a.stops[1:]...)
+	}
+	a.stops = append(a.stops, stop{due, at})
+}
+
+// stoppedSince returns for how long the process has not run since a moment.
+func (a *agenda) stoppedSince(moment instant) (stopped time.Duration) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, s := range a.stops {
+		if s.to > moment {
+			stopped += time.Duration(s.to - max(s.from, moment))
+		}
+	}
+	return stopped
 }
 
 // entries implements heap.Interface, and tells each stream where its entry is.

@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/dustin/go-humanize"
+
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
@@ -39,7 +41,7 @@ type subdirective struct {
 var subdirectives = map[string]subdirective{
 	"name":            {"<name>", 1, 1, setName},
 	"heartbeat":       {"<interval>|off [<comment>]", 1, 2, setHeartbeat},
-	"heartbeat_style": {"block|line|event <name> [<data>]", 1, 3, setHeartbeatStyle},
+	"heartbeat_style": {"auto|block|line [pad <size>], or event <name> [<data>]", 1, 3, setHeartbeatStyle},
 	"prelude":         {"<delay>|off", 1, 1, setPrelude},
 	"cache_control":   {"<value>|keep", 1, 1, setCacheControl},
 	"compression":     {"allow|deny", 1, 1, setCompression},
@@ -51,10 +53,13 @@ var subdirectives = map[string]subdirective{
 	"dead_client_timeout": {"<duration>|off", 1, 1, setDeadClientTimeout},
 	"max_duration":        {"<duration> [<jitter>]", 1, 2, setMaxDuration},
 	"drain":               {"<reload_window>|off [<exit_window>]", 1, 2, setDrain},
+	"resumable":           {"auto|always|never", 1, 1, setResumable},
 
 	"max_streams":            {"<n>", 1, 1, setMaxStreams},
-	"max_streams_per_client": {"<n>", 1, 1, setMaxStreamsPerClient},
+	"max_streams_per_client": {"<n> [<key>]", 1, 2, setMaxStreamsPerClient},
 	"reconnect_on":           {"<status...>", 1, math.MaxInt, setReconnectOn},
+
+	"upstream_retry": {"<window> [live]", 1, 2, setUpstreamRetry},
 }
 
 // UnmarshalCaddyfile sets up the handler from Caddyfile tokens. Syntax:
@@ -62,7 +67,8 @@ var subdirectives = map[string]subdirective{
 //	sse [<matcher>] [<heartbeat_interval>] {
 //		name            <name>
 //		heartbeat       <interval>|off [<comment>]
-//		heartbeat_style block|line|event <name> [<data>]
+//		heartbeat_style auto|block|line [pad <size>]
+//		heartbeat_style event <name> [<data>]
 //		prelude         <delay>|off
 //		cache_control   <value>|keep
 //		compression     allow|deny
@@ -74,18 +80,22 @@ var subdirectives = map[string]subdirective{
 //		dead_client_timeout <duration>|off
 //		max_duration        <duration> [<jitter>]
 //		drain               <reload_window>|off [<exit_window>]
+//		resumable           auto|always|never
 //
 //		max_streams            <n>
-//		max_streams_per_client <n>
+//		max_streams_per_client <n> [<key>]
 //		reconnect_on           <status...>
+//
+//		upstream_retry <window> [live]
 //	}
 //
 // What can be checked is checked here, where the line is known.
 func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // consume directive name
 	given := make(map[string]bool)
+	heartbeat := *d // where its settings are
 	if args := d.RemainingArgs(); len(args) > 1 {
-		return d.Errf("sse: want at most one argument behind the matcher, the heartbeat interval; got %q", args)
+		return d.Errf("sse: want at most one argument after the matcher, the heartbeat interval; got %q", args)
 	} else if len(args) == 1 {
 		interval, err := parseDuration("heartbeat interval", args[0])
 		if err != nil {
@@ -107,6 +117,9 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			return d.Errf("sse: %s is set twice; keep one of the two", name)
 		}
 		given[name] = true
+		if name == "heartbeat" {
+			heartbeat = *d
+		}
 		args := d.RemainingArgs()
 		if len(args) < sub.minArgs || len(args) > sub.maxArgs {
 			return d.Errf("sse: %s: wrong number of arguments (%d); usage: %s %s", name, len(args), name, sub.usage)
@@ -121,12 +134,16 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			return d.Errf("sse: %s takes no block", name)
 		}
 	}
+	// Only the whole of them tells whether a comment is ever sent.
+	if err := h.Heartbeat.validate(); err != nil {
+		return heartbeat.WrapErr(err)
+	}
 	return nil
 }
 
 func setName(h *Handler, args []string) error {
 	h.Name = args[0]
-	return nil
+	return validateGlobals("name", "name", h.Name)
 }
 
 func setHeartbeat(h *Handler, args []string) (err error) {
@@ -140,19 +157,31 @@ func setHeartbeat(h *Handler, args []string) (err error) {
 	if len(args) > 1 {
 		hb.Comment = args[1]
 	}
-	return validateLine("heartbeat", "comment", hb.Comment)
+	return validateText("heartbeat", "comment", hb.Comment)
 }
 
-func setHeartbeatStyle(h *Handler, args []string) error {
+func setHeartbeatStyle(h *Handler, args []string) (err error) {
 	hb := h.heartbeat()
 	hb.Style = args[0]
-	if len(args) > 1 {
-		hb.Event = args[1]
+	switch {
+	case hb.Style == styleEvent:
+		if len(args) > 1 {
+			hb.Event = args[1]
+		}
+		if len(args) > 2 {
+			hb.Data = args[2]
+		}
+	case len(args) == 3 && args[1] == "pad":
+		if hb.Pad, err = parseSize("heartbeat_style: pad", args[2]); err != nil {
+			return err
+		}
+	case len(args) > 1:
+		return fmt.Errorf("sse: heartbeat_style: %q is unknown after %s; pad <size> may follow it", args[1], hb.Style)
 	}
-	if len(args) > 2 {
-		hb.Data = args[2]
+	if err := validateStyle(hb.Style, hb.Event, hb.Data); err != nil {
+		return err
 	}
-	return validateStyle(hb.Style, hb.Event, hb.Data)
+	return validatePad(hb.Style, hb.Pad)
 }
 
 func setPrelude(h *Handler, args []string) (err error) {
@@ -238,25 +267,49 @@ func setDrain(h *Handler, args []string) (err error) {
 	return err
 }
 
+func setResumable(h *Handler, args []string) error {
+	h.Resumable = args[0]
+	return validateResumable(h.Resumable)
+}
+
 func setMaxStreams(h *Handler, args []string) (err error) {
 	h.MaxStreams, err = parseCount("max_streams", args[0])
 	return err
 }
 
 func setMaxStreamsPerClient(h *Handler, args []string) (err error) {
-	h.MaxStreamsPerClient, err = parseCount("max_streams_per_client", args[0])
-	return err
+	if h.MaxStreamsPerClient, err = parseCount("max_streams_per_client", args[0]); err != nil {
+		return err
+	}
+	if len(args) > 1 {
+		h.ClientKey = args[1]
+	}
+	return validateClientKey(h.ClientKey, h.MaxStreamsPerClient)
 }
 
 func setReconnectOn(h *Handler, args []string) error {
 	for _, arg := range args {
 		status, err := strconv.Atoi(arg)
 		if err != nil {
-			return fmt.Errorf("sse: reconnect_on: %q is not a status code", arg)
+			return fmt.Errorf("sse: reconnect_on: %q is not a status code%s", arg, tooLate(arg))
 		}
 		h.ReconnectOn = append(h.ReconnectOn, status)
 	}
 	return validateReconnectOn(h.ReconnectOn)
+}
+
+func setUpstreamRetry(h *Handler, args []string) (err error) {
+	h.UpstreamRetry = new(UpstreamRetry)
+	if h.UpstreamRetry.Window, err = parseDuration("upstream_retry", args[0]); err != nil {
+		return err
+	}
+	if len(args) > 1 {
+		if args[1] != "live" {
+			return fmt.Errorf("sse: upstream_retry: %q is unknown here; the one word that may follow the window is live", args[1])
+		}
+		h.UpstreamRetry.Live = true
+	}
+	return nil
 }
 
 func (h *Handler) heartbeat() *Heartbeat {
@@ -270,21 +323,43 @@ func (h *Handler) heartbeat() *Heartbeat {
 func parseCount(setting, value string) (int, error) {
 	n, err := strconv.Atoi(value)
 	if err != nil || n <= 0 {
-		return 0, fmt.Errorf("sse: %s: %q is not a positive number", setting, value)
+		return 0, fmt.Errorf("sse: %s: %q is not a positive number%s", setting, value, tooLate(value))
 	}
 	return n, nil
+}
+
+// parseSize wants a positive number of bytes, as Caddy's request_body does.
+func parseSize(setting, value string) (int, error) {
+	n, err := humanize.ParseBytes(value)
+	if err != nil || n == 0 || n > math.MaxInt32 {
+		return 0, fmt.Errorf("sse: %s: %q is not a positive size such as 4096, 4KiB or 64KB%s", setting, value, tooLate(value))
+	}
+	return int(n), nil
 }
 
 // parseDuration wants a positive duration.
 func parseDuration(setting, value string) (caddy.Duration, error) {
 	d, err := caddy.ParseDuration(value)
 	if err != nil {
-		return 0, fmt.Errorf("sse: %s: %q is not a duration such as 500ms, 15s or 1h", setting, value)
+		return 0, fmt.Errorf("sse: %s: %q is not a duration such as 500ms, 15s or 1h%s", setting, value, tooLate(value))
 	}
 	if d <= 0 {
 		return 0, fmt.Errorf("sse: %s: %q is not a positive duration", setting, value)
 	}
 	return caddy.Duration(d), nil
+}
+
+// tooLate is what helps where a value is a placeholder: Caddy replaces those after
+// the Caddyfile has been read, and only what is written {$NAME} before.
+func tooLate(value string) string {
+	name, ok := strings.CutPrefix(value, "{env.")
+	if name, closed := strings.CutSuffix(name, "}"); ok && closed {
+		return fmt.Sprintf("; an environment variable is written {$%s} here", name)
+	}
+	if hasPlaceholder(value) {
+		return "; placeholders can't be used here"
+	}
+	return ""
 }
 
 // parseDurationOrOff wants a positive duration or the word off.

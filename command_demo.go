@@ -2,12 +2,13 @@ package caddysse
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/signal"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -30,9 +31,11 @@ func demoCommand() *cobra.Command {
 		Use:   "demo [--listen <address>]",
 		Short: "Shows in a browser what the sse handler does",
 		Long: `
-Starts Caddy with the sse handler in front of an upstream that does everything
-wrong on purpose: no cache headers, long silences, no heartbeats, events cut in
-half. A page shows what arrives, next to what arrives without the handler.
+Starts Caddy twice on one path: with the sse handler and without it. In front is
+a hop with an idle timer of ` + demoIdle.String() + `, as load balancers and CDNs have one. At the other end
+is an upstream that does everything wrong on purpose: long silences, no
+heartbeats, no cache headers, events cut in half. A page shows both side by side,
+and has a button that restarts the upstream.
 
 It needs no other program, no configuration and no internet, and leaves no
 configuration behind.
@@ -40,8 +43,8 @@ configuration behind.
 --listen is the TCP address to listen on; port 0 is any free one. The default
 is ` + defaultDemoAddress + `, or another port if that one is taken.
 
-While it runs, Caddy's admin API is at its usual address, unless something else
-is there already.`,
+While it runs, Caddy's admin API is at its usual address, or at another port if
+something else is there already.`,
 		Example: `  caddy sse demo
   caddy sse demo --listen 127.0.0.1:0`,
 		Args: cobra.NoArgs,
@@ -52,11 +55,14 @@ is there already.`,
 }
 
 func runDemo(flags caddycmd.Flags) (int, error) {
-	address, err := demoAddress(flags.String("listen"), flags.Changed("listen"))
+	listener, err := demoListen(flags.String("listen"), flags.Changed("listen"))
 	if err != nil {
 		return caddy.ExitCodeFailedStartup, err
 	}
-	noAdmin := checkAdmin()
+	admin, err := demoAdmin(caddy.DefaultAdminListen)
+	if err != nil {
+		return caddy.ExitCodeFailedStartup, err
+	}
 
 	// Caddy stops by the same signals, and then ends the process. Its servers
 	// wait for their streams, and these for the upstream.
@@ -64,136 +70,182 @@ func runDemo(flags caddycmd.Flags) (int, error) {
 	defer stop()
 	caddy.TrapSignals()
 
-	url, err := startDemo(ctx, address, noAdmin == nil, demo.NewUpstream().Handler())
-	if err != nil {
+	if err := startDemo(ctx, listener, admin, demo.NewUpstream()); err != nil {
 		return caddy.ExitCodeFailedStartup, err
 	}
-	fmt.Printf("sse demo: %s  (ctrl-C ends it)\n", url)
-	fmt.Printf("to try:   curl -N %sevents\n", url)
-	if noAdmin != nil {
-		fmt.Printf("no admin API: %v\n", noAdmin)
-	}
+	fmt.Print(demoText(demoURL(listener.Addr()), admin))
 	select {}
 }
 
-// demoAddress reads the address that the demo shall listen on. It asks the
-// system whether the address is free, since two Caddys can share one without
-// either noticing (SO_REUSEPORT).
-func demoAddress(listen string, chosen bool) (caddy.NetworkAddress, error) {
+// demoText says in the terminal what there is to try.
+func demoText(url, admin string) string {
+	return fmt.Sprintf(`
+  Open  %[1]s  in a browser. Ctrl-C ends the demo.
+
+  Two EventSources, with the sse handler and without it: wait %[3]s for a silence
+  that cuts one of them, then press "Restart the upstream".
+
+  In another terminal:
+    curl -N %[1]sevents          the bytes with sse, heartbeats too
+    curl -N %[1]splain/events    the bytes without
+    curl %[1]smetrics
+    %[2]s
+    %[4]s
+
+`, url, demoCommandLine("list", admin), demoIdle, demoCommandLine("close", admin)+" --all")
+}
+
+// demoCommandLine is a subcommand that speaks to the demo, wherever it is called.
+func demoCommandLine(name, admin string) string {
+	return "caddy sse " + name + " --address " + admin
+}
+
+// demoListen listens on the address that the demo should have.
+func demoListen(listen string, chosen bool) (net.Listener, error) {
+	if _, err := strconv.ParseUint(listen, 10, 16); err == nil {
+		return nil, fmt.Errorf("sse demo: --listen: %q is a port without a colon; write :%s", listen, listen)
+	}
 	address, err := caddy.ParseNetworkAddressWithDefaults(listen, "tcp", 8080)
 	if err != nil {
-		return caddy.NetworkAddress{}, fmt.Errorf("sse demo: --listen: %w", err)
+		return nil, fmt.Errorf("sse demo: --listen: %w", err)
 	}
 	switch address.Network {
 	case "tcp", "tcp4", "tcp6":
 	default:
-		return caddy.NetworkAddress{}, fmt.Errorf("sse demo: --listen: %q is no TCP address, and a browser needs one", listen)
+		return nil, fmt.Errorf("sse demo: --listen: %q is no TCP address, and a browser needs one", listen)
 	}
 	if address.PortRangeSize() != 1 {
-		return caddy.NetworkAddress{}, fmt.Errorf("sse demo: --listen: %q is a range of ports; give one", listen)
+		return nil, fmt.Errorf("sse demo: --listen: %q is a range of ports; give one", listen)
 	}
-	if err := tryListen(address); err != nil {
-		if chosen {
-			return caddy.NetworkAddress{}, fmt.Errorf("sse demo: --listen: %w; give another address, or port 0 for any free port", err)
-		}
-		address.StartPort, address.EndPort = 0, 0
-	}
-	return address, nil
-}
-
-// checkAdmin tells why there can be no admin API at its usual address, if so.
-func checkAdmin() error {
-	address, err := caddy.ParseNetworkAddress(caddy.DefaultAdminListen)
-	if err != nil {
-		return err
-	}
-	return tryListen(address)
-}
-
-// tryListen tells whether an address can be listened on.
-func tryListen(address caddy.NetworkAddress) error {
 	listener, err := net.Listen(address.Network, address.JoinHostPort(0))
-	if err != nil {
-		return err
+	switch {
+	case err == nil:
+		return listener, nil
+	case chosen:
+		return nil, fmt.Errorf("sse demo: --listen: %w; give another address, or port 0 for any free port", err)
 	}
-	return listener.Close()
+	address.StartPort, address.EndPort = 0, 0
+	return net.Listen(address.Network, address.JoinHostPort(0))
 }
 
-// startDemo starts the upstream on a loopback port of its own and Caddy in
-// front of it, and returns the URL of the page. The upstream ends with ctx,
-// and its streams with it.
-func startDemo(ctx context.Context, address caddy.NetworkAddress, admin bool, upstream http.Handler) (string, error) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+// demoAdmin returns where the admin API should be: at its usual address, or at a
+// free port if that is taken. It asks the system, since two Caddys can share an
+// address without either noticing (SO_REUSEPORT).
+func demoAdmin(usual string) (string, error) {
+	address, err := caddy.ParseNetworkAddress(usual)
 	if err != nil {
-		return "", fmt.Errorf("sse demo: upstream: %w", err)
+		return "", fmt.Errorf("sse demo: the address of the admin API: %w", err)
 	}
+	listener, err := net.Listen(address.Network, address.JoinHostPort(0))
+	if err == nil {
+		return usual, listener.Close()
+	}
+	if listener, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+		return "", fmt.Errorf("sse demo: the admin API: %w", err)
+	}
+	return listener.Addr().String(), listener.Close()
+}
+
+const (
+	// demoIdle is the idle timer of the hop in front. Fastly has one of 10 s.
+	demoIdle = 10 * time.Second
+
+	// demoGracePeriod bounds the demo's end: what has not finished by then is cut.
+	demoGracePeriod = time.Second
+
+	// demoServer is the name of the demo's server in Caddy's configuration.
+	demoServer = "demo"
+)
+
+// startDemo starts everything on loopback ports of their own, the upstream, the
+// page and Caddy, and lets the hop in front of Caddy use the listener. All of it
+// ends with ctx.
+func startDemo(ctx context.Context, listener net.Listener, admin string, upstream *demo.Upstream) error {
+	endings := new(demo.Endings)
+	upstream.Endings = endings
+	upstreamAddr, err := upstream.Start(ctx)
+	if err != nil {
+		return fmt.Errorf("sse demo: upstream: %w", err)
+	}
+	pageListener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return fmt.Errorf("sse demo: page: %w", err)
+	}
+	serveDemo(ctx, pageListener, demo.Page(ctx, upstream, endings, demo.About{
+		List:  demoCommandLine("list", admin),
+		Close: demoCommandLine("close", admin) + " --all",
+	}))
+	if err := caddy.Run(demoConfig(admin, upstreamAddr, pageListener.Addr().String())); err != nil {
+		return fmt.Errorf("sse demo: %w", err)
+	}
+	app, err := caddy.ActiveContext().App("http")
+	if err != nil {
+		return fmt.Errorf("sse demo: %w", err)
+	}
+	behind := app.(*caddyhttp.App).Servers[demoServer].Listeners()[0].Addr().String()
+	serveDemo(ctx, listener, demo.Hop(&url.URL{Scheme: "http", Host: behind}, demoIdle, endings))
+	return nil
+}
+
+// serveDemo serves until ctx is done.
+func serveDemo(ctx context.Context, listener net.Listener, handler http.Handler) {
 	server := &http.Server{
-		Handler:     upstream,
+		Handler:     handler,
 		BaseContext: func(net.Listener) context.Context { return ctx },
 	}
-	context.AfterFunc(ctx, func() { server.Shutdown(context.Background()) })
+	context.AfterFunc(ctx, func() { server.Close() })
 	go server.Serve(listener)
-
-	err = caddy.Run(demoConfig(address, admin, listener.Addr().String()))
-	if err != nil {
-		server.Close()
-		return "", fmt.Errorf("sse demo: %w", err)
-	}
-	return demoURL(address)
 }
 
-// demoGracePeriod bounds the demo's end: what has not finished by then is cut.
-const demoGracePeriod = time.Second
-
-// demoServer is the name of the demo's server in Caddy's configuration.
-const demoServer = "demo"
-
-// demoConfig is two ways to the same upstream: everything passes the sse
-// handler, except what is below /plain.
-func demoConfig(address caddy.NetworkAddress, admin bool, upstream string) *caddy.Config {
+// demoConfig is two ways to the same upstream: /events passes the sse handler,
+// /plain/events does not. Everything else is the page.
+func demoConfig(admin, upstream, page string) *caddy.Config {
 	type object = map[string]any
-	handlers := func(handlers ...object) []json.RawMessage {
-		var raw []json.RawMessage
-		for _, handler := range handlers {
-			raw = append(raw, caddyconfig.JSON(handler, nil))
-		}
-		return raw
+	proxy := func(to string) object {
+		return object{"handler": "reverse_proxy", "upstreams": []object{{"dial": to}}}
 	}
-	sse := object{"handler": "sse", "name": "demo", "heartbeat": object{"interval": "5s"}}
-	proxy := object{"handler": "reverse_proxy", "upstreams": []object{{"dial": upstream}}}
-	strip := object{"handler": "rewrite", "strip_path_prefix": "/plain"}
+	route := func(path string, handlers ...object) caddyhttp.Route {
+		r := caddyhttp.Route{Terminal: true}
+		if path != "" {
+			r.MatcherSetsRaw = caddyhttp.RawMatcherSets{{"path": caddyconfig.JSON(caddyhttp.MatchPath{path}, nil)}}
+		}
+		for _, handler := range handlers {
+			r.HandlersRaw = append(r.HandlersRaw, caddyconfig.JSON(handler, nil))
+		}
+		return r
+	}
+	sse := object{
+		"handler": "sse", "name": "demo",
+		"heartbeat":    object{"interval": "5s"},
+		"retry":        object{"min": "1s", "max": "3s"},
+		"reconnect_on": []int{502, 503, 504},
+	}
 
 	persist := false
-	// A client that leaves a stream is a warning to reverse_proxy; here it is
-	// every second click.
-	quiet := []string{"http.handlers.reverse_proxy"}
-	if !admin {
-		quiet = append(quiet, "admin") // warns that it is disabled, which the demo says itself
-	}
 	return &caddy.Config{
 		Admin: &caddy.AdminConfig{
-			Disabled: !admin,
-			Config:   &caddy.ConfigSettings{Persist: &persist},
+			Listen: admin,
+			Config: &caddy.ConfigSettings{Persist: &persist},
 		},
 		Logging: &caddy.Logging{Logs: map[string]*caddy.CustomLog{
-			"default": {BaseLog: caddy.BaseLog{Level: "WARN"}, Exclude: quiet},
+			// A client that leaves, and an upstream that is away, are what this is
+			// about; to Caddy they are warnings and errors.
+			"default": {BaseLog: caddy.BaseLog{Level: "WARN"}, Exclude: []string{
+				"http.handlers.reverse_proxy", "http.handlers.sse", "http.log.error",
+			}},
 		}},
 		AppsRaw: caddy.ModuleMap{
 			"http": caddyconfig.JSON(caddyhttp.App{
 				GracePeriod: caddy.Duration(demoGracePeriod),
 				Servers: map[string]*caddyhttp.Server{demoServer: {
-					Listen:    []string{address.String()},
+					Listen:    []string{"127.0.0.1:0"},
 					Protocols: []string{"h1"},
 					AutoHTTPS: &caddyhttp.AutoHTTPSConfig{Disabled: true},
 					Routes: caddyhttp.RouteList{
-						{
-							MatcherSetsRaw: caddyhttp.RawMatcherSets{{
-								"path": caddyconfig.JSON(caddyhttp.MatchPath{"/plain/*"}, nil),
-							}},
-							HandlersRaw: handlers(strip, proxy),
-							Terminal:    true,
-						},
-						{HandlersRaw: handlers(sse, proxy)},
+						route("/events", sse, proxy(upstream)),
+						route("/plain/events", object{"handler": "rewrite", "strip_path_prefix": "/plain"}, proxy(upstream)),
+						route("/metrics", object{"handler": "metrics"}),
+						route("", proxy(page)),
 					},
 				}},
 			}, nil),
@@ -203,20 +255,12 @@ func demoConfig(address caddy.NetworkAddress, admin bool, upstream string) *cadd
 	}
 }
 
-// demoURL asks the running server where it is, since port 0 was any free port.
-func demoURL(address caddy.NetworkAddress) (string, error) {
-	app, err := caddy.ActiveContext().App("http")
-	if err != nil {
-		return "", fmt.Errorf("sse demo: %w", err)
-	}
-	listeners := app.(*caddyhttp.App).Servers[demoServer].Listeners()
-	_, port, err := net.SplitHostPort(listeners[0].Addr().String())
-	if err != nil {
-		return "", fmt.Errorf("sse demo: %w", err)
-	}
-	host := address.Host
-	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+// demoURL is where a browser on this machine finds the page.
+func demoURL(address net.Addr) string {
+	tcp := address.(*net.TCPAddr)
+	host := tcp.IP.String()
+	if tcp.IP.IsUnspecified() {
 		host = "localhost"
 	}
-	return "http://" + net.JoinHostPort(host, port) + "/", nil
+	return "http://" + net.JoinHostPort(host, strconv.Itoa(tcp.Port)) + "/"
 }

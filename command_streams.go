@@ -1,14 +1,12 @@
 package caddysse
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/url"
 	"os"
-	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -18,33 +16,28 @@ import (
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 )
 
-// addressUsage is what every command that calls the admin API says of --address.
-const addressUsage = "The address of the admin API, if not the default (which CADDY_ADMIN can change)"
-
 func listCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "list [--address <address>] [--json]",
+		Use:   "list [--json]",
 		Short: "Lists the streams that are open",
 		Long: `
 Lists the streams that are open in a running Caddy: who is connected, since
 when (AGE), when its upstream sent something last (IDLE), and what went by.
-
-It asks the admin API, which therefore has to be enabled. --address is where
-that listens, if not at the default address; it can be unix//path/to/socket.
+` + adminHelp + `
 
 --json prints the answer of the admin API, GET ` + streamsPath + `, as it is.`,
 		Example: `  caddy sse list
   caddy sse list --json`,
 		Args: cobra.NoArgs,
 	}
-	cmd.Flags().StringP("address", "", "", addressUsage)
+	addAdminFlags(cmd)
 	cmd.Flags().BoolP("json", "", false, "Print the answer of the admin API")
 	cmd.RunE = caddycmd.WrapCommandFuncForCobra(runList)
 	return cmd
 }
 
 func runList(flags caddycmd.Flags) (int, error) {
-	answer, err := callAdmin(flags.String("address"), http.MethodGet, streamsPath)
+	answer, err := callAdmin(flags, http.MethodGet, streamsPath)
 	if err != nil {
 		return caddy.ExitCodeFailedStartup, fmt.Errorf("sse list: %w", err)
 	}
@@ -120,19 +113,17 @@ func closeCommand() *cobra.Command {
 		Short: "Ends streams",
 		Long: `
 Ends one stream, those of one client or all of them in a running Caddy, each
-behind the event that is on its way to the client. "caddy sse list" shows the
+after the event that is on its way to the client. "caddy sse list" shows the
 ids.
 
 An EventSource that was ended comes back: to keep a client out, block it too.
-
-It asks the admin API, which therefore has to be enabled. --address is where
-that listens, if not at the default address; it can be unix//path/to/socket.`,
+` + adminHelp,
 		Example: `  caddy sse close 5b3ff9c5-8b9a-4b6d-9d3e-6a1f7f6f2f0e
   caddy sse close --client-ip 203.0.113.7
   caddy sse close --all`,
 		Args: cobra.MaximumNArgs(1),
 	}
-	cmd.Flags().StringP("address", "", "", addressUsage)
+	addAdminFlags(cmd)
 	cmd.Flags().StringP("client-ip", "", "", "End the streams of the client with this IP address")
 	cmd.Flags().BoolP("all", "", false, "End every stream")
 	cmd.RunE = caddycmd.WrapCommandFuncForCobra(runClose)
@@ -144,7 +135,7 @@ func runClose(flags caddycmd.Flags) (int, error) {
 	if err != nil {
 		return caddy.ExitCodeFailedStartup, fmt.Errorf("sse close: %w", err)
 	}
-	answer, err := callAdmin(flags.String("address"), http.MethodDelete, uri)
+	answer, err := callAdmin(flags, http.MethodDelete, uri)
 	if err != nil {
 		return caddy.ExitCodeFailedStartup, fmt.Errorf("sse close: %w", err)
 	}
@@ -186,51 +177,11 @@ func closeURI(flags caddycmd.Flags) (string, error) {
 	return streamsPath + "/" + url.PathEscape(ids[0]), nil
 }
 
-// callAdmin calls the admin API of a running Caddy, where Caddy's own commands
-// would find it, and says plainly why there is no answer.
-func callAdmin(address, method, uri string) ([]byte, error) {
-	address, err := caddycmd.DetermineAdminAPIAddress(address, nil, "", "")
+// callAdmin calls the admin API that the flags say.
+func callAdmin(flags caddycmd.Flags, method, uri string) ([]byte, error) {
+	client, err := findAdmin(flags)
 	if err != nil {
-		return nil, fmt.Errorf("finding the admin API: %w", err)
+		return nil, err
 	}
-	response, err := caddycmd.AdminAPIRequest(address, method, uri, nil, nil)
-	if err != nil {
-		return nil, explainAdminError(address, err)
-	}
-	defer response.Body.Close()
-	answer, err := io.ReadAll(response.Body)
-	if err != nil {
-		return nil, fmt.Errorf("reading the answer of the admin API at %s: %w", address, err)
-	}
-	return answer, nil
-}
-
-// explainAdminError reads the text of an error of caddycmd.AdminAPIRequest,
-// which is all that it tells.
-func explainAdminError(address string, err error) error {
-	if cause, ok := strings.CutPrefix(err.Error(), "performing request: "); ok {
-		return fmt.Errorf("no Caddy answers at the admin address %s: %s", address, cause)
-	}
-	refusal, ok := strings.CutPrefix(err.Error(), "caddy responded with error: ")
-	if !ok {
-		return err
-	}
-	status, body, _ := strings.Cut(refusal, ": ")
-	var said struct {
-		Error string `json:"error"`
-	}
-	if json.Unmarshal([]byte(body), &said) == nil && said.Error != "" {
-		return errors.New(printable(said.Error, 1024))
-	}
-	if status == "HTTP 404" {
-		return fmt.Errorf("the Caddy at the admin address %s has no sse module", address)
-	}
-	return fmt.Errorf("the admin API at %s answers %s: %s", address, status, printable(body, 1024))
-}
-
-func unmarshalAnswer(answer []byte, into any) error {
-	if err := json.Unmarshal(answer, into); err != nil {
-		return fmt.Errorf("the answer is none of Caddy's admin API: %w", err)
-	}
-	return nil
+	return client.call(method, uri)
 }

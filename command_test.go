@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -18,24 +19,21 @@ import (
 )
 
 func TestTheDemosConfigurationIsValid(t *testing.T) {
-	address := caddy.NetworkAddress{Network: "tcp", Host: "127.0.0.1"}
-	for _, admin := range []bool{true, false} {
-		config := demoConfig(address, admin, "127.0.0.1:9")
-		if err := caddy.Validate(config); err != nil {
-			t.Errorf("admin %t: %v", admin, err)
-		}
-		// What Validate reads is not what Run reads: that goes through JSON.
-		text, err := json.Marshal(demoConfig(address, admin, "127.0.0.1:9"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		var again caddy.Config
-		if err := caddy.StrictUnmarshalJSON(text, &again); err != nil {
-			t.Fatal(err)
-		}
-		if again.Admin.Disabled == admin || *again.Admin.Config.Persist {
-			t.Errorf("admin %t: %s", admin, text)
-		}
+	config := func() *caddy.Config { return demoConfig("localhost:2019", "127.0.0.1:9", "127.0.0.1:10") }
+	if err := caddy.Validate(config()); err != nil {
+		t.Error(err)
+	}
+	// What Validate reads is not what Run reads: that goes through JSON.
+	text, err := json.Marshal(config())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var again caddy.Config
+	if err := caddy.StrictUnmarshalJSON(text, &again); err != nil {
+		t.Fatal(err)
+	}
+	if again.Admin.Listen != "localhost:2019" || *again.Admin.Config.Persist {
+		t.Errorf("%s", text)
 	}
 }
 
@@ -47,46 +45,95 @@ func TestTheDemoTakesAnotherPortOnlyIfNobodyChoseOne(t *testing.T) {
 	defer taken.Close()
 	listen := taken.Addr().String()
 
-	address, err := demoAddress(listen, false)
-	if err != nil || address.JoinHostPort(0) != "127.0.0.1:0" {
-		t.Errorf("not chosen: %v, %v", address, err)
+	other, err := demoListen(listen, false)
+	if err != nil || !strings.HasPrefix(other.Addr().String(), "127.0.0.1:") {
+		t.Fatalf("not chosen: %v, %v", other, err)
 	}
-	if _, err := demoAddress(listen, true); err == nil || !strings.Contains(err.Error(), listen) {
+	other.Close()
+	if _, err := demoListen(listen, true); err == nil || !strings.Contains(err.Error(), listen) {
 		t.Errorf("chosen: error %v does not name %s", err, listen)
+	}
+}
+
+func TestTheDemosAdminAPIMovesWhereItsAddressIsTaken(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	usual := taken.Addr().String()
+	if admin, err := demoAdmin(usual); err != nil || admin == usual || !strings.HasPrefix(admin, "127.0.0.1:") {
+		t.Errorf("taken: %s, %v", admin, err)
+	}
+	taken.Close()
+	if admin, err := demoAdmin(usual); err != nil || admin != usual {
+		t.Errorf("free: %s, %v", admin, err)
 	}
 }
 
 func TestTheDemoListensOnOneTCPPort(t *testing.T) {
 	for _, listen := range []string{"127.0.0.1:0", "localhost:0", ":0", "tcp4/127.0.0.1:0"} {
-		if _, err := demoAddress(listen, true); err != nil {
+		listener, err := demoListen(listen, true)
+		if err != nil {
 			t.Errorf("%s: %v", listen, err)
+			continue
 		}
+		listener.Close()
 	}
 	for _, listen := range []string{"unix//tmp/demo.sock", "udp/127.0.0.1:0", "127.0.0.1:8000-8010", "127.0.0.1:port"} {
-		if address, err := demoAddress(listen, true); err == nil {
-			t.Errorf("%s: taken as %v", listen, address)
+		if listener, err := demoListen(listen, true); err == nil {
+			t.Errorf("%s: taken as %v", listen, listener.Addr())
 		}
 	}
 }
 
-// runningDemo starts a demo on a free port. It returns a client, the URL of
-// the page and what ends the upstream.
-func runningDemo(t *testing.T, upstream *demo.Upstream) (client *http.Client, url string, end context.CancelFunc) {
+func TestTheDemoSaysWhatAPortAloneLacks(t *testing.T) {
+	if _, err := demoListen("22003", true); err == nil || !strings.Contains(err.Error(), "write :22003") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestTheDemoSaysWhatToTry(t *testing.T) {
+	text := demoText(demoURL(&net.TCPAddr{IP: net.IPv6unspecified, Port: 8080}), "localhost:2019")
+	for _, want := range []string{
+		"http://localhost:8080/ ", "curl -N http://localhost:8080/events", "curl http://localhost:8080/metrics",
+		"caddy sse list --address localhost:2019", "caddy sse close --address localhost:2019 --all",
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%q is missing in\n%s", want, text)
+		}
+	}
+}
+
+// runningDemo starts a demo. It returns a client, the URL of the page, the
+// address of the admin API and what ends everything but Caddy.
+func runningDemo(t *testing.T, upstream *demo.Upstream) (client *http.Client, url, admin string, end context.CancelFunc) {
 	t.Helper()
-	address, err := demoAddress("127.0.0.1:0", true)
+	listener, err := demoListen("127.0.0.1:0", true)
 	if err != nil {
 		t.Fatal(err)
 	}
+	dir, err := os.MkdirTemp("", "demo") // a path to a Unix socket has to be short
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	admin = "unix/" + dir + "/admin"
 	ctx, end := context.WithCancel(context.Background())
 	t.Cleanup(end)
-	url, err = startDemo(ctx, address, false, upstream.Handler())
-	if err != nil {
+	if err := startDemo(ctx, listener, admin, upstream); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { caddy.Stop() })
+	t.Cleanup(func() {
+		caddy.Stop()
+		// Stop leaves the admin API running.
+		if err := caddy.Load([]byte(`{"admin": {"disabled": true, "config": {"persist": false}}}`), true); err != nil {
+			t.Error(err)
+		}
+		caddy.Stop()
+	})
 	client = &http.Client{Transport: &http.Transport{}}
 	t.Cleanup(client.CloseIdleConnections)
-	return client, url, end
+	return client, demoURL(listener.Addr()), admin, end
 }
 
 func openDemo(t *testing.T, client *http.Client, url string) *http.Response {
@@ -100,7 +147,7 @@ func openDemo(t *testing.T, client *http.Client, url string) *http.Response {
 }
 
 func TestTheDemoShowsTheSameUpstreamWithAndWithoutSSE(t *testing.T) {
-	client, url, _ := runningDemo(t, &demo.Upstream{Burst: 5, Silence: time.Hour, Lifetime: time.Hour})
+	client, url, admin, _ := runningDemo(t, &demo.Upstream{Burst: 5, Step: time.Hour, Silence: time.Hour, Lifetime: time.Hour})
 	for path, cacheControl := range map[string]string{
 		"events":       "no-cache, no-store, no-transform",
 		"plain/events": "",
@@ -109,17 +156,64 @@ func TestTheDemoShowsTheSameUpstreamWithAndWithoutSSE(t *testing.T) {
 		if got := response.Header.Get("Cache-Control"); got != cacheControl {
 			t.Errorf("%s: Cache-Control is %q, want %q", path, got, cacheControl)
 		}
-		body := bufio.NewReader(response.Body)
-		for _, want := range []string{"id: 1\n", "data: {\"n\": 1,\n"} {
-			if line, err := body.ReadString('\n'); err != nil || line != want {
-				t.Errorf("%s: line %q, %v, want %q", path, line, err, want)
+		lines := bufio.NewReader(response.Body)
+		for {
+			line, err := lines.ReadString('\n')
+			if err != nil {
+				t.Fatalf("%s: %v", path, err)
 			}
+			if line == "data: {\"n\": 1,\n" {
+				break
+			}
+		}
+	}
+
+	list, err := findAdmin(adminFlags(t, "--address", admin))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if answer, err := list.call(http.MethodGet, streamsPath); err != nil || !strings.Contains(string(answer), `"total":1`) {
+		t.Errorf("the list is %s, %v", answer, err)
+	}
+	metrics, err := io.ReadAll(openDemo(t, client, url+"metrics").Body)
+	if want := `caddy_sse_streams{name="demo",proto="HTTP/1.1"} 1`; err != nil || !strings.Contains(string(metrics), want) {
+		t.Errorf("%s is not among the metrics (%d bytes, %v)", want, len(metrics), err)
+	}
+	page, err := io.ReadAll(openDemo(t, client, url).Body)
+	if err != nil || !strings.Contains(string(page), "Restart the upstream") {
+		t.Errorf("the page is %q, %v", page, err)
+	}
+}
+
+func TestTheDemosRestartIsFinalOnlyWithoutSSE(t *testing.T) {
+	client, url, _, _ := runningDemo(t, &demo.Upstream{
+		Burst: 5, Step: time.Hour, Silence: time.Hour, Lifetime: time.Hour, Away: time.Hour,
+	})
+	restarted, err := client.Post(url+"restart", "", nil)
+	if err != nil || restarted.StatusCode != http.StatusAccepted {
+		t.Fatalf("%v, %v", restarted, err)
+	}
+	restarted.Body.Close()
+	for path, want := range map[string]int{"events": 200, "plain/events": 502} {
+		request, err := http.NewRequest("GET", url+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		request.Header = http.Header{"Accept": {"text/event-stream"}, "Cache-Control": {"no-cache"}}
+		response, err := client.Do(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer response.Body.Close()
+		body, err := io.ReadAll(response.Body)
+		if response.StatusCode != want || err != nil || strings.HasPrefix(string(body), "retry: ") != (want == 200) {
+			t.Errorf("%s: %s %q, %v", path, response.Status, body, err)
 		}
 	}
 }
 
-func TestTheDemosStreamsEndWithTheirUpstream(t *testing.T) {
-	client, url, end := runningDemo(t, demo.NewUpstream())
+func TestTheDemosStreamsEndWithIt(t *testing.T) {
+	client, url, _, end := runningDemo(t, demo.NewUpstream())
 	paths := []string{"events", "plain/events"}
 	ended := make(chan struct{}, len(paths))
 	for _, path := range paths {

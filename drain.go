@@ -3,28 +3,16 @@ package caddysse
 import (
 	"context"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-func init() {
-	// Behind the grace periods, when no current configuration has a handler.
-	caddy.OnExit(func(ctx context.Context) {
-		awaitDrains()
-		_ = endWhatIsLeft(ctx)
-	})
-}
-
-// exiting tells whether the process is about to end.
-var exiting = caddy.Exiting
-
 const (
-	// exitWatch is how soon a drain in a reload's window notices that the
-	// process exits: nothing tells it, as its server has been shut down before.
+	// exitWatch is how often an exit looks at the streams that it waits for.
 	exitWatch = 50 * time.Millisecond
 
 	// lastWords is how long the process waits for the streams that it ends when
@@ -32,7 +20,7 @@ const (
 	lastWords = time.Second
 )
 
-// lastWordsUntil is the end of that: servers are stopped one behind the other.
+// lastWordsUntil is the end of that: servers are stopped one after the other.
 var lastWordsUntil = sync.OnceValue(func() instant { return now() + instant(lastWords) })
 
 // drain is how the streams of one handler end when its server stops. 0: nobody
@@ -43,15 +31,52 @@ type drain struct {
 	// until is when the window ends, an instant; 0: the handler is in use.
 	until atomic.Int64
 
+	// replaced says that a reload has replaced the handler's configuration: its
+	// upstreams are not asked again.
+	replaced atomic.Bool
+
 	// graceEnds is when Caddy's grace period ends, an instant; 0: it does not.
 	graceEnds atomic.Int64
 
 	// requests are those that the handler is busy with: streams, and what may
 	// become one.
 	requests atomic.Int64
+
+	// left is sent to when the last of them has left; nil: nobody waits for that.
+	left atomic.Pointer[chan struct{}]
 }
 
-func (d *drain) idle() bool { return d.requests.Load() == 0 }
+// enter counts a request that the handler is busy with, until leave.
+func (d *drain) enter() { d.requests.Add(1) }
+
+func (d *drain) leave() {
+	if d.requests.Add(-1) > 0 {
+		return
+	}
+	if left := d.left.Load(); left != nil {
+		select {
+		case *left <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// awaitIdle waits until the handler has nothing to do any more, or until one of
+// the channels says so.
+func (d *drain) awaitIdle(over <-chan time.Time, stop <-chan struct{}) {
+	left := make(chan struct{}, 1)
+	d.left.Store(&left)
+	defer d.left.Store(nil)
+	for d.requests.Load() > 0 {
+		select {
+		case <-left:
+		case <-over:
+			return
+		case <-stop:
+			return
+		}
+	}
+}
 
 // graceIsOver reports whether the grace period of the handler's server is over,
 // or about to be.
@@ -78,107 +103,93 @@ func newDrain(config *Drain) *drain {
 // over the window, so that their clients do not come back at once. It runs when
 // the handler's server begins to stop.
 func (h *Handler) drainStreams() {
-	if app, err := h.ctx.AppIfConfigured("http"); err == nil {
-		if grace := app.(*caddyhttp.App).GracePeriod; grace > 0 {
-			h.drain.graceEnds.Store(int64(now()) + int64(grace))
-		}
+	exit.notify()
+	if !exiting() {
+		h.drain.replaced.Store(true)
 	}
+	h.setGrace()
+	stop := make(chan struct{})
+	forget := exit.await(func() { close(stop) })
+	defer forget()
 	if !exiting() {
 		switch {
 		case h.drain.reload > 0:
-			if h.drainOver(h.drain.reload, exiting) {
+			if h.drainOver(h.drain.reload, stop) {
 				return
 			}
 		case h.drain.exit > 0:
-			<-replaced.exitOrIdle(h.drain)
+			h.drain.awaitIdle(nil, stop)
 		}
 	}
 	// The process exits, maybe in the middle of a reload's window: who is left
 	// has the time of an exit.
 	if exiting() && h.drain.exit > 0 {
-		h.drainOver(h.drain.exit, func() bool { return false })
+		h.drainOver(h.drain.exit, nil)
 	}
 }
 
-// drainOver drains over a window, or returns false as soon as stop says so.
-func (h *Handler) drainOver(window time.Duration, stop func() bool) bool {
+// setGrace takes note of when Caddy's grace period ends. At an exit, what is left
+// is recorded then: over HTTP/3, Caddy would wait for handlers without end
+// before it tells us.
+func (h *Handler) setGrace() {
+	app, err := h.ctx.AppIfConfigured("http")
+	if err != nil {
+		return
+	}
+	grace := time.Duration(app.(*caddyhttp.App).GracePeriod)
+	if grace <= 0 {
+		return
+	}
+	h.drain.graceEnds.Store(int64(now().plus(grace)))
+	if exiting() {
+		time.AfterFunc(grace, func() { endStreams(h.liveStreams()) })
+	}
+}
+
+// drainOver drains over a window, or returns false as soon as stop is closed.
+func (h *Handler) drainOver(window time.Duration, stop <-chan struct{}) bool {
 	start := now()
-	h.drain.until.Store(int64(start) + int64(window))
+	h.drain.until.Store(int64(start.plus(window)))
+	over := time.NewTimer(window)
+	defer over.Stop()
 	streams := h.drainable()
 	phase := rand.Float64() // so that many handlers with few streams don't begin together
 	for i, s := range streams {
 		due := time.Duration(float64(window) * (float64(i) + phase) / float64(len(streams)))
-		if waitUntil(start+instant(due), stop); stop() {
+		select {
+		case <-time.After(due - time.Duration(now()-start)):
+		case <-stop:
 			return false
 		}
 		s.endDrained()
 	}
 	// Who opens a stream from now on ends it in time (joinDrain), but would not
 	// notice that the process exits.
-	waitUntil(start+instant(window), func() bool { return stop() || h.drain.idle() })
-	return !stop()
-}
-
-// replaced are the drains of configurations that a reload has replaced and whose
-// streams end on exit only.
-var replaced exitWatchers
-
-// exitWatchers notices for all of them that the process exits: there may be
-// many, for as long as their streams live.
-type exitWatchers struct {
-	mu      sync.Mutex
-	waiting map[*drain]chan struct{}
-}
-
-// exitOrIdle returns a channel that is closed when the process exits, or when
-// the drain's handler has nothing to do any more.
-func (w *exitWatchers) exitOrIdle(d *drain) <-chan struct{} {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if len(w.waiting) == 0 {
-		w.waiting = make(map[*drain]chan struct{})
-		go w.run()
-	}
-	over := make(chan struct{})
-	w.waiting[d] = over
-	return over
-}
-
-func (w *exitWatchers) run() {
-	for w.look() {
-		time.Sleep(exitWatch)
+	h.drain.awaitIdle(over.C, stop)
+	select {
+	case <-stop:
+		return false
+	default:
+		return true
 	}
 }
 
-// look reports whether anybody still waits.
-func (w *exitWatchers) look() bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for d, over := range w.waiting {
-		if exiting() || d.idle() {
-			close(over)
-			delete(w.waiting, d)
-		}
-	}
-	return len(w.waiting) > 0
-}
-
-// waitUntil waits for a moment, or until stop says so.
-func waitUntil(moment instant, stop func() bool) {
-	for wait := time.Duration(moment - now()); wait > 0 && !stop(); wait = time.Duration(moment - now()) {
-		time.Sleep(min(wait, exitWatch))
-	}
-}
-
-// drainable returns the handler's live streams that a drain ends.
-func (h *Handler) drainable() []*stream {
+// liveStreams returns the handler's live streams.
+func (h *Handler) liveStreams() []*stream {
 	var streams []*stream
 	for _, s := range live.streams() {
-		if s.h == h && s.resumes() && s.ending.Load() == 0 {
+		if s.h == h {
 			streams = append(streams, s)
 		}
 	}
 	return streams
+}
+
+// drainable returns those of them that a drain ends.
+func (h *Handler) drainable() []*stream {
+	return slices.DeleteFunc(h.liveStreams(), func(s *stream) bool {
+		return s.isAskedEnd() || !s.resumes()
+	})
 }
 
 // joinDrain lets a stream that opens while its handler drains end in what is
@@ -189,7 +200,7 @@ func (s *stream) joinDrain() {
 		return
 	}
 	left := max(time.Duration(until-now()), 0)
-	time.AfterFunc(rand.N(left+1), s.endDrained)
+	time.AfterFunc(rand.N(sum(left, 1)), s.endDrained)
 }
 
 // endDrained ends a stream whose turn in a window has come, unless its body has
@@ -213,7 +224,7 @@ func awaitDrains() {
 		var last time.Duration
 		for _, s := range live.streams() {
 			if s.h.drain.exit > 0 && s.resumes() {
-				last = max(last, exitWatch+s.h.drain.exit+endPatience+writePatience)
+				last = max(last, sum(s.h.drain.exit, exitWatch, endPatience, writePatience))
 			}
 		}
 		if time.Duration(now()-start) >= last {
@@ -224,17 +235,26 @@ func awaitDrains() {
 }
 
 // endWhatIsLeft ends every stream of the process when it exits and the grace
-// period is over, so that the end of each is told. It is nobody's fault that
-// such a stream is not whole; its client sees that it is not.
+// period is over, so that the end of each is told.
 func endWhatIsLeft(context.Context) error {
-	if !exiting() {
-		return nil
-	}
-	for _, s := range live.streams() {
-		s.endNow(serverClosed)
-	}
-	for until := lastWordsUntil(); len(live.streams()) > 0 && now() < until; {
-		time.Sleep(time.Millisecond)
+	if exiting() {
+		endStreams(live.streams())
 	}
 	return nil
+}
+
+// endStreams ends streams at the end of the process. It is nobody's fault that
+// they are not whole; their clients see that they are not. Handlers that do not
+// leave are not waited for.
+func endStreams(streams []*stream) {
+	for _, s := range streams {
+		s.endNow(serverClosed)
+	}
+	isOpen := func(s *stream) bool { return s.at() < stageClosed }
+	for until := lastWordsUntil(); slices.ContainsFunc(streams, isOpen) && now() < until; {
+		time.Sleep(time.Millisecond)
+	}
+	for _, s := range streams {
+		s.accountWithoutHandlers()
+	}
 }

@@ -1,146 +1,315 @@
 package caddysse
 
 import (
-	"context"
-	"errors"
 	"net/http"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/google/uuid"
 	"go.uber.org/zap"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
+// exchange is one request on its way through sse: what is known of it before its
+// answer is, what the answer turns out to be, and the stream if it is one. It
+// belongs to the goroutine of the request.
+type exchange struct {
+	h       *Handler
+	w       http.ResponseWriter
+	r       *http.Request // the client's; handlers after sse get another one
+	arrived instant
+
+	replacer *caddy.Replacer // the client's
+	attempt  *attempt
+	shown    atomic.Pointer[attempt] // whose placeholders handlers before sse see
+	response response                // what the attempt's handlers answer to
+	stream   *stream
+	told     *report // of the stream, when it has ended
+
+	role           role
+	headed         bool   // what is no stream has got its final header
+	ip             string // the client's, as it was when the request came
+	resumable      bool
+	startedEarly   bool
+	accept         accept
+	acceptEncoding lentHeader
+	place          *place // nil: none has been taken
+
+	rare *rare // nil for most
+}
+
+// rare is what few requests need.
+type rare struct {
+	uploads    *uploads    // between the body of the request and the connection
+	upload     *upload     // knows whether the body has been read
+	siteHeader http.Header // what was set before the upstream was called
+	refusal    error       // of a stream too many
+	id         uuid.UUID   // the request's, where it had to be known before the stream
+	idle       *caddyhttp.IdleTimeoutWriter
+	lent       caddyhttp.IdleDeadline // what idle and the server's writer had in common last
+	relay      *relay
+	abandon    chan struct{}
+	tries      *tries // nil: its upstream is not asked again
+}
+
+// role is what the answer to a request has turned out to be.
+type role uint8
+
+const (
+	undecided role = iota // no final header yet
+	aside                 // none of our business
+	streaming             // a stream
+	answered              // an error that a reconnection time was sent for
+	refused               // a stream too many
+)
+
+// newExchange takes what is only safe to read before the handlers are called.
+func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived instant) *exchange {
+	x := &exchange{h: h, w: w, r: r, arrived: arrived, accept: acceptOf(r.Header), ip: clientIP(r)}
+	x.response.x = x
+	x.resumable = x.accept.eventStream && r.Method == http.MethodGet
+	x.replacer, _ = r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	if x.replacer != nil {
+		x.replacer.Map(x.placeholder)
+	}
+	return x
+}
+
+// rarely returns the rare part and makes it where there is none.
+func (x *exchange) rarely() *rare {
+	if x.rare == nil {
+		x.rare = new(rare)
+	}
+	return x.rare
+}
+
 // ServeHTTP lets next answer and looks after the answer if it is a stream.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) (err error) {
-	began := now()
-	accept := acceptOf(r.Header)
-	if accept.eventStream {
-		// Frames can go into text only. Error routes get the request as it came.
-		accepted, given := r.Header["Accept-Encoding"]
-		r.Header["Accept-Encoding"] = []string{"identity"}
-		defer restoreHeader(r.Header, "Accept-Encoding", accepted, given)
-	}
-	switch r.Method {
-	case http.MethodHead, http.MethodConnect:
-		return next.ServeHTTP(w, r)
-	}
-	if outer := enclosingResponse(w); outer != nil {
-		h.warnNested(outer)
+	arrived := now()
+	if outer, ok := r.Context().Value(exchangeKey{}).(*exchange); ok {
+		h.warnNested(outer.h)
 		if !outer.standAside() {
 			return next.ServeHTTP(w, r)
 		}
 	}
+	h.drain.enter()
+	defer h.drain.leave()
 
-	h.drain.requests.Add(1)
-	defer h.drain.requests.Add(-1)
-
-	// The context goes into the request that everybody has: placeholders read
-	// that one, and would miss what is rewritten in a copy.
-	own := r.Context()
-	ctx, cancel := context.WithCancelCause(own)
-	rw := &response{
-		exchange:  exchange{h: h, w: w, r: r, cancel: cancel, began: began},
-		resumable: accept.eventStream && r.Method == http.MethodGet,
-	}
-	if uploads := newUploads(r); uploads != nil {
-		rw.rarely().uploads = uploads
-	}
-	*r = *r.WithContext(ctx)
+	x := h.newExchange(w, r, arrived)
+	out := outcome{left: true}
 	defer func() {
-		// Connections that reverse_proxy did not wait for may still read the
-		// request. It is given back only where its context would fail the
-		// handlers of an error; the server ends the other ones.
-		if ctx.Err() != nil && own.Err() == nil {
-			*r = *r.WithContext(own)
+		if x.role > aside || x.stream != nil {
+			if panicked := recover(); panicked != nil {
+				out.panicked = panicked
+			}
 		}
+		err = x.leave(out)
 	}()
-	defer func() {
-		var panicked any
-		if rw.settle(); rw.role > aside || rw.stream != nil {
-			panicked = recover()
-		}
-		err = rw.leave(err, panicked)
-	}()
-	if err := rw.enter(accept); err != nil {
-		return err
+	if r.Method == http.MethodHead || r.Method == http.MethodConnect {
+		// Never a stream: the handlers get the client's own writer.
+		x.role = aside
+		x.attempt = x.newAttempt(nil)
+		out.err = next.ServeHTTP(w, x.attempt.request)
+		return nil
 	}
-	return next.ServeHTTP(rw, r)
+	if out.err = x.enter(); out.err != nil {
+		return nil
+	}
+	if x.prepareTries() {
+		out = x.callAgain(next)
+		return nil
+	}
+	if x.mayStartEarly() {
+		out = x.callRelayed(next)
+		return nil
+	}
+	x.attempt = x.newAttempt(nil)
+	out.err = next.ServeHTTP(&x.response, x.attempt.request)
+	return nil
 }
 
 // enter does what comes before the upstream is called.
-func (rw *response) enter(accept accept) error {
+func (x *exchange) enter() error {
+	if uploads := newUploads(x.r); uploads != nil {
+		x.rarely().uploads = uploads
+	}
 	switch {
-	case rw.h.limits == limits{}:
-	case rw.resumable:
-		if err := rw.takePlace(); err != nil {
-			return err
-		}
+	case x.h.limits == limits{}:
+	case x.resumable:
+		return x.takePlace()
 	default:
 		// The upstream will have set its headers before the answer can be
 		// refused.
-		rw.rarely().siteHeader = rw.w.Header().Clone()
-	}
-	if rw.h.startsEarly(rw.r, accept) {
-		rw.startEarly()
+		x.rarely().siteHeader = x.w.Header().Clone()
 	}
 	return nil
 }
 
-// leave does what comes behind the upstream. err and panicked are how the
-// handlers left.
-func (rw *response) leave(err error, panicked any) error {
-	if rw.stream != nil {
-		if rw.role == undecided {
-			rw.stream.unanswered(err, panicked)
+// standAside leaves the answer to an inner sse handler, unless there is a stream
+// already.
+func (x *exchange) standAside() (done bool) {
+	yield := func() {
+		if done = x.stream == nil; done {
+			x.role = aside
+			x.givePlaceBack()
 		}
-		return rw.conclude(err, panicked)
 	}
-	rw.givePlaceBack()
-	if panicked != nil && !isAbort(panicked) {
-		panic(panicked)
+	if x.relayed() {
+		x.rare.relay.do(yield)
+	} else {
+		yield()
 	}
-	switch rw.role {
+	return done
+}
+
+// decide finds out what the answer is, at its final header.
+func (x *exchange) decide(status int, header http.Header) {
+	x.handOut()
+	if x.stream != nil {
+		x.role = streaming
+		if x.triesAgain() {
+			x.answeredAgain(status, header)
+			return
+		}
+		x.stream.answered(status, header, x.attempt.upstream())
+		return
+	}
+	switch {
+	case x.wantsReconnect(status):
+		x.takeHeader(header)
+		x.role = answered
+		x.givePlaceBack()
+		x.answerReconnect(status)
+	case !isStream(status, header):
+		x.role = aside
+		x.givePlaceBack()
+		x.lendIdleTimeouts()
+	case x.h.limits != limits{} && x.place == nil:
+		x.takeHeader(header)
+		if err := x.takePlace(); err != nil {
+			x.role, x.rarely().refusal = refused, err
+			x.attempt.cancel(errStreamEnded)
+			return
+		}
+		x.open(status)
+	default:
+		x.takeHeader(header)
+		x.open(status)
+	}
+}
+
+// takeHeader makes the client's header map the handlers', where they have one of
+// their own.
+func (x *exchange) takeHeader(header http.Header) {
+	if x.relayed() {
+		replaceHeader(x.w.Header(), header)
+	}
+}
+
+// open makes a stream of the answer.
+func (x *exchange) open(status int) {
+	x.role = streaming
+	x.stream = x.newStream(status)
+	header := x.w.Header()
+	if isEncoded(header) {
+		x.stream.body = encodedBody
+		x.h.unprotected(causeEncodedBody)
+	}
+	x.h.headers.apply(header)
+	x.start()
+}
+
+// start sends the stream's headers and lets it be known.
+func (x *exchange) start() {
+	x.stream.start(x.place)
+	x.uploads().suspend(x.w)
+}
+
+func (x *exchange) uploads() *uploads {
+	if x.rare == nil {
+		return nil
+	}
+	return x.rare.uploads
+}
+
+// relayed reports whether the handlers run on a goroutine of their own.
+func (x *exchange) relayed() bool { return x.rare != nil && x.rare.relay != nil }
+
+// leave does what comes after the handlers. Where a panic is on its way that is
+// not ours, it goes on after this.
+func (x *exchange) leave(out outcome) error {
+	if out.left {
+		x.handOut()
+		x.lendIdleTimeouts()
+	}
+	if x.stream == nil {
+		// Handlers of an error get the request as it came.
+		x.acceptEncoding.replace(x.r)
+	} else {
+		if x.role == undecided {
+			out = x.unanswered(out)
+		}
+		return x.conclude(out)
+	}
+	x.givePlaceBack()
+	switch x.role {
 	case answered:
+		if out.panicked != nil && !isAbort(out.panicked) {
+			panic(out.panicked)
+		}
 		return nil
 	case refused:
-		return rw.rare.refusal
-	case undecided:
-		if err != nil && rw.wantsReconnect(statusOf(err)) {
-			rw.answerReconnect(statusOf(err))
-			return nil
+		if out.panicked != nil && !isAbort(out.panicked) {
+			panic(out.panicked)
 		}
+		return x.rare.refusal
 	}
-	return err
+	switch {
+	case out.panicked != nil:
+		panic(out.panicked)
+	case !out.left:
+		if x.role == undecided {
+			x.w.WriteHeader(statusClientClosed)
+		}
+		return nil
+	case x.role == undecided && out.err != nil && x.wantsReconnect(statusOf(out.err)):
+		x.answerReconnect(statusOf(out.err))
+		return nil
+	}
+	return out.err
 }
+
+// statusClientClosed is what access logs have for a client that left before
+// there was an answer; reverse_proxy has the same.
+const statusClientClosed = 499
 
 // conclude ends the stream when its handlers have left, with an error or in a
 // panic perhaps, accounts for it, and lets the server complete the response or
 // abort it.
-func (rw *response) conclude(err error, panicked any) error {
-	s := rw.stream
+func (x *exchange) conclude(out outcome) error {
+	s := x.stream
 	s.close()
-	if beside, ok := errors.AsType[*panicError](context.Cause(s.ctx)); ok {
-		panicked = beside.value
+	if panicked := s.panicked(); panicked != nil {
+		out.panicked = panicked
 	}
-	if !s.begun { // its headers did not get through, so it has been no stream
-		if panicked == nil {
-			panicked = http.ErrAbortHandler // a handler has recovered from what it was
+	if !s.started { // its headers did not get through, so it has been no stream
+		x.givePlaceBack()
+		if out.panicked == nil {
+			out.panicked = http.ErrAbortHandler // a handler has recovered from what it was
 		}
-		panic(panicked)
+		panic(out.panicked)
 	}
-	r := s.report()
-	r.end.reason, r.end.err = s.verdict(err, panicked)
-	s.giveConnectionBack()
-	rw.h.group.remove(s, r.end.reason, r.counts)
-	collector.observeClosed(r)
-	rw.h.tellClosed(s, r)
+	s.account(s.verdict(out))
+	r := s.final()
+	x.uploads().resume()
+	x.tell(r)
 
 	switch {
-	case panicked != nil && !isAbort(panicked):
-		panic(panicked) // somebody's bug, and not ours to hide
+	case out.panicked != nil && !isAbort(out.panicked):
+		panic(out.panicked) // somebody's bug, and not ours to hide
 	case s.aborts(r.end.reason):
 		panic(http.ErrAbortHandler)
 	}
@@ -150,14 +319,6 @@ func (rw *response) conclude(err error, panicked any) error {
 	return nil
 }
 
-func restoreHeader(header http.Header, field string, values []string, given bool) {
-	if given {
-		header[field] = values
-	} else {
-		delete(header, field)
-	}
-}
-
 // warnings remembers what has been said, so that no request repeats it.
 type warnings struct {
 	nested      sync.Once
@@ -165,12 +326,12 @@ type warnings struct {
 }
 
 // warnNested says once that two handlers met.
-func (h *Handler) warnNested(outer *response) {
+func (h *Handler) warnNested(outer *Handler) {
 	h.warned.nested.Do(func() {
 		h.logger.Warn("two sse handlers meet one request: the inner one owns its stream, the outer one stands aside; "+
 			"give routes settings of their own with handle blocks or with matchers that exclude each other",
 			zap.String("inner", h.Name),
-			zap.String("outer", outer.h.Name))
+			zap.String("outer", outer.Name))
 	})
 }
 

@@ -282,6 +282,9 @@ func TestAResponseIsAStreamByItsStatusMediaTypeAndMethod(t *testing.T) {
 		{200, "GET", "application/text/event-stream", false},
 		{200, "GET", "text/plain; x=text/event-stream", false},
 		{200, "GET", "application/x-ndjson", false},
+		{200, "GET", "text/html, text/event-stream", true},
+		{200, "GET", "text/event-stream, text/html", false},
+		{200, "GET", "text/event-stream,", true},
 		{200, "GET", "", false},
 	} {
 		t.Run(fmt.Sprintf("%d %s %s", test.status, test.method, test.contentType), func(t *testing.T) {
@@ -650,36 +653,78 @@ func TestTheRequestIsOfUseBehindAStreamThatWasEnded(t *testing.T) {
 // contextKey is the key of a value that some outer handler has left.
 type contextKey struct{}
 
-func TestTheUpstreamSeesTheClientsRequestItself(t *testing.T) {
+func TestTheUpstreamSeesARequestOfItsOwnThatSaysWhatTheClientsDoes(t *testing.T) {
 	body := io.NopCloser(strings.NewReader("question"))
 	r := httptest.NewRequest(http.MethodPost, "/chat", nil)
 	r.Body = body
 	r = r.WithContext(context.WithValue(r.Context(), contextKey{}, "value"))
 	repl := caddy.NewReplacer()
 	r = caddyhttp.PrepareRequest(r, repl, nil, new(caddyhttp.Server))
+	repl.Set("outside", "set before")
+	repl.Set("http.reverse_proxy.upstream.hostport", "auth:1") // as forward_auth leaves it
 	err := provision(t, silent()).ServeHTTP(newClient(t), r, caddyhttp.HandlerFunc(func(w http.ResponseWriter, seen *http.Request) error {
-		if seen != r {
-			t.Error("the request is a copy; placeholders miss what is rewritten in one")
+		if seen == r {
+			t.Error("the request is the client's own")
 		}
 		if seen.Body != body {
 			t.Errorf("the body is %T", seen.Body)
 		}
-		if seen.Context().Value(contextKey{}) != "value" || seen.Context().Value(caddy.ReplacerCtxKey) != repl {
+		if seen.Context().Value(contextKey{}) != "value" {
 			t.Error("the context has lost its values")
 		}
+		inner := seen.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+		for placeholder, want := range map[string]string{
+			"outside":                              "set before",
+			"http.request.orig_uri":                "/chat",
+			"http.request.uri":                     "/chat",
+			"http.request.header.Accept":           "",
+			"http.reverse_proxy.upstream.hostport": "auth:1",
+		} {
+			if got, _ := inner.GetString(placeholder); got != want {
+				t.Errorf("{%s}: got %q, want %q", placeholder, got, want)
+			}
+		}
+		// What handlers after sse rewrite, their placeholders see.
+		seen.Method = http.MethodPut
+		seen.Header.Set("X-Inside", "inside")
+		seen.URL.Path = "/rewritten"
+		for placeholder, want := range map[string]string{
+			"http.request.method":          "PUT",
+			"http.request.header.X-Inside": "inside",
+			"http.request.uri":             "/rewritten",
+			"http.request.orig_uri":        "/chat",
+		} {
+			if got, _ := inner.GetString(placeholder); got != want {
+				t.Errorf("{%s}: got %q, want %q", placeholder, got, want)
+			}
+		}
+		inner.Set("inside", "set after")
+		inner.Set("http.reverse_proxy.upstream.hostport", "app:2")
+		caddyhttp.SetVar(seen.Context(), "variable", "set after")
 		w.Header().Set("Content-Type", "text/event-stream")
 		w.WriteHeader(200)
 		if seen.Context().Err() != nil {
 			t.Error("the context is done")
 		}
-		seen.URL.Path = "/rewritten"
 		return nil
 	}))
 	if err != nil {
 		t.Error(err)
 	}
-	if r.URL.Path != "/rewritten" {
-		t.Error("what the upstream's handler rewrote is lost")
+	// What handlers after sse have set, those before it see.
+	for placeholder, want := range map[string]string{
+		"outside":                              "set before",
+		"inside":                               "set after",
+		"http.vars.variable":                   "set after",
+		"http.reverse_proxy.upstream.hostport": "app:2",
+		"http.sse.reason":                      "upstream_closed",
+	} {
+		if got, _ := repl.GetString(placeholder); got != want {
+			t.Errorf("{%s} outside: got %q, want %q", placeholder, got, want)
+		}
+	}
+	if r.Method != http.MethodPost {
+		t.Errorf("the client's request has become a %s", r.Method)
 	}
 	if err := r.Context().Err(); err != nil {
 		t.Errorf("afterwards the request's context is over: %v", err)

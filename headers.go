@@ -2,12 +2,11 @@ package caddysse
 
 import (
 	"net/http"
+	"slices"
 	"strings"
 )
 
 const (
-	eventStreamType = "text/event-stream"
-
 	compressionAllow = "allow"
 	compressionDeny  = "deny"
 
@@ -97,16 +96,11 @@ func isStream(status int, header http.Header) bool {
 	return hasEventStreamType(header)
 }
 
-func hasEventStreamType(header http.Header) bool {
-	values := header["Content-Type"]
-	return len(values) > 0 && isMediaType(values[0], eventStreamType)
-}
-
-// isMediaType compares without parameters and letter case (RFC 9110, section
-// 8.3.1).
-func isMediaType(value, mediaType string) bool {
-	name, _, _ := strings.Cut(value, ";")
-	return strings.EqualFold(strings.TrimSpace(name), mediaType)
+// contentCodings are those of IANA's HTTP Content Coding Registry, but for
+// identity. Browsers take anything else in Content-Encoding (none, utf-8, …) for
+// no coding, and the body for the text that it is.
+var contentCodings = []string{
+	"aes128gcm", "br", "compress", "dcb", "dcz", "deflate", "exi", "gzip", "pack200-gzip", "x-compress", "x-gzip", "zstd",
 }
 
 // isEncoded reports whether the body is not the text of an event stream but
@@ -114,47 +108,9 @@ func isMediaType(value, mediaType string) bool {
 func isEncoded(header http.Header) bool {
 	for _, value := range header["Content-Encoding"] {
 		for coding := range strings.SplitSeq(value, ",") {
-			coding = strings.TrimSpace(coding)
-			if coding != "" && !strings.EqualFold(coding, "identity") {
+			if slices.Contains(contentCodings, strings.ToLower(strings.TrimSpace(coding))) {
 				return true
 			}
-		}
-	}
-	return false
-}
-
-// accept is what a request's Accept says of event streams (RFC 9110, section
-// 12.5.1).
-type accept struct {
-	eventStream bool // it names the type; a wildcard does not, a weight of zero refuses it
-	only        bool // and no other type
-}
-
-func acceptOf(header http.Header) accept {
-	var a accept
-	others := false
-	for _, value := range header["Accept"] {
-		for item := range strings.SplitSeq(value, ",") {
-			switch {
-			case isMediaType(item, eventStreamType):
-				a.eventStream = a.eventStream || !hasZeroWeight(item)
-			case strings.TrimSpace(item) != "":
-				others = true
-			}
-		}
-	}
-	a.only = a.eventStream && !others
-	return a
-}
-
-// hasZeroWeight reports whether an element of Accept has the parameter q=0
-// (RFC 9110, section 12.4.2: at most three digits behind the point).
-func hasZeroWeight(item string) bool {
-	_, params, _ := strings.Cut(item, ";")
-	for param := range strings.SplitSeq(params, ";") {
-		name, weight, _ := strings.Cut(param, "=")
-		if strings.EqualFold(strings.TrimSpace(name), "q") {
-			return strings.Trim(strings.TrimSpace(weight), "0.") == "" && strings.TrimSpace(weight) != ""
 		}
 	}
 	return false

@@ -1,14 +1,15 @@
 package caddysse
 
 import (
+	"fmt"
 	"math/rand/v2"
-	"strconv"
 	"time"
 
 	"github.com/caddy-sse/caddy-sse/internal/eventstream"
 )
 
 const (
+	styleAuto  = "auto"
 	styleBlock = "block"
 	styleLine  = "line"
 	styleEvent = "event"
@@ -19,15 +20,13 @@ const (
 const maxReserve = 500 * time.Millisecond
 
 // frames is what the configuration says of the bytes that this module adds to
-// a stream: when one is due and what it looks like.
+// a stream: what they look like and when they are due.
 type frames struct {
+	eventstream.Frames
+
 	interval time.Duration // the longest silence; 0: no heartbeats
-	prelude  time.Duration // silence behind the headers before the first frame; 0: none
+	prelude  time.Duration // silence after the headers before the first frame; 0: none
 	reserve  time.Duration // the part of the interval left for the way from a timer to the wire
-	style    string
-	comment  string
-	event    string
-	data     string
 
 	retryMin, retryMax time.Duration // the reconnection time to tell; 0: none
 }
@@ -37,12 +36,9 @@ func newFrames(hb *Heartbeat, retry *Retry) frames {
 		hb = new(Heartbeat)
 	}
 	f := frames{
+		Frames:   eventstream.Frames{Comment: hb.Comment, Event: hb.Event, Data: hb.Data},
 		interval: time.Duration(hb.Interval),
 		prelude:  time.Duration(hb.Prelude),
-		style:    hb.Style,
-		comment:  hb.Comment,
-		event:    hb.Event,
-		data:     hb.Data,
 	}
 	switch hb.Interval {
 	case 0:
@@ -63,11 +59,14 @@ func newFrames(hb *Heartbeat, retry *Retry) frames {
 	if period := max(f.interval, f.prelude); period > 0 {
 		f.reserve = min(period/10, maxReserve)
 	}
-	if f.style == "" {
-		f.style = styleBlock
+	switch hb.Style {
+	case styleLine:
+		f.Style = eventstream.Line
+	case styleEvent:
+		f.Style = eventstream.Event
 	}
-	if f.comment == "" {
-		f.comment = defaultHeartbeatComment
+	if f.Comment == "" {
+		f.Comment = defaultHeartbeatComment
 	}
 	if retry != nil && retry.Min > 0 {
 		f.retryMin, f.retryMax = time.Duration(retry.Min), time.Duration(max(retry.Min, retry.Max))
@@ -75,9 +74,9 @@ func newFrames(hb *Heartbeat, retry *Retry) frames {
 	return f
 }
 
-// wait draws how long a client may hear nothing before a frame is due: from the
-// last quarter below the interval, so that streams opened together do not tick
-// together, but for the reserve at its end, so that no silence exceeds it.
+// wait returns how long a client may hear nothing before a frame is due: 75 % to
+// 100 % of the interval, so that streams opened together do not tick together,
+// less the reserve at its end, so that no silence exceeds it.
 func (f *frames) wait() time.Duration {
 	if f.interval == 0 {
 		return 0
@@ -85,47 +84,105 @@ func (f *frames) wait() time.Duration {
 	return f.interval - f.reserve - rand.N(f.interval/4-f.reserve+1)
 }
 
-// heartbeat appends the frame that may go at place, with the line ends in use;
-// ok is false where none may.
-func (f *frames) heartbeat(dst []byte, place eventstream.Place, eol string) (frame []byte, ok bool) {
-	switch {
-	case place == eventstream.MidLine:
-		return dst, false
-	case f.style == styleEvent:
-		if place == eventstream.LineStart {
-			return dst, false
-		}
-		dst = append(dst, "event: "...)
-		dst = append(dst, f.event...)
-		dst = append(dst, eol...)
-		dst = append(dst, "data:"...)
-		if f.data != "" {
-			dst = append(dst, ' ')
-			dst = append(dst, f.data...)
-		}
-		dst = append(dst, eol...)
-		return append(dst, eol...), true
-	}
-	dst = append(dst, ':')
-	dst = append(dst, f.comment...)
-	dst = append(dst, eol...)
-	if f.style == styleBlock && place != eventstream.LineStart {
-		dst = append(dst, eol...)
-	}
-	return dst, true
+// reconnectionTime returns a random one in the range.
+func (f *frames) reconnectionTime() time.Duration {
+	return f.retryMin + rand.N(sum(f.retryMax-f.retryMin, 1))
 }
 
-// retry appends the field that tells the client its reconnection time. It gets
-// a block of its own, as clients that split on blank lines and look at how a
-// block starts would lose the first event behind it; except in style `line`,
-// which is for clients that take a blank line for an event.
-func (f *frames) retry(dst []byte, eol string) []byte {
-	reconnectIn := f.retryMin + rand.N(f.retryMax-f.retryMin+1)
-	dst = append(dst, "retry: "...)
-	dst = strconv.AppendInt(dst, reconnectIn.Milliseconds(), 10)
-	dst = append(dst, eol...)
-	if f.style != styleLine {
-		dst = append(dst, eol...)
+// retryBlock is a whole stream that tells a reconnection time.
+func (f *frames) retryBlock() []byte {
+	var splicer eventstream.Splicer
+	f.oweRetry(&splicer)
+	return splicer.Block(&f.Frames, nil, nil)
+}
+
+// oweRetry has a stream's client told its reconnection time, and returns that; 0
+// where none is told.
+func (f *frames) oweRetry(splicer *eventstream.Splicer) (told time.Duration) {
+	if f.retryMin > 0 {
+		told = f.reconnectionTime()
+		splicer.OweRetry(told)
 	}
-	return dst
+	return told
+}
+
+// tick is called by the agenda when something may be due.
+func (s *stream) tick() {
+	defer s.survive()
+	if s.isAskedEnd() {
+		s.tickEnding()
+		return
+	}
+	free := s.mu.TryLock()
+	s.facts.Lock()
+	left, why := s.untilEndLocked(s.age(), !free)
+	retrying := s.at() == stageRetrying
+	if left > 0 && !free && s.isLiveLocked() {
+		// A write is on its way and restarts the clock; if it is stuck, a frame
+		// would be stuck behind it.
+		s.callIn(min(left, max(s.h.frames.reserve, time.Millisecond)))
+	}
+	s.facts.Unlock()
+	switch {
+	case left <= 0 && why == writeTimeout:
+		if free {
+			s.unlock()
+		}
+		s.endNow(why)
+		return
+	case left <= 0 && retrying && isBreak(why):
+		if free {
+			s.unlock()
+		}
+		s.giveUp(errTriesOver)
+		return
+	case left <= 0:
+		retries := free && why == upstreamTimeout && s.breakLocked(why)
+		if free {
+			s.unlock()
+		}
+		if !retries {
+			s.end(why)
+		}
+		return
+	case !free:
+		return
+	}
+	defer s.unlock()
+	if s.errLocked() != nil {
+		return
+	}
+	if s.wait > 0 && s.body == eventStreamBody && s.age()-s.lastHeard >= s.wait {
+		s.watchWrite() // the agenda has forgotten the stream on calling tick
+		s.beatLocked()
+		if s.failed != notEnded {
+			return
+		}
+		if s.wait = s.h.frames.wait(); s.splicer.Overdue() && s.wait > 0 {
+			s.wait = sum(s.wait, s.age()-s.lastHeard)
+		}
+	}
+	s.scheduleLocked()
+}
+
+// beatLocked sends a frame, or notes that it is due and can't go here.
+func (s *stream) beatLocked() {
+	ends := s.endsSilenceLocked()
+	frame, ok := s.splicer.Frame(&s.h.frames.Frames, nil)
+	if ok {
+		if err := s.sendLocked(s.age(), frame, nil); err != nil {
+			s.cancel(fmt.Errorf("%w: %w", errStreamEnded, err))
+			return
+		}
+		if ends {
+			s.wait = s.h.frames.wait()
+		}
+	}
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	if ok {
+		s.heartbeats++
+	} else {
+		s.deferred++
+	}
 }

@@ -453,7 +453,8 @@ func TestAnEncodedBodyGetsNoFrames(t *testing.T) {
 		{[]string{"deflate"}, false},
 		{[]string{"identity, gzip"}, false},
 		{[]string{"identity", "br"}, false},
-		{[]string{"anything"}, false},
+		{[]string{"none"}, true},
+		{[]string{"utf-8"}, true},
 	} {
 		t.Run(fmt.Sprintf("%q", test.encoding), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

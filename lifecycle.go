@@ -2,10 +2,7 @@ package caddysse
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"net/http"
-	"strings"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -53,34 +50,17 @@ var reasonNames = [reasonCount]string{
 
 func (r reason) String() string { return reasonNames[r] }
 
-// state is where a live stream is in its life.
-type state uint8
-
-const (
-	stateOpen    state = iota
-	stateWaiting       // started early: the upstream has not answered
-	stateEnding
-)
-
-func (st state) String() string {
-	switch st {
-	case stateWaiting:
-		return "waiting"
-	case stateEnding:
-		return "ending"
-	}
-	return "open"
-}
-
-// stateLocked wants facts to be locked.
-func (s *stream) stateLocked() state {
+// state is what observers are told of a stream's stage.
+func (at stage) state() string {
 	switch {
-	case s.ending.Load() != 0:
-		return stateEnding
-	case s.waiting:
-		return stateWaiting
+	case at == stageWaiting:
+		return "waiting"
+	case at == stageOpen:
+		return "open"
+	case at == stageRetrying:
+		return "retrying"
 	}
-	return stateOpen
+	return "ending"
 }
 
 // proto is the protocol that a client speaks.
@@ -115,17 +95,17 @@ type client struct {
 }
 
 // newClient takes what is only safe to read on the request's goroutine.
-func newClient(r *http.Request) client {
+func (x *exchange) newClient() client {
 	c := client{
-		host:      printable(r.Host, 255),
-		userAgent: printable(r.UserAgent(), 256),
+		ip:        x.ip,
+		host:      printable(x.r.Host, 255),
+		userAgent: printable(x.r.UserAgent(), 256),
+		upstream:  x.attempt.upstream(),
 	}
-	if given := r.Header.Get("Last-Event-ID"); given != "" {
-		id := given
+	if given := x.r.Header.Get("Last-Event-ID"); given != "" {
+		id := printableID(given)
 		c.lastEventID = &id
 	}
-	c.ip = clientIP(r)
-	c.upstream = upstreamOf(r)
 	return c
 }
 
@@ -135,24 +115,13 @@ func clientIP(r *http.Request) string {
 	return ip
 }
 
-// upstreamOf returns the upstream that reverse_proxy has chosen, if it has.
-func upstreamOf(r *http.Request) string {
-	repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
-	if !ok {
-		return ""
-	}
-	upstream, _ := repl.GetString("http.reverse_proxy.upstream.hostport")
-	return printable(upstream, 255) // its placeholders may say what the client said
-}
-
 // requestUUID is the placeholder that identifies a request.
 const requestUUID = "http.request.uuid"
 
 // newID returns what {http.request.uuid} is for the request. Where nobody has
 // asked for the placeholder yet, the id is made here, and adoptID makes it the
 // placeholder's. To resolve it would cost each quiet stream 300 bytes, and write
-// to the request's variables: a map without a lock, which a connection to the
-// upstream that reverse_proxy did not wait for may still be reading as it dials.
+// to the request's variables.
 func newID(ctx context.Context) uuid.UUID {
 	if repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok && caddyhttp.GetVar(ctx, "uuid") != nil {
 		text, _ := repl.GetString(requestUUID)
@@ -164,39 +133,57 @@ func newID(ctx context.Context) uuid.UUID {
 }
 
 // adoptID makes an id the request's, for whoever asks from now on.
-func adoptID(ctx context.Context, id uuid.UUID) {
-	if repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
-		repl.Set(requestUUID, id.String())
+func (x *exchange) adoptID(id uuid.UUID) {
+	if x.replacer != nil {
+		x.replacer.Set(requestUUID, id.String())
 	}
+}
+
+// fixID settles the request's id before handlers on a goroutine of their own can
+// ask for it.
+func (x *exchange) fixID() {
+	id := newID(x.r.Context())
+	x.rarely().id = id
+	x.adoptID(id)
+	x.attempt.context.replacer.Set(requestUUID, id.String())
 }
 
 // printable makes what a client chose fit for a log line and a terminal: at
 // most limit bytes, and nothing that moves a cursor, starts a line or turns the
-// direction of writing.
+// direction of writing. It holds on to no more than that.
 func printable(text string, limit int) string {
-	clean := true
+	if len(text) <= limit && isPrintable(text) {
+		return text
+	}
+	clean := make([]byte, 0, min(len(text), limit))
 	for _, r := range text {
-		if r == utf8.RuneError || !unicode.IsPrint(r) {
-			clean = false
+		if !unicode.IsPrint(r) {
+			r = utf8.RuneError
+		}
+		if len(clean)+utf8.RuneLen(r) > limit {
 			break
 		}
+		clean = utf8.AppendRune(clean, r)
 	}
-	if !clean {
-		text = strings.Map(func(r rune) rune {
-			if unicode.IsPrint(r) {
-				return r
-			}
-			return utf8.RuneError
-		}, text)
-	}
-	if len(text) > limit {
-		end := limit
-		for !utf8.RuneStart(text[end]) {
-			end--
+	return string(clean)
+}
+
+func isPrintable(text string) bool {
+	for _, r := range text {
+		if r == utf8.RuneError || !unicode.IsPrint(r) {
+			return false
 		}
-		text = text[:end]
 	}
-	return text
+	return true
+}
+
+// printableID is printable for a last event ID, which is told whole or not at
+// all.
+func printableID(id string) string {
+	if len(id) > eventstream.MaxIDLength {
+		return eventstream.TooLongID
+	}
+	return printable(id, eventstream.MaxIDLength)
 }
 
 // report is a stream at one moment: what logs, events, the access log, the
@@ -207,7 +194,7 @@ type report struct {
 	method    string
 	path      string
 	name      string
-	state     state
+	state     string
 	proto     proto
 	resumable bool
 	openedAt  time.Time
@@ -227,13 +214,14 @@ type end struct {
 	timeToHeaders    time.Duration // from the request
 	timeToFirstEvent time.Duration // from the request; 0: there was none
 	longestGap       time.Duration // between bytes of the upstream
+	retries          int           // how often the upstream was asked again; -1: it would not be
 	incompleteEvent  bool          // clients drop what is behind the last blank line
 	invalidUTF8      bool          // clients read something else
 	err              error
 }
 
 // original returns the method and the path that the client asked for, whatever
-// handlers behind this one have made of them.
+// handlers after this one have made of them.
 func (s *stream) original() (method, path string) {
 	r, ok := s.ctx.Value(caddyhttp.OriginalRequestCtxKey).(http.Request)
 	if !ok {
@@ -244,17 +232,23 @@ func (s *stream) original() (method, path string) {
 
 // report never waits for the client.
 func (s *stream) report() report {
-	method, path := s.original()
 	s.facts.Lock()
 	defer s.facts.Unlock()
+	return s.reportLocked()
+}
+
+// reportLocked wants facts to be locked.
+func (s *stream) reportLocked() report {
+	method, path := s.original()
 	age := s.age()
+	scanner := s.splicer.Scanner()
 	r := report{
-		client:    s.client, // with facts locked, as the upstream may be learnt late
+		client:    s.client,
 		id:        s.id.String(),
 		method:    method,
 		path:      path,
 		name:      s.h.Name,
-		state:     s.stateLocked(),
+		state:     s.at().state(),
 		proto:     s.proto,
 		resumable: s.resumable,
 		openedAt:  time.Now().Add(s.opened - age),
@@ -267,76 +261,17 @@ func (s *stream) report() report {
 			timeToHeaders:    s.opened,
 			timeToFirstEvent: s.firstEvent,
 			longestGap:       s.longestGap,
-			incompleteEvent:  s.scan.Incomplete(),
-			invalidUTF8:      !s.scan.ValidUTF8() || s.scan.TruncatedUTF8(),
+			retries:          s.retriesLocked(),
+			incompleteEvent:  scanner.Incomplete(),
+			invalidUTF8:      !scanner.ValidUTF8() || scanner.TruncatedUTF8(),
 		},
 	}
-	if id, committed := s.scan.LastEventID(); committed {
-		r.lastEventID = id
+	if id, committed := scanner.LastEventID(); committed {
+		r.lastEventID = printableID(id)
 	} else if s.client.lastEventID != nil {
 		r.lastEventID = *s.client.lastEventID
 	}
-	if len(r.lastEventID) > eventstream.MaxIDLength {
-		r.lastEventID = eventstream.TooLongID
-	}
-	r.lastEventID = printable(r.lastEventID, eventstream.MaxIDLength)
 	return r
-}
-
-// verdict says why a closed stream ended. err and panicked are how its handlers
-// left.
-func (s *stream) verdict(err error, panicked any) (reason, error) {
-	switch {
-	case reason(s.ending.Load()) == upstreamError:
-		return upstreamError, errUnusable(err)
-	case s.cut || s.broken:
-		return reason(s.ending.Load()), nil
-	case s.failed == writeTimeout:
-		return writeTimeout, nil
-	case s.failed != notEnded, s.ctx.Err() != nil: // not by us: those cases are above
-		return s.whyGone(), nil
-	case isAbort(panicked):
-		return upstreamError, errors.New("the upstream broke off")
-	case panicked != nil:
-		return upstreamError, fmt.Errorf("panic: %v", panicked)
-	case err != nil:
-		return upstreamError, err
-	}
-	return upstreamClosed, nil
-}
-
-// errUnusable is the error of a stream that started early and got no upstream:
-// the one that the handlers left with, if it says more than that we ended them.
-func errUnusable(err error) error {
-	if err != nil {
-		return err
-	}
-	return errors.New("the upstream's answer to an early start was no stream")
-}
-
-// whyGone tells a client that went away from one whose host is dead, and from
-// one that has been sent away.
-func (s *stream) whyGone() reason {
-	if s.proto == http3 && s.h.drain.graceIsOver() {
-		return serverClosed // its server closes connections, before we come to it
-	}
-	if s.h.deadClientTimeout == 0 {
-		return clientClosed
-	}
-	switch connectionOf(s.ctx).fate() {
-	case connectionDead:
-		return deadClient
-	case connectionStalled:
-		return writeTimeout
-	}
-	return clientClosed
-}
-
-// isAbort reports whether a handler has left by saying that a side broke off
-// (net/http.ErrAbortHandler).
-func isAbort(panicked any) bool {
-	err, ok := panicked.(error)
-	return ok && errors.Is(err, http.ErrAbortHandler)
 }
 
 // tellOpened tells of a stream that has been opened.
@@ -349,10 +284,9 @@ func (h *Handler) tellOpened(s *stream) {
 	}
 }
 
-// tellClosed tells of a stream that has ended: in the log, to who subscribed to
-// the event, in the request's access log and in its placeholders.
-func (h *Handler) tellClosed(s *stream, r report) {
-	adoptID(s.ctx, s.id)
+// tellClosed tells of a stream that has ended: in the log, and to who subscribed
+// to the event. Its request is told by exchange.tell.
+func (h *Handler) tellClosed(r report) {
 	level := zapcore.InfoLevel
 	if r.end.reason == upstreamError {
 		level = zapcore.WarnLevel
@@ -363,11 +297,15 @@ func (h *Handler) tellClosed(s *stream, r report) {
 	if h.events.ShouldEmit(eventClosed) {
 		h.emit(eventClosed, closedFields(r))
 	}
-	if extra, ok := s.ctx.Value(caddyhttp.ExtraLogFieldsCtxKey).(*caddyhttp.ExtraLogFields); ok {
-		extra.Set(zap.Object("sse", figures(r)))
-	}
-	if repl, ok := s.ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
-		repl.Map(r.placeholder)
+}
+
+// tell puts what is known of a stream that has ended into its request's access
+// log and placeholders.
+func (x *exchange) tell(r *report) {
+	x.adoptID(x.stream.id)
+	x.told = r
+	if extra, ok := x.r.Context().Value(caddyhttp.ExtraLogFieldsCtxKey).(*caddyhttp.ExtraLogFields); ok {
+		extra.Set(zap.Object("sse", figures(*r)))
 	}
 }
 
@@ -467,6 +405,9 @@ func (r closedFields) addFigures(enc zapcore.ObjectEncoder) {
 	enc.AddUint64("heartbeats", r.counts.heartbeats)
 	enc.AddUint64("heartbeats_deferred", r.counts.deferred)
 	enc.AddString("last_event_id", r.lastEventID)
+	if r.end.retries >= 0 {
+		enc.AddInt("retries", r.end.retries)
+	}
 	if r.end.incompleteEvent {
 		enc.AddBool("incomplete_event", true)
 	}

@@ -1,10 +1,12 @@
 package caddysse
 
 import (
+	"context"
 	"fmt"
 	"net/http"
 	"net/netip"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -124,25 +126,65 @@ func clientKey(ip string) netip.Prefix {
 	return key
 }
 
+// place is one among the streams of a name that a request has reserved. It goes
+// back when the client leaves, whatever the handlers do, or when it is known that
+// no stream comes of it; or a stream takes it over.
+type place struct {
+	group  *group
+	ip     string
+	kind   reservation
+	gone   atomic.Bool // given back, or taken over
+	forget func() bool // that it would be given back when the client leaves
+}
+
+// giveBack gives the place back, unless it has gone.
+func (p *place) giveBack() {
+	if p != nil && p.gone.CompareAndSwap(false, true) {
+		p.group.release(p.kind, p.ip)
+	}
+}
+
+// use takes the place over for a stream, if it has not gone.
+func (p *place) use() reservation {
+	if p == nil || !p.gone.CompareAndSwap(false, true) {
+		return noPlace
+	}
+	p.forget()
+	return p.kind
+}
+
+// reserve takes a place for the request, or says which limit it meets.
+func (x *exchange) reserve() (*place, limit) {
+	kind, met := x.h.group.reserve(x.h.limits, x.ip)
+	if kind == noPlace {
+		return nil, met
+	}
+	p := &place{group: x.h.group, ip: x.ip, kind: kind}
+	p.forget = context.AfterFunc(x.r.Context(), p.giveBack)
+	return p, ""
+}
+
 // givePlaceBack gives back the request's place, if it has one, as soon as it is
 // known that no stream comes of it.
-func (rw *response) givePlaceBack() {
-	rw.h.group.release(rw.place, clientIP(rw.r))
-	rw.place = noPlace
+func (x *exchange) givePlaceBack() {
+	if x.place != nil {
+		x.place.forget()
+		x.place.giveBack()
+	}
 }
 
 // takePlace takes a place for the request, or says how it is refused.
-func (rw *response) takePlace() error {
-	reserved, met := rw.h.group.reserve(rw.h.limits, clientIP(rw.r))
-	if reserved != noPlace {
-		rw.place = reserved
+func (x *exchange) takePlace() error {
+	reserved, met := x.reserve()
+	if reserved != nil {
+		x.place = reserved
 		return nil
 	}
-	collector.refused.WithLabelValues(rw.h.Name, string(met)).Inc()
-	header := rw.w.Header()
-	if rw.rare != nil && rw.rare.siteHeader != nil {
-		replaceHeader(header, rw.rare.siteHeader) // what the upstream set is for a stream
+	collector.refused.WithLabelValues(x.h.Name, string(met)).Inc()
+	header := x.w.Header()
+	if x.rare != nil && x.rare.siteHeader != nil {
+		replaceHeader(header, x.rare.siteHeader) // what the upstream set is for a stream
 	}
 	header.Set("Retry-After", strconv.Itoa(int(refusedFor.Seconds())))
-	return met.refusal(rw.h)
+	return met.refusal(x.h)
 }

@@ -3,14 +3,11 @@ package caddysse
 import (
 	"errors"
 	"fmt"
+	"strconv"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 )
-
-// collector is the module's metrics on whatever registry the current
-// configuration has. It is one for the process: Caddy makes a registry for each
-// configuration, and counters must not start again with it.
-var collector = newMetrics()
 
 // registerMetrics puts the collector on the registry of a configuration, once
 // for all its handlers.
@@ -31,6 +28,7 @@ type metrics struct {
 	unprotected        *prometheus.CounterVec
 	reconnects         *prometheus.CounterVec
 	earlyStartFailures *prometheus.CounterVec
+	retries            *prometheus.CounterVec
 
 	duration         *prometheus.HistogramVec
 	timeToHeaders    *prometheus.HistogramVec
@@ -67,6 +65,7 @@ func newMetrics() *metrics {
 		unprotected:        counter("streams_unprotected_total", "Streams whose body is no text that heartbeats may go into, by cause.", "cause"),
 		reconnects:         counter("reconnects_answered_total", "Errors that were answered with a reconnection time, by the error's status.", "status"),
 		earlyStartFailures: counter("early_start_failures_total", "Streams that had started when their upstream turned out to have none, by its status.", "status"),
+		retries:            counter("upstream_retries_total", "Tries to go on with a stream whose upstream broke off, by what came of them.", "result"),
 
 		duration: histogram("stream_duration_seconds", "How long streams were open.",
 			[]float64{1, 5, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 43200, 86400}),
@@ -78,7 +77,7 @@ func newMetrics() *metrics {
 // vectors are the parts that collect themselves.
 func (m *metrics) vectors() []prometheus.Collector {
 	return []prometheus.Collector{
-		m.refused, m.unprotected, m.reconnects, m.earlyStartFailures,
+		m.refused, m.unprotected, m.reconnects, m.earlyStartFailures, m.retries,
 		m.duration, m.timeToHeaders, m.timeToFirstEvent,
 	}
 }
@@ -117,6 +116,29 @@ func (m *metrics) Collect(out chan<- prometheus.Metric) {
 	}
 }
 
+// expect makes every series that a handler can add to, at 0: a query for the
+// increase of a counter does not see the first of a series that begins with it.
+// The statuses of early starts that fail are not known before.
+func (m *metrics) expect(name string, reconnectOn []int, retries bool) {
+	for _, met := range []limit{limitTotal, limitPerClient} {
+		m.refused.WithLabelValues(name, string(met))
+	}
+	for _, cause := range []string{causeEncodedBody, causeOtherBody} {
+		m.unprotected.WithLabelValues(name, cause)
+	}
+	for _, status := range reconnectOn {
+		m.reconnects.WithLabelValues(name, strconv.Itoa(status))
+	}
+	if retries {
+		for result := resumedTry; result <= refusedTry; result++ {
+			m.retries.WithLabelValues(name, result.String())
+		}
+	}
+	for _, times := range []*prometheus.HistogramVec{m.duration, m.timeToHeaders, m.timeToFirstEvent} {
+		times.WithLabelValues(name)
+	}
+}
+
 // observeOpened takes the time that the headers took.
 func (m *metrics) observeOpened(s *stream) {
 	m.timeToHeaders.WithLabelValues(s.h.Name).Observe(s.opened.Seconds())
@@ -126,8 +148,13 @@ func (m *metrics) observeOpened(s *stream) {
 func (m *metrics) observeClosed(r report) {
 	m.duration.WithLabelValues(r.name).Observe(r.duration.Seconds())
 	if r.end.timeToFirstEvent > 0 {
-		m.timeToFirstEvent.WithLabelValues(r.name).Observe(r.end.timeToFirstEvent.Seconds())
+		m.observeFirstEvent(r.name, r.end.timeToFirstEvent)
 	}
+}
+
+// observeFirstEvent takes the time that a stream's first event took.
+func (m *metrics) observeFirstEvent(name string, took time.Duration) {
+	m.timeToFirstEvent.WithLabelValues(name).Observe(took.Seconds())
 }
 
 // Interface guards

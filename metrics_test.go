@@ -405,3 +405,38 @@ func TestTheLongestWaitIsInTheHistograms(t *testing.T) {
 		}
 	}
 }
+
+func TestEverySeriesThatTheConfigurationNamesIsThereAtZero(t *testing.T) {
+	checkLeaks(t)
+	c := startCaddy(t, `
+		sse {
+			name born
+			max_streams 1
+			reconnect_on 502 503
+		}
+		respond hello`, withAdmin())
+	s := c.scrape(t)
+	for _, key := range []string{
+		`streams{name="born",proto="HTTP/1.1"}`,
+		`streams_opened_total{name="born",proto="HTTP/2.0"}`,
+		`streams_closed_total{name="born",reason="upstream_error"}`,
+		`streams_closed_total{name="born",reason="drained"}`,
+		`streams_refused_total{limit="max_streams",name="born"}`,
+		`streams_refused_total{limit="max_streams_per_client",name="born"}`,
+		`streams_unprotected_total{cause="content_encoding",name="born"}`,
+		`streams_unprotected_total{cause="not_an_event_stream",name="born"}`,
+		`reconnects_answered_total{name="born",status="502"}`,
+		`reconnects_answered_total{name="born",status="503"}`,
+		`events_total{name="born"}`,
+		`bytes_total{name="born"}`,
+		`heartbeats_total{name="born"}`,
+		`heartbeats_deferred_total{name="born"}`,
+		`stream_duration_seconds{name="born"}_count`,
+		`time_to_headers_seconds{name="born"}_count`,
+		`time_to_first_event_seconds{name="born"}_count`,
+	} {
+		if value, there := s.values["caddy_sse_"+key]; !there || value != 0 {
+			t.Errorf("%s is %v, there: %t", key, value, there)
+		}
+	}
+}

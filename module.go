@@ -6,10 +6,7 @@
 package caddysse
 
 import (
-	"errors"
 	"fmt"
-	"net/http"
-	"strings"
 	"time"
 
 	"go.uber.org/zap"
@@ -17,6 +14,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/caddy-sse/caddy-sse/internal/peer"
 )
 
 func init() {
@@ -34,10 +33,12 @@ func init() {
 // stream cached, buffered or compressed are replaced.
 //
 // Durations are Caddy durations. Absent or 0 stands for the default, -1 for
-// off where a setting can be off.
+// off where a setting can be off. Global placeholders, such as `{env.NAME}` and
+// `{file./path}`, are replaced once, when the configuration is loaded; what Caddy
+// does not know stays as it is, and an empty result stands for the default.
 type Handler struct {
 	// The label of this handler in logs, metrics and the admin API. Handlers may
-	// share one.
+	// share one. Takes global placeholders.
 	// Default: `sse`.
 	Name string `json:"name,omitempty"`
 
@@ -45,6 +46,7 @@ type Handler struct {
 	Heartbeat *Heartbeat `json:"heartbeat,omitempty"`
 
 	// Replaces the `Cache-Control` of a stream; `keep` leaves the upstream's.
+	// Takes global placeholders.
 	// Default: `no-cache, no-store, no-transform`.
 	CacheControl string `json:"cache_control,omitempty"`
 
@@ -86,6 +88,13 @@ type Handler struct {
 	// How resumable streams end on config reload and on exit.
 	Drain *Drain `json:"drain,omitempty"`
 
+	// Whose streams are resumable: those of clients that open a stream again by
+	// themselves when it breaks. `auto`: of GET requests whose `Accept` names
+	// `text/event-stream` and no other type. `always`: of every GET request.
+	// `never`: of none. Requests with `Mcp-Session-Id`, `MCP-Protocol-Version` or
+	// `Mcp-Method` are never resumable. Default: `auto`.
+	Resumable string `json:"resumable,omitempty"`
+
 	// How many streams may be open under this name; more get a 503. Resumable
 	// requests reserve a place before the upstream is called, others are counted
 	// at their headers. Default: no limit.
@@ -95,12 +104,22 @@ type Handler struct {
 	// A client is Caddy's client IP, an IPv6 one its /64. Default: no limit.
 	MaxStreamsPerClient int `json:"max_streams_per_client,omitempty"`
 
+	// What a client is for that limit, instead of its address: a text with
+	// placeholders, such as `{http.auth.user.id}`, as it is when the request
+	// comes. Where it is empty then, the address counts. It is in no answer, label
+	// or log.
+	ClientKey string `json:"client_key,omitempty"`
+
 	// Statuses that an EventSource would take for final. A resumable request
 	// gets an empty stream with a reconnection time instead, whether the status
 	// comes from the upstream, from an error of another handler or from the
 	// limits above. 401 and 403 can't be listed, nor can anything that is not an
 	// error.
 	ReconnectOn []int `json:"reconnect_on,omitempty"`
+
+	// Asks the upstream of a resumable stream again when it breaks off, while the
+	// client stays. Default: off.
+	UpstreamRetry *UpstreamRetry `json:"upstream_retry,omitempty"`
 
 	ctx     caddy.Context
 	logger  *zap.Logger
@@ -124,20 +143,28 @@ type Heartbeat struct {
 	// were opened together do not tick together. Default: 15s. -1: off.
 	Interval caddy.Duration `json:"interval,omitempty"`
 
-	// The text of the comment, without the colon. No line break, no NUL.
+	// The text of the comment, without the colon. No line break, no NUL. Takes
+	// global placeholders.
 	// Default: `heartbeat`.
 	Comment string `json:"comment,omitempty"`
 
-	// `block`: a comment line and a blank line; inside an unfinished event the
-	// comment line alone. `line`: the comment line alone. `event`: an event, at
-	// event boundaries only. Default: `block`.
+	// `auto`: `block`, but for clients that are known to fail on it and say who
+	// they are. `block`: a comment line and a blank line; inside an unfinished
+	// event the comment line alone. `line`: the comment line alone. `event`: an
+	// event, at event boundaries only. Default: `auto`.
 	Style string `json:"style,omitempty"`
 
+	// Fills each comment with spaces to this many bytes in all, line ends and
+	// blank line included, for intermediaries that hold back anything smaller.
+	// At most 65536. Not with style `event`. Default, and -1: none.
+	Pad int `json:"pad,omitempty"`
+
 	// The name of the heartbeat event. Required by style `event`, and only used
-	// there. No line break, no NUL.
+	// there. No line break, no NUL. Takes global placeholders.
 	Event string `json:"event,omitempty"`
 
-	// The data of the heartbeat event, one line. Only used by style `event`.
+	// The data of the heartbeat event, one line. Only used by style `event`. Takes
+	// global placeholders.
 	// Default: empty.
 	Data string `json:"data,omitempty"`
 
@@ -190,6 +217,37 @@ type Retry struct {
 	Max caddy.Duration `json:"max,omitempty"`
 }
 
+// UpstreamRetry says for how long an upstream that has broken off is asked again.
+// It is for resumable requests without a body whose stream has opened. When the
+// upstream aborts, its connection fails or it is silent for `upstream_timeout`, at
+// an event boundary, the client stays and gets heartbeats. The handlers after this
+// one run again, with `Last-Event-ID` set to the last ID of the upstream (HTML
+// Standard, section 9.2.4), and the stream goes on with what they send. A clean
+// end stays a clean end.
+//
+// The wait before the first try is the reconnection time that the stream was told,
+// else one second. It doubles up to 10 seconds while tries bring no event, varies
+// between half of it and all of it, and heeds `Retry-After`. All streams of a name
+// together make at most 64 tries a second. An answer that is no stream, other than
+// 502, 503 and 504, ends the stream.
+type UpstreamRetry struct {
+	// The tries of a stream end this long after the first one, unless one brings
+	// an event. -1: off.
+	Window caddy.Duration `json:"window,omitempty"`
+
+	// Ask again too where there is no ID to go on from, as the upstream sends
+	// none: what it sends meanwhile is lost, and the client is not told.
+	Live bool `json:"live,omitempty"`
+}
+
+// window is 0 where nothing is asked again.
+func (u *UpstreamRetry) window() time.Duration {
+	if u == nil {
+		return 0
+	}
+	return max(time.Duration(u.Window), 0)
+}
+
 // CaddyModule returns the Caddy module information.
 func (Handler) CaddyModule() caddy.ModuleInfo {
 	return caddy.ModuleInfo{
@@ -217,28 +275,36 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	h.ctx = ctx
 	h.logger = ctx.Logger()
 	h.warned = new(warnings)
-	h.agenda = new(agenda)
-	if h.Name == "" {
+	texts, err := h.replaceGlobals()
+	if err != nil {
+		return err
+	}
+	if h.Name = texts.name; h.Name == "" {
 		h.Name = defaultName
 	}
-	h.frames = newFrames(h.Heartbeat, h.Retry)
-	h.headers = newHeaderPolicy(h.CacheControl, h.Compression)
+	h.frames = newFrames(&texts.heartbeat, h.Retry)
+	h.headers = newHeaderPolicy(texts.cacheControl, h.Compression)
 	h.limits = limits{total: max(h.MaxStreams, 0), perClient: max(h.MaxStreamsPerClient, 0)}
 	h.writeTimeout = orDefault(h.WriteTimeout, defaultWriteTimeout)
 	h.upstreamTimeout = orDefault(h.UpstreamTimeout, 0)
 	h.deadClientTimeout = orDefault(h.DeadClientTimeout, 0)
+	h.agenda = new(agenda)
+	if h.upstreamTimeout > 0 {
+		h.agenda.pulse = max(min(h.upstreamTimeout/4, maxPulse), minPulse)
+	}
 	h.drain = newDrain(h.Drain)
 
 	h.group = live.group(h.Name)
+	collector.expect(h.Name, h.ReconnectOn, h.UpstreamRetry.window() > 0)
 	if h.limits.perClient > 0 {
 		h.group.countClients()
 	}
 	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
 		server.RegisterOnShutdown(h.drainStreams)
 		server.RegisterOnStop(endWhatIsLeft)
-		server.RegisterConnContext(withAccepted)
+		server.RegisterConnContext(peer.WithAccepted)
 		if h.deadClientTimeout > 0 {
-			server.RegisterConnContext(withConnection)
+			server.RegisterConnContext(peer.WithConn)
 		}
 	}
 
@@ -259,187 +325,6 @@ func orDefault(d caddy.Duration, absent time.Duration) time.Duration {
 		return 0
 	}
 	return time.Duration(d)
-}
-
-// Validate reports the first setting that can't be kept to.
-func (h *Handler) Validate() error {
-	for _, err := range []error{
-		h.Heartbeat.validate(),
-		validateCacheControl(h.CacheControl),
-		validateCompression(h.Compression),
-		h.Retry.validate(),
-		h.EarlyStart.validate(),
-		validateDuration("upstream_timeout", h.UpstreamTimeout),
-		validateDuration("write_timeout", h.WriteTimeout),
-		validateDeadClientTimeout(h.DeadClientTimeout),
-		h.MaxDuration.validate(),
-		h.Drain.validate(),
-		validateLimit("max_streams", h.MaxStreams),
-		validateLimit("max_streams_per_client", h.MaxStreamsPerClient),
-		validateReconnectOn(h.ReconnectOn),
-	} {
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (hb *Heartbeat) validate() error {
-	if hb == nil {
-		return nil
-	}
-	if err := validateMilliseconds("heartbeat", hb.Interval); err != nil {
-		return err
-	}
-	if err := validateMilliseconds("prelude", hb.Prelude); err != nil {
-		return err
-	}
-	if err := validateLine("heartbeat", "comment", hb.Comment); err != nil {
-		return err
-	}
-	return validateStyle(hb.Style, hb.Event, hb.Data)
-}
-
-func (r *Retry) validate() error {
-	if r == nil {
-		return nil
-	}
-	if err := validateMilliseconds("retry", r.Min); err != nil {
-		return err
-	}
-	if err := validateDuration("retry", r.Max); err != nil {
-		return err
-	}
-	if r.Max > 0 && r.Min <= 0 {
-		return fmt.Errorf("sse: retry: the maximum %q needs a minimum", time.Duration(r.Max))
-	}
-	if r.Max > 0 && r.Max < r.Min {
-		return fmt.Errorf("sse: retry: the minimum %q is above the maximum %q", time.Duration(r.Min), time.Duration(r.Max))
-	}
-	return nil
-}
-
-func (e *EarlyStart) validate() error {
-	if e == nil {
-		return nil
-	}
-	return validateDuration("early_start", e.Delay)
-}
-
-func (m *MaxDuration) validate() error {
-	if m == nil {
-		return nil
-	}
-	if m.Jitter > 0 && m.Duration <= 0 {
-		return errors.New("sse: max_duration: a jitter needs a duration that it comes on top of")
-	}
-	if err := validateDuration("max_duration: jitter", m.Jitter); err != nil {
-		return err
-	}
-	return validateDuration("max_duration", m.Duration)
-}
-
-func (dr *Drain) validate() error {
-	if dr == nil {
-		return nil
-	}
-	if err := validateDuration("drain", dr.Reload); err != nil {
-		return err
-	}
-	return validateDuration("drain: exit", dr.Exit)
-}
-
-func validateDeadClientTimeout(d caddy.Duration) error {
-	if err := validateDuration("dead_client_timeout", d); err != nil {
-		return err
-	}
-	if d > 0 {
-		return checkDeadClientTimeout()
-	}
-	return nil
-}
-
-func validateLimit(setting string, n int) error {
-	if n < -1 {
-		return fmt.Errorf("sse: %s: %d is not a number of streams", setting, n)
-	}
-	return nil
-}
-
-func validateReconnectOn(statuses []int) error {
-	for _, status := range statuses {
-		switch {
-		case status == http.StatusUnauthorized || status == http.StatusForbidden:
-			return fmt.Errorf("sse: reconnect_on: %d can't be listed: it says who may not come, and coming back would not change it", status)
-		case status == http.StatusNoContent:
-			return fmt.Errorf("sse: reconnect_on: 204 can't be listed: with it an upstream tells an EventSource to stop")
-		case status < 400 || status > 599:
-			return fmt.Errorf("sse: reconnect_on: %d can't be listed: it is no error status (400 to 599)", status)
-		}
-	}
-	return nil
-}
-
-// validateDuration accepts the default (0), off (-1) and positive durations.
-func validateDuration(setting string, d caddy.Duration) error {
-	if d < 0 && d != off {
-		return fmt.Errorf("sse: %s: %q is not a positive duration; -1 stands for off", setting, time.Duration(d))
-	}
-	return nil
-}
-
-// validateMilliseconds accepts what validateDuration does, but not what is below the
-// unit of a reconnection time, nor a silence so short that frames would be all
-// that is sent.
-func validateMilliseconds(setting string, d caddy.Duration) error {
-	if err := validateDuration(setting, d); err != nil {
-		return err
-	}
-	if d > 0 && time.Duration(d) < time.Millisecond {
-		return fmt.Errorf("sse: %s: %q is below one millisecond", setting, time.Duration(d))
-	}
-	return nil
-}
-
-// validateLine refuses what would not stay one line of an event stream.
-func validateLine(setting, what, text string) error {
-	if strings.ContainsAny(text, "\r\n\x00") {
-		return fmt.Errorf("sse: %s: the %s %q has a line break or a NUL; it must be one line of text", setting, what, text)
-	}
-	return nil
-}
-
-func validateStyle(style, event, data string) error {
-	switch style {
-	case styleEvent:
-		if event == "" {
-			return errors.New("sse: heartbeat_style: event needs the name of the event: event <name> [<data>]")
-		}
-		if err := validateLine("heartbeat_style", "event name", event); err != nil {
-			return err
-		}
-		return validateLine("heartbeat_style", "data", data)
-	case "", styleBlock, styleLine:
-		if event != "" || data != "" {
-			return fmt.Errorf("sse: heartbeat_style: an event name or data goes with style %s only", styleEvent)
-		}
-		return nil
-	default:
-		return fmt.Errorf("sse: heartbeat_style: unknown style %q; it is one of %s, %s, %s", style, styleBlock, styleLine, styleEvent)
-	}
-}
-
-func validateCacheControl(value string) error {
-	return validateLine("cache_control", "value", value)
-}
-
-func validateCompression(value string) error {
-	switch value {
-	case "", compressionAllow, compressionDeny:
-		return nil
-	}
-	return fmt.Errorf("sse: compression: unknown value %q; it is %s or %s", value, compressionAllow, compressionDeny)
 }
 
 // Interface guards

@@ -1,7 +1,6 @@
 package caddysse
 
 import (
-	"context"
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/json"
@@ -81,13 +80,6 @@ const (
 	// maxProbeHeaders of how many.
 	maxProbeHeader  = 256
 	maxProbeHeaders = 32
-
-	// resetDelay is how long an abort over HTTP/3 waits for the bytes before it:
-	// a reset takes back what has not arrived (RFC 9000, section 3.2).
-	resetDelay = 200 * time.Millisecond
-
-	// probeWatch is how soon a silent probe notices that the process exits.
-	probeWatch = 50 * time.Millisecond
 )
 
 // CaddyModule returns the Caddy module information.
@@ -103,10 +95,15 @@ func (p *Probe) Provision(caddy.Context) error {
 	if p.Token == "" {
 		return errors.New("sse_probe: token: it is missing; without one, everybody could use the probe")
 	}
-	if strings.Contains(p.Token, "{http.") {
-		return errors.New("sse_probe: token: a placeholder of a request would let its client choose the token; use a global one, such as {env.NAME}")
+	for _, key := range placeholders(p.Token) {
+		if strings.HasPrefix(key, "http.") {
+			return fmt.Errorf("sse_probe: token: {%s} is a placeholder of a request, and its client could choose the token; use a global one, such as {env.NAME}", key)
+		}
 	}
-	token := caddy.NewReplacer().ReplaceKnown(p.Token, "")
+	token, err := caddy.NewReplacer().ReplaceOrErr(p.Token, false, false)
+	if err != nil {
+		return fmt.Errorf("sse_probe: token: %w", err)
+	}
 	if token == "" {
 		return fmt.Errorf("sse_probe: token: %s is empty", p.Token)
 	}
@@ -199,7 +196,7 @@ func (p *Probe) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 
 // ServeHTTP answers with what the request's script asks for.
 func (p *Probe) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
-	if !standAsideFor(w) {
+	if !standAsideFor(r) {
 		return caddyhttp.Error(http.StatusServiceUnavailable, errors.New("sse_probe: an sse handler has started the stream early"))
 	}
 	if !p.knows(r.Header) {
@@ -241,9 +238,9 @@ func (p *Probe) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Ha
 
 // standAsideFor lets an sse handler around leave the response alone. It reports
 // whether that was still possible.
-func standAsideFor(w http.ResponseWriter) bool {
-	outer := enclosingResponse(w)
-	return outer == nil || outer.standAside()
+func standAsideFor(r *http.Request) bool {
+	outer, ok := r.Context().Value(exchangeKey{}).(*exchange)
+	return !ok || outer.standAside()
 }
 
 // knows reports whether a request has the token. It takes as long for any other
@@ -356,143 +353,6 @@ func tellsOfHops(name string) bool {
 }
 
 func cutTo(text string, limit int) string { return text[:min(len(text), limit)] }
-
-// probeAnswer is the answer to one request.
-type probeAnswer struct {
-	w        http.ResponseWriter
-	ctx      context.Context
-	control  *http.ResponseController // flushes
-	deadline *http.ResponseController // of the connection
-	http3    bool
-	request  []byte // what it says of its request
-
-	began time.Time // when its headers went out
-	n     int       // events
-	sent  int       // bytes
-}
-
-// newProbeAnswer makes an answer that the server's timeouts do not end, as they
-// end no stream.
-func newProbeAnswer(w http.ResponseWriter, r *http.Request, request []byte) *probeAnswer {
-	ownWriteTimeouts(r.Context(), w)
-	a := &probeAnswer{
-		w:        w,
-		ctx:      r.Context(),
-		control:  http.NewResponseController(w),
-		deadline: connectionWriter(w),
-		http3:    r.ProtoMajor == 3,
-		request:  request,
-	}
-	_ = a.deadline.SetReadDeadline(time.Time{})
-	return a
-}
-
-// errProbeCut is how a probe ends that has not got through its script.
-var errProbeCut = errors.New("the probe was cut")
-
-// play sends the answer. It leaves by an abort where the script asks for one,
-// the process exits or the client takes nothing.
-func (a *probeAnswer) play(script probeScript) error {
-	header := a.w.Header()
-	header["Content-Type"] = []string{eventStreamType}
-	newHeaderPolicy("", "").apply(header)
-	a.w.WriteHeader(http.StatusOK)
-	a.began = time.Now()
-	err := a.control.Flush()
-	for _, group := range script {
-		for range group.times {
-			for _, step := range group.steps {
-				if err == nil {
-					err = a.do(step)
-				}
-			}
-			if err != nil {
-				break
-			}
-		}
-	}
-	if err != nil && a.ctx.Err() == nil {
-		panic(http.ErrAbortHandler)
-	}
-	return nil
-}
-
-func (a *probeAnswer) do(step probeStep) error {
-	switch step.kind {
-	case stepSilence:
-		return a.wait(step.silence)
-	case stepAbort:
-		if a.http3 {
-			_ = a.wait(resetDelay)
-		}
-		return errProbeCut
-	case stepComment:
-		padding := max(step.size-smallProbeComment, 0)
-		return a.write([]byte(":" + strings.Repeat("x", padding) + "\n"))
-	case stepRequest:
-		a.n++
-		return a.write(appendProbeEvent(nil, a.n, time.Since(a.began), a.sent, a.request, 0))
-	default:
-		a.n++
-		return a.write(appendProbeEvent(nil, a.n, time.Since(a.began), a.sent, nil, step.size))
-	}
-}
-
-// write passes one step on. Its deadline does not stay: over HTTP/2 one that
-// passes resets a stream that is silent, too.
-func (a *probeAnswer) write(text []byte) error {
-	_ = a.deadline.SetWriteDeadline(time.Now().Add(probePatience))
-	n, err := a.w.Write(text)
-	a.sent += n
-	if err == nil {
-		err = a.control.Flush()
-	}
-	_ = a.deadline.SetWriteDeadline(time.Time{})
-	return err
-}
-
-// wait is a silence. Nothing tells a probe of a replaced configuration that the
-// process exits, so it looks.
-func (a *probeAnswer) wait(silence time.Duration) error {
-	until := time.Now().Add(silence)
-	for {
-		left := time.Until(until)
-		if left <= 0 {
-			return nil
-		}
-		select {
-		case <-a.ctx.Done():
-			return a.ctx.Err()
-		case <-time.After(min(left, probeWatch)):
-			if exiting() {
-				return errProbeCut
-			}
-		}
-	}
-}
-
-// appendProbeEvent appends an event, padded to a size. request is what it says
-// of the request, if it does.
-func appendProbeEvent(text []byte, n int, at time.Duration, sent int, request []byte, size int) []byte {
-	begin := len(text)
-	if request != nil {
-		text = append(text, "event: request\n"...)
-	}
-	text = fmt.Appendf(text, "id: %d\ndata: {\"n\":%d,\"at\":%.6f,\"sent\":%d", n, n, at.Seconds(), sent)
-	if request != nil {
-		text = append(append(text, ','), request...)
-	}
-	const end, pad, padEnd = "}\n\n", `,"pad":"`, `"`
-	missing := size - (len(text) - begin + len(end))
-	if padding := missing - len(pad) - len(padEnd); padding >= 0 {
-		text = append(text, pad...)
-		text = append(text, strings.Repeat("x", padding)...)
-		text = append(text, padEnd...)
-	} else if missing > 0 { // there is no room for a member
-		text = append(text, strings.Repeat(" ", missing)...)
-	}
-	return append(text, end...)
-}
 
 // Interface guards
 var (

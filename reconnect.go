@@ -21,15 +21,15 @@ const (
 
 // wantsReconnect reports whether the status is answered with a reconnection
 // time.
-func (rw *response) wantsReconnect(status int) bool {
-	return rw.resumable && slices.Contains(rw.h.ReconnectOn, status)
+func (x *exchange) wantsReconnect(status int) bool {
+	return x.resumable && slices.Contains(x.h.ReconnectOn, status)
 }
 
 // answerReconnect answers an error with an empty stream and a reconnection
 // time. An EventSource takes a status other than 200 for final and an end for a
 // reason to come back (HTML Standard, section 9.2.3).
-func (rw *response) answerReconnect(status int) {
-	header := rw.w.Header()
+func (x *exchange) answerReconnect(status int) {
+	header := x.w.Header()
 	after := retryAfter(header.Get("Retry-After"))
 	for field := range header {
 		if isOfErrorBody(field) {
@@ -37,20 +37,22 @@ func (rw *response) answerReconnect(status int) {
 		}
 	}
 	header["Content-Type"] = []string{eventStreamType}
-	rw.h.headers.apply(header)
-	collector.reconnects.WithLabelValues(rw.h.Name, strconv.Itoa(status)).Inc()
+	x.h.headers.apply(header)
+	collector.reconnects.WithLabelValues(x.h.Name, strconv.Itoa(status)).Inc()
 
-	frames := rw.h.frames
+	frames := x.h.frames
 	if frames.retryMin == 0 {
 		frames.retryMin, frames.retryMax = defaultReconnectMin, defaultReconnectMax
 	}
 	frames.retryMin = max(frames.retryMin, after)
 	frames.retryMax = max(frames.retryMax, after)
-	rw.w.WriteHeader(http.StatusOK)
+	x.w.WriteHeader(http.StatusOK)
 	// A client that has left needs no answer.
-	_, _ = rw.w.Write(frames.retry(nil, "\n"))
-	_ = http.NewResponseController(rw.w).Flush()
-	rw.cancel(errStreamEnded)
+	_, _ = x.w.Write(frames.retryBlock())
+	_ = http.NewResponseController(x.w).Flush()
+	if x.attempt != nil {
+		x.attempt.cancel(errStreamEnded)
+	}
 }
 
 // isOfErrorBody reports whether a header describes a body that is not sent.
@@ -62,13 +64,19 @@ func isOfErrorBody(field string) bool {
 	return strings.HasPrefix(field, "Content-") && !strings.HasPrefix(field, "Content-Security-Policy")
 }
 
-// retryAfter reads a Retry-After: seconds or a date (RFC 9110, section 10.2.3).
+// retryAfter reads a Retry-After, and keeps to as much of it as a page can wait.
 func retryAfter(value string) time.Duration {
+	return min(statedRetryAfter(value), longestRetryAfter)
+}
+
+// statedRetryAfter reads a Retry-After: seconds or a date (RFC 9110, section
+// 10.2.3).
+func statedRetryAfter(value string) time.Duration {
 	var after time.Duration
 	if seconds, err := strconv.ParseUint(value, 10, 31); err == nil {
 		after = time.Duration(seconds) * time.Second
 	} else if date, err := http.ParseTime(value); err == nil {
 		after = time.Until(date)
 	}
-	return min(max(after, 0), longestRetryAfter)
+	return max(after, 0)
 }

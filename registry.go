@@ -9,10 +9,6 @@ import (
 	"github.com/google/uuid"
 )
 
-// live is every stream of the process, those of configurations that a reload
-// has replaced included.
-var live registry
-
 // registry keeps the streams by the name of their handler. A name stays when
 // its handlers go, so that totals never go backwards; configurations have few.
 type registry struct {
@@ -34,6 +30,7 @@ type group struct {
 	closed      [reasonCount]uint64
 	closedTotal counts // what went by on streams that have closed
 
+	tries    tryQueue             // to reach upstreams that broke off; has a lock of its own
 	reserved int                  // places of requests that may become streams
 	clients  map[netip.Prefix]int // streams and places by client; nil without such a limit
 }

@@ -4,46 +4,22 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"math"
 	"net/http"
 	"os"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
-	"weak"
 
 	"github.com/google/uuid"
-	"go.uber.org/zap"
 
 	"github.com/caddy-sse/caddy-sse/internal/eventstream"
+	"github.com/caddy-sse/caddy-sse/internal/peer"
 )
-
-// errStreamEnded is what the upstream's side gets for writing to a stream that
-// is over, and the cause of its context. It is a cancellation: reverse_proxy
-// counts any other failure of a request against the upstream.
-var errStreamEnded = fmt.Errorf("sse: the stream has ended: %w", context.Canceled)
-
-// bom is the byte order mark that clients strip, but only as the first bytes of
-// a stream (WHATWG HTML, section 9.2.6).
-const bom = "\xef\xbb\xbf"
 
 // slowWrite is how long a write may take before it counts that the upstream can
 // send nothing meanwhile.
 const slowWrite = 100 * time.Millisecond
-
-// endPatience is how long an early end waits for the event that is on its way.
-const endPatience = time.Second
-
-// writePatience is how long it then waits for the write that is on its way: most
-// end in a moment, and only one that blocks is broken off.
-const writePatience = 200 * time.Millisecond
-
-// leavePatience is how long the handlers of a stream that was ended may take to
-// leave. The client of one that does not heed its context, as FastCGI's while it
-// waits for the upstream, is let go without them.
-const leavePatience = 5 * time.Second
 
 // bodyKind says what a stream's body is, and with it whether frames may go.
 type bodyKind uint8
@@ -57,65 +33,110 @@ const (
 // stream is one live stream, the client's half: the only owner of its
 // ResponseWriter from the headers on. It does not know who feeds it.
 //
-// There are many of them, most of them quiet: mind what it weighs.
+// There are many of them, most of them quiet: mind what it weighs. What a write
+// uses stands together, as most streams have left the processor's caches by the
+// time of their next write.
 type stream struct {
-	*exchange                 // the request it answers
-	ctx       context.Context // the request's, over for the upstream's half when cancel is called
-	id        uuid.UUID       // the request's
-	client    client          // who is at the other end
+	// mu guards w and all that decides what may be written next. It is
+	// held across writes, so a client that does not read holds it too: whoever
+	// must not wait for that client uses TryLock. It is given back by unlock.
+	mu sync.Mutex
+
+	// facts guards what observers ask for. It is never held across a write.
+	// Inside it only the agenda's lock may be taken.
+	facts sync.Mutex
+
+	w http.ResponseWriter
+	h *Handler // the settings and the totals
+
+	arrived   instant       // when the request came; ages count from here
+	lastHeard time.Duration // age at which the client heard something last; mu
+	lastBytes time.Duration // age at which the upstream sent something last; facts
+
+	// moved is the age at which the write that is on its way got further last; 0:
+	// none is.
+	moved atomic.Int64
+
+	longestGap time.Duration // the longest time the upstream sent nothing; facts
+	bytes      uint64        // of the upstream's body; facts
+	firstEvent time.Duration // age at which the client had the first event; 0: none yet; facts
+
+	stage     atomic.Uint32 // a stage; changes with facts locked
+	body      bodyKind      // changes with both locked
+	failed    reason        // what the writer's first error means; nothing goes out after it; mu
+	unflushed bool          // mu
+	told      bool          // the client has been told of the error; mu
+	why       reason        // of an early end that has been asked for; facts
+	gone      bool          // the handlers have left, and the ResponseWriter with them; changes with both locked
+	broken    bool          // a write was broken off by an early end; facts
+	resumable bool          // its client comes back by itself, so it may be ended on purpose
+	started   bool          // it is among the live ones
+	headed    bool          // the headers have gone out; facts
+	proto     proto
+
+	// splicer decides which bytes go out. What it says of the upstream's body
+	// changes with both locked.
+	splicer eventstream.Splicer
+
+	wait       time.Duration // silence after which the next frame is due; 0: none; mu
+	opened     time.Duration // age at which the headers went out
+	due        instant       // when the stage is over, if nothing happens before; facts
+	heartbeats uint32        // facts
+	deferred   uint32        // heartbeats that were due where none may go; facts
+
+	agendaIndex    int32  // kept by the agenda
+	status         uint16 // what the client got
+	upstreamStatus uint16 // what the upstream answered; facts
+
+	ctx    context.Context         // the client's request's
+	cancel context.CancelCauseFunc // ends the upstream's half
+	rare   *rareStream             // nil for most; facts, once the stream has started
 
 	// Neighbours among the live streams of the same name, guarded by the
 	// group's lock.
 	previous, next *stream
 
-	opened time.Duration // age at which the headers went out
+	id        uuid.UUID // the request's
+	client    client    // who is at the other end
+	ended     *report   // when it has been accounted for; facts
+	accounted sync.Once
+	unwatch   func() bool
+	abandoned func() // lets the request go on without its handlers; nil: it can't
+}
 
-	// ending is the reason of an early end that has been asked for.
-	ending         atomic.Uint32
-	status         uint16 // what the client got
-	upstreamStatus uint16 // what the upstream answered; guarded by facts
-	proto          proto
-	resumable      bool // its client comes back by itself, so it may be ended on purpose
-	begun          bool // it is among the live ones
-	waiting        bool // started early: the upstream has not answered; guarded by facts
+// rareStream is what few streams need.
+type rareStream struct {
+	panicked any                      // on a goroutine where no server would recover it
+	control  *http.ResponseController // of the connection, where writers in between hide it
+	tries    *tries                   // nil: the upstream is not asked again; set before the stream starts
+}
 
-	agendaIndex int32 // kept by the agenda
-
-	// mu guards w and all that decides what may be written next. It is
-	// held across writes, so a client that does not read holds it too: whoever
-	// must not wait for that client uses TryLock. It is given back by unlock.
-	mu        sync.Mutex
-	lastHeard time.Duration // age at which the client heard something last
-	wait      time.Duration // silence after which the next frame is due; 0: none
-
-	body       bodyKind // changes with facts locked too
-	bomHeld    uint8
-	failed     reason // what the writer's first error means; nothing goes out behind it
-	cut        bool   // ended early; what the upstream still sends is dropped
-	closed     bool
-	told       bool // the client has been told of the error
-	unflushed  bool
-	spoken     bool // something followed the headers
-	overdue    bool // a frame was due where none may go
-	retryOwed  bool // the reconnection time is still to be told
-	lfOwed     bool // a frame brought the LF of the upstream's last CR along
-	bomChecked bool // the body does not begin with a BOM any more
-
-	// These are guarded by facts.
-	headed  bool // the headers have gone out
-	gone    bool // the ResponseWriter must not be touched from outside any more
-	hurried bool // an early end does not wait for an event boundary any more
-	broken  bool // its write was broken off by an early end
-
-	// facts guards what observers ask for. It is never held across a write.
-	facts      sync.Mutex
-	heartbeats uint32
-	deferred   uint32        // heartbeats that were due where none may go
-	bytes      uint64        // of the upstream's body
-	lastBytes  time.Duration // age at which the upstream sent something last
-	longestGap time.Duration // the longest time it sent nothing
-	firstEvent time.Duration // age at which the client had the first event; 0: none yet
-	scan       eventstream.Scanner
+// newStream makes the stream of a request. It has not started yet.
+func (x *exchange) newStream(status int) *stream {
+	s := &stream{
+		h:         x.h,
+		w:         x.w,
+		arrived:   x.arrived,
+		ctx:       x.r.Context(),
+		cancel:    x.attempt.cancel,
+		client:    x.newClient(),
+		status:    uint16(status),
+		proto:     protoOf(x.r),
+		resumable: x.resumable,
+	}
+	s.stage.Store(uint32(stageOpen))
+	if x.rare != nil {
+		s.id = x.rare.id
+		if t := x.rare.tries; t != nil {
+			t.attempt = x.attempt
+			s.rare = &rareStream{tries: t}
+			s.cancel = t.cancel
+		}
+		if abandon := x.rare.abandon; abandon != nil {
+			s.abandoned = sync.OnceFunc(func() { close(abandon) })
+		}
+	}
+	return s
 }
 
 // instant is a moment on the monotonic clock. It weighs a third of a time.Time.
@@ -126,8 +147,25 @@ var clockStart = time.Now()
 
 func now() instant { return instant(time.Since(clockStart)) }
 
+// plus is the moment after a wait; one too late to be told is the last there is.
+func (i instant) plus(wait time.Duration) instant { return instant(sum(time.Duration(i), wait)) }
+
 // age is the time since the request came.
-func (s *stream) age() time.Duration { return time.Duration(now() - s.began) }
+func (s *stream) age() time.Duration { return time.Duration(now() - s.arrived) }
+
+// never is a wait without end.
+const never = time.Duration(math.MaxInt64)
+
+// sum adds durations; one too long to be told is never.
+func sum(durations ...time.Duration) (total time.Duration) {
+	for _, d := range durations {
+		if d > 0 && total > never-d {
+			return never
+		}
+		total += d
+	}
+	return total
+}
 
 // counts is what has gone by.
 type counts struct {
@@ -137,43 +175,30 @@ type counts struct {
 // countsLocked wants facts to be locked.
 func (s *stream) countsLocked() counts {
 	return counts{
-		events:     s.scan.Events(),
+		events:     s.splicer.Scanner().Events(),
 		bytes:      s.bytes,
 		heartbeats: uint64(s.heartbeats),
 		deferred:   uint64(s.deferred),
 	}
 }
 
-// begin opens the stream, in the place that was reserved for it if any, and
-// lets it be known.
-func (s *stream) begin(reserved reservation) {
-	defer func() {
-		if !s.begun { // a writer around this one panicked
-			s.h.group.release(reserved, s.client.ip)
-		}
-	}()
-	ownWriteTimeouts(s.ctx, s.w)
+// start sends the headers, takes the place that was reserved for the stream if
+// any, and lets it be known.
+func (s *stream) start(reserved *place) {
+	s.ownWriteTimeouts()
 	if s.h.writeTimeout > 0 {
-		limitUnsent(acceptedOf(s.ctx))
+		peer.LimitUnsent(peer.Accepted(s.ctx))
 	}
 	s.open()
-	s.uploads().suspend(s.w)
-	s.h.group.add(s, reserved)
-	s.begun = true
-	s.joinDrain()
+	s.h.group.add(s, reserved.use())
+	s.started = true
 	if s.h.deadClientTimeout > 0 {
-		connectionOf(s.ctx).watch(s.h.deadClientTimeout)
+		peer.FromContext(s.ctx).Watch(s.h.deadClientTimeout)
 	}
+	s.joinDrain()
 	collector.observeOpened(s)
 	s.h.tellOpened(s)
-}
-
-// giveConnectionBack undoes what begin did to the connection.
-func (s *stream) giveConnectionBack() {
-	if s.h.deadClientTimeout > 0 {
-		connectionOf(s.ctx).unwatch(s.h.deadClientTimeout)
-	}
-	s.uploads().resume()
+	s.unwatch = context.AfterFunc(s.ctx, s.clientLeft)
 }
 
 // open sends the headers and starts the clocks.
@@ -194,11 +219,10 @@ func (s *stream) open() {
 		return
 	}
 	if s.body == eventStreamBody {
-		frames := &s.h.frames
-		s.retryOwed = frames.retryMin > 0
-		s.wait = frames.prelude
+		s.toldReconnection(s.h.frames.oweRetry(&s.splicer))
+		s.wait = s.h.frames.prelude
 		if s.wait == 0 {
-			s.wait = frames.wait()
+			s.wait = s.h.frames.wait()
 		}
 	}
 	s.scheduleLocked()
@@ -215,22 +239,26 @@ func (s *stream) sendHeadersLocked() error {
 
 // scheduleLocked has tick called when the next thing is due, if any.
 func (s *stream) scheduleLocked() {
-	wait, _ := s.untilEnd(false)
-	if s.wait > 0 && s.body == eventStreamBody {
-		wait = min(wait, s.lastHeard+s.wait-s.age())
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	age := s.age()
+	wait, _ := s.untilEndLocked(age, false)
+	if s.isLiveLocked() {
+		if s.wait > 0 && s.body == eventStreamBody {
+			wait = min(wait, sum(s.lastHeard, s.wait)-age)
+		}
+	} else {
+		wait = time.Duration(s.due - now())
 	}
 	if wait < never {
 		s.callIn(wait)
 	}
 }
 
-// never is a wait without end.
-const never = time.Duration(math.MaxInt64)
-
 // watchWrite has tick called when a write that begins now has taken too long.
 func (s *stream) watchWrite() {
 	if timeout := s.h.writeTimeout; timeout > 0 {
-		s.callIn(timeout)
+		s.h.agenda.hasten(s, now().plus(timeout))
 	}
 }
 
@@ -240,32 +268,39 @@ func (s *stream) moves(age time.Duration) { s.moved.Store(max(int64(age), 1)) }
 // rests notes that it is done.
 func (s *stream) rests() { s.moved.Store(0) }
 
-// callIn has tick called.
+// callIn has tick called. It wants facts to be locked, so that the deadline of a
+// stage that begins at the same time is not lost.
 func (s *stream) callIn(wait time.Duration) {
-	s.h.agenda.set(s, now()+instant(wait))
+	s.h.agenda.set(s, now().plus(wait))
 }
 
-// untilEnd returns how long it is at least until the stream's own limits end
-// it, and which. While something is being written, the upstream is not silent.
-func (s *stream) untilEnd(writing bool) (wait time.Duration, why reason) {
+// untilEndLocked returns how long it is at least until the stream's own limits
+// end it, and which. While something is being written, the upstream is not
+// silent. It wants facts to be locked.
+func (s *stream) untilEndLocked(age time.Duration, writing bool) (wait time.Duration, why reason) {
 	wait = never
-	age := s.age()
+	retrying := s.at() == stageRetrying
+	if t := s.triesLocked(); retrying {
+		wait, why = time.Duration(t.until-now()), t.why
+	}
 	if timeout := s.h.writeTimeout; timeout > 0 {
-		wait, why = timeout, writeTimeout
+		left := timeout
 		if moved := time.Duration(s.moved.Load()); writing && moved > 0 {
-			wait = moved + timeout - age
+			left = sum(moved, timeout) - age
+		}
+		if left < wait {
+			wait, why = left, writeTimeout
 		}
 	}
-	s.facts.Lock()
-	defer s.facts.Unlock()
-	if timeout := s.h.upstreamTimeout; timeout > 0 && s.headed && !writing {
-		if left := s.lastBytes + timeout - age; left < wait {
+	if timeout := s.h.upstreamTimeout; timeout > 0 && s.headed && !writing && !retrying {
+		silentSince := s.arrived + instant(s.lastBytes)
+		if left := sum(s.lastBytes, timeout, s.h.agenda.stoppedSince(silentSince)) - age; left < wait {
 			wait, why = left, upstreamTimeout
 		}
 	}
 	if limit := s.h.MaxDuration; limit != nil && limit.Duration > 0 && s.headed && s.resumesLocked() {
-		oldest := time.Duration(limit.Duration) + time.Duration(s.share()*float64(max(limit.Jitter, 0)))
-		if left := s.opened + oldest - age; left < wait {
+		jitter := time.Duration(s.share() * float64(max(limit.Jitter, 0)))
+		if left := sum(s.opened, time.Duration(limit.Duration), jitter) - age; left < wait {
 			wait, why = left, maxDuration
 		}
 	}
@@ -295,7 +330,7 @@ func (s *stream) resumesLocked() bool {
 // and relies on being looked for here.
 func (s *stream) unlock() {
 	s.mu.Unlock()
-	if s.ending.Load() != 0 {
+	if s.isEnding() {
 		s.cutAtBoundary()
 	}
 }
@@ -307,12 +342,16 @@ func (s *stream) unlock() {
 func (s *stream) write(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.unlock()
+	if s.at() == stageRetrying {
+		return 0, errStreamEnded // of an attempt that is over
+	}
 	if err := s.errLocked(); err != nil || len(p) == 0 {
 		return 0, err
 	}
+	events, ends := s.splicer.Scanner().Events(), s.endsSilenceLocked()
 	lead, body := s.followLocked(p)
 	if len(lead) == 0 && len(body) == 0 {
-		if s.overdue {
+		if s.splicer.Overdue() {
 			s.beatLocked() // the silence is still on, and here a frame may go
 		}
 		return len(p), s.errLocked()
@@ -320,7 +359,10 @@ func (s *stream) write(p []byte) (int, error) {
 	if err := s.sendLocked(s.lastBytes, lead, body); err != nil {
 		return 0, err
 	}
-	first, slow := s.firstEvent == 0 && s.scan.Events() > 0, s.lastHeard-s.lastBytes > slowWrite
+	if ends {
+		s.wait = s.h.frames.wait()
+	}
+	first, slow := events == 0 && s.splicer.Scanner().Events() > 0, s.lastHeard-s.lastBytes > slowWrite
 	if first || slow {
 		s.facts.Lock()
 		if first {
@@ -335,103 +377,34 @@ func (s *stream) write(p []byte) (int, error) {
 // followLocked takes note of what the upstream sent and returns what the client
 // gets for it.
 func (s *stream) followLocked(p []byte) (lead, body []byte) {
-	if p = s.noteLocked(p); s.body != eventStreamBody || len(p) == 0 {
-		return nil, p
-	}
-	if s.lfOwed {
-		s.lfOwed = false
-		if p[0] == '\n' {
-			p = p[1:]
-		}
-	}
-	if s.scan.LooksLikeJSON() {
-		s.facts.Lock()
-		s.body = otherBody
-		s.facts.Unlock()
-		s.h.unprotected(causeOtherBody)
-		lead, s.bomHeld = []byte(bom[:s.bomHeld]), 0
-		return lead, p
-	}
-	if s.bomChecked && !s.retryOwed {
-		return nil, p
-	}
-	return s.beginLocked(p)
-}
-
-// noteLocked is what observers see of the upstream's bytes. It returns those
-// that belong to the stream: all of them, unless an early end waits for the end
-// of an event.
-func (s *stream) noteLocked(p []byte) []byte {
 	age := s.age()
 	s.facts.Lock()
 	defer s.facts.Unlock()
 	s.longestGap = max(s.longestGap, age-s.lastBytes)
 	s.lastBytes = age
-	switch {
-	case s.body == encodedBody:
-	case s.body == eventStreamBody && s.ending.Load() != 0:
-		p = p[:s.scanToEndLocked(p)]
-	default:
-		// What looks like JSON too: its client reads what it says it is.
-		s.scan.Scan(p)
+	if s.body == encodedBody {
+		s.bytes += uint64(len(p))
+		return nil, p
 	}
-	s.bytes += uint64(len(p))
-	return p
-}
-
-// scanToEndLocked follows what an early end lets through, up to the next event
-// boundary, and returns how many bytes that is. The LF of a CR belongs to them:
-// some clients look for both. It wants facts to be locked.
-func (s *stream) scanToEndLocked(p []byte) (n int) {
-	if !s.scan.PendingCR() || !isBoundary(s.scan.Place()) {
-		n = s.scan.ScanToBoundary(p)
-	}
-	if n == len(p) || !s.scan.PendingCR() {
-		return n
-	}
-	if p[n] == '\n' {
-		s.scan.Scan(p[n : n+1])
-		return n + 1
-	}
-	s.hurried = true // there is none to wait for
-	return n
-}
-
-func isBoundary(place eventstream.Place) bool {
-	return place == eventstream.Start || place == eventstream.Boundary
-}
-
-// beginLocked is followLocked for the first bytes of an event stream.
-func (s *stream) beginLocked(p []byte) (lead, body []byte) {
-	if !s.bomChecked && (s.spoken || s.retryOwed) {
-		for len(p) > 0 && s.bomHeld < uint8(len(bom)) && p[0] == bom[s.bomHeld] {
-			s.bomHeld++
-			p = p[1:]
+	if s.isEndingLocked() {
+		n, done := 0, false
+		lead, body, n, done = s.splicer.SpliceToEnd(&s.h.frames.Frames, p)
+		s.bytes += uint64(n)
+		if done {
+			s.hurryLocked()
 		}
-		switch {
-		case s.bomHeld == uint8(len(bom)):
-			s.bomHeld = 0
-		case len(p) == 0:
+	} else {
+		lead, body = s.splicer.Splice(&s.h.frames.Frames, p)
+		s.bytes += uint64(len(p))
+	}
+	if s.body == eventStreamBody && s.splicer.Opaque() {
+		if s.refuseLocked("the upstream's answer is no event stream") {
 			return nil, nil
 		}
+		s.body = otherBody
+		s.h.unprotected(causeOtherBody)
 	}
-	s.bomChecked = true
-	if len(p) == 0 {
-		return nil, nil
-	}
-	return s.leadLocked(), p
-}
-
-// leadLocked is what comes before the upstream's first bytes: the reconnection
-// time, if it is owed, and what was held as the beginning of a BOM.
-func (s *stream) leadLocked() (lead []byte) {
-	if s.retryOwed {
-		s.retryOwed = false
-		lead = s.h.frames.retry(lead, s.scan.LineEnding().Text())
-	}
-	lead = append(lead, bom[:s.bomHeld]...)
-	s.bomHeld = 0
-	return lead
+	return lead, body
 }
 
 // flush sends what a handler may have left in a buffer on the way. Every write
@@ -451,18 +424,8 @@ func (s *stream) flush() error {
 	return s.flushLocked()
 }
 
-// setWriteDeadline is for handlers that have a deadline of their own.
-func (s *stream) setWriteDeadline(deadline time.Time) error {
-	s.mu.Lock()
-	defer s.unlock()
-	if err := s.errLocked(); err != nil {
-		return err
-	}
-	return connectionWriter(s.w).SetWriteDeadline(deadline)
-}
-
 func (s *stream) errLocked() error {
-	if s.closed || s.cut || s.failed != notEnded {
+	if s.isCut() || s.gone || s.failed != notEnded {
 		return errStreamEnded
 	}
 	return nil
@@ -483,18 +446,20 @@ func (s *stream) sendLocked(since time.Duration, lead, body []byte) error {
 		return err
 	}
 	s.lastHeard = s.age()
-	if !s.spoken || s.overdue {
-		// The silence is over, and with it the prelude.
-		s.spoken, s.overdue = true, false
-		s.wait = s.h.frames.wait()
-	}
 	return nil
+}
+
+// endsSilenceLocked reports whether what is sent next ends a silence of another
+// length than the usual one: the prelude, or one in which a frame was due where
+// none may go.
+func (s *stream) endsSilenceLocked() bool {
+	return s.wait > 0 && (!s.splicer.Spoken() || s.splicer.Overdue())
 }
 
 // passLocked writes piece by piece, so that a client that is slow is not taken
 // for one that takes nothing.
 func (s *stream) passLocked(since time.Duration, lead, body []byte) error {
-	defer s.rests() // also behind a panic
+	defer s.rests() // also after a panic
 	for _, part := range [2][]byte{lead, body} {
 		for len(part) > 0 {
 			s.moves(since)
@@ -523,269 +488,4 @@ func (s *stream) flushLocked() error {
 	}
 	s.failLocked(err)
 	return err
-}
-
-// panicError is a panic on a goroutine of the module's own, such as one of the
-// writers around this one may cause.
-type panicError struct{ value any }
-
-func (p *panicError) Error() string { return fmt.Sprint("panic: ", p.value) }
-
-// Unwrap makes it a cancellation, as errStreamEnded is one.
-func (p *panicError) Unwrap() error { return context.Canceled }
-
-// survive is deferred where no server would recover a panic, which would end the
-// process: this one ends the stream, and goes on in the request's goroutine.
-func (s *stream) survive() {
-	value := recover()
-	if value == nil {
-		return
-	}
-	s.h.logger.Error("panic beside a request",
-		zap.Any("panic", value),
-		zap.ByteString("stack", debug.Stack()))
-	s.cancel(&panicError{value})
-}
-
-// tick is called by the agenda when something may be due.
-func (s *stream) tick() {
-	defer s.survive()
-	free := s.mu.TryLock()
-	left, why := s.untilEnd(!free)
-	switch {
-	case left <= 0 && why == writeTimeout:
-		s.endNow(why)
-		return
-	case left <= 0:
-		if free {
-			s.unlock()
-		}
-		s.end(why)
-		return
-	case !free:
-		// A write is on its way and restarts the clock; if it is stuck, a frame
-		// would be stuck behind it.
-		s.callIn(min(left, max(s.h.frames.reserve, time.Millisecond)))
-		return
-	}
-	defer s.unlock()
-	if s.errLocked() != nil {
-		return
-	}
-	if s.wait > 0 && s.body == eventStreamBody && s.age()-s.lastHeard >= s.wait {
-		s.watchWrite() // the agenda has forgotten the stream on calling tick
-		s.beatLocked()
-		if s.failed != notEnded {
-			return
-		}
-		if s.wait = s.h.frames.wait(); s.overdue && s.wait > 0 {
-			s.wait += s.age() - s.lastHeard
-		}
-	}
-	s.scheduleLocked()
-}
-
-// beatLocked sends a frame, or notes that it is due and can't go here.
-func (s *stream) beatLocked() {
-	place, ending, pendingCR := s.scan.Place(), s.scan.LineEnding(), s.scan.PendingCR()
-	eol := ending.Text()
-	var lead []byte
-	if s.retryOwed && place == eventstream.Start {
-		lead = s.h.frames.retry(lead, eol)
-	}
-	if pendingCR && ending != eventstream.CR {
-		// The LF of this CR may still come, and behind a frame it would be a
-		// blank line. The client gets it first and the upstream's is dropped.
-		// (Where lines end in CR, an LF would join the CR that ends the frame.)
-		if ending == eventstream.NoLineEnding {
-			eol = eventstream.CRLF.Text()
-		}
-		if !s.lfOwed {
-			lead = append(lead, '\n')
-		}
-	}
-	frame, ok := s.h.frames.heartbeat(lead, place, eol)
-	if !ok {
-		s.overdue = true
-		s.facts.Lock()
-		s.deferred++
-		s.facts.Unlock()
-		return
-	}
-	if err := s.sendLocked(s.age(), nil, frame); err != nil {
-		s.cancel(fmt.Errorf("%w: %w", errStreamEnded, err))
-		return
-	}
-	s.retryOwed = s.retryOwed && place != eventstream.Start
-	s.lfOwed = pendingCR && ending != eventstream.CR
-	s.facts.Lock()
-	s.heartbeats++
-	s.facts.Unlock()
-}
-
-// end asks for an early end and never waits for the client. The first reason
-// counts. The end comes at the next event boundary: now, if the stream is at
-// one, else behind the event that is on its way, which gets endPatience.
-func (s *stream) end(why reason) bool {
-	if !s.ending.CompareAndSwap(0, uint32(why)) {
-		return false
-	}
-	if !s.cutAtBoundary() {
-		time.AfterFunc(endPatience, s.cutAnyway)
-	}
-	return true
-}
-
-// endNow ends the stream without waiting for an event or for the client.
-func (s *stream) endNow(why reason) {
-	s.ending.CompareAndSwap(0, uint32(why))
-	s.breakOff()
-}
-
-// cutAtBoundary cuts a stream that is to end where that harms no event, or where
-// it is if that took too long. Whoever holds mu does it on giving it back.
-func (s *stream) cutAtBoundary() (done bool) {
-	if !s.mu.TryLock() {
-		return false
-	}
-	defer s.mu.Unlock()
-	s.facts.Lock()
-	hurried := s.hurried
-	s.facts.Unlock()
-	if !hurried && !s.atBoundaryLocked() {
-		return false
-	}
-	s.cutLocked()
-	return true
-}
-
-// atBoundaryLocked reports whether an end harms no event, nor a line end.
-func (s *stream) atBoundaryLocked() bool {
-	if s.body != eventStreamBody {
-		return true
-	}
-	torn := s.scan.PendingCR() && s.scan.LineEnding() != eventstream.CR && !s.lfOwed
-	return isBoundary(s.scan.Place()) && !torn
-}
-
-// cutAnyway is the end of the patience with an upstream in mid-event or with a
-// client that takes no bytes.
-func (s *stream) cutAnyway() {
-	s.facts.Lock()
-	s.hurried = true
-	s.facts.Unlock()
-	if !s.cutAtBoundary() {
-		time.AfterFunc(writePatience, s.breakOff)
-	}
-}
-
-// breakOff cuts the stream, and a write that is in the way.
-func (s *stream) breakOff() {
-	if s.mu.TryLock() {
-		s.cutLocked()
-		s.mu.Unlock()
-		return
-	}
-	s.facts.Lock()
-	defer s.facts.Unlock()
-	if !s.breakWriteLocked() {
-		return
-	}
-	if s.proto == http2 && s.stuck() {
-		// The reset of the stream has not gone out either.
-		expire(acceptedOf(s.ctx))
-	}
-	s.cancel(errStreamEnded)
-	time.AfterFunc(endPatience, s.breakOff) // a writer between two pieces may have set a deadline of its own
-}
-
-// stuck reports whether a write has got nowhere for the write timeout and the
-// time that it takes to break it off.
-func (s *stream) stuck() bool {
-	moved := time.Duration(s.moved.Load())
-	return s.h.writeTimeout > 0 && moved > 0 && s.age()-moved >= s.h.writeTimeout+endPatience
-}
-
-func (s *stream) cutLocked() {
-	if s.closed || s.cut || s.failed != notEnded {
-		return
-	}
-	s.cut = true
-	s.cancel(errStreamEnded)
-	ended := weak.Make(s) // there may be many, and most have left in a moment
-	time.AfterFunc(leavePatience, func() {
-		if s := ended.Value(); s != nil {
-			s.letGo()
-		}
-	})
-}
-
-// letGo breaks off a response that its handlers do not leave.
-func (s *stream) letGo() {
-	s.facts.Lock()
-	defer s.facts.Unlock()
-	if s.breakWriteLocked() && s.proto == http1 {
-		hangUp(acceptedOf(s.ctx))
-	}
-}
-
-// aborts reports whether the client must see that its answer is not whole.
-func (s *stream) aborts(why reason) bool {
-	switch why {
-	case upstreamError:
-		return !s.told
-	case writeTimeout, deadClient, serverClosed:
-		return true
-	case upstreamTimeout:
-		return s.broken || !s.resumable || s.body != eventStreamBody
-	case drained, maxDuration, endedByAdmin:
-		return s.broken || s.body != eventStreamBody
-	}
-	return false
-}
-
-// breakWriteLocked makes a write that blocks return, unless the handlers have
-// left. It goes to the connection's own writer: those around it are not made for
-// a second goroutine, while a connection's deadlines may be set from any. It
-// wants facts to be locked.
-func (s *stream) breakWriteLocked() (done bool) {
-	if s.gone {
-		return false
-	}
-	s.broken = true
-	past := time.Unix(1, 0)
-	own := connectionWriter(s.w)
-	_ = own.SetWriteDeadline(past)
-	if s.proto == http1 {
-		// Before the headers, net/http reads what is left of the request's body.
-		_ = own.SetReadDeadline(past)
-	}
-	return true
-}
-
-// boundLastWrite sets a deadline for what is written when the agenda does not
-// look any more.
-func (s *stream) boundLastWrite() {
-	if timeout := s.h.writeTimeout; timeout > 0 {
-		_ = connectionWriter(s.w).SetWriteDeadline(time.Now().Add(timeout))
-	}
-}
-
-// close waits until nobody writes, and lets nobody write again.
-func (s *stream) close() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.facts.Lock()
-	s.gone = true
-	s.facts.Unlock()
-	s.h.agenda.drop(s)
-	if s.bomHeld > 0 && s.errLocked() == nil {
-		// The body was a piece of a BOM, which makes it no BOM.
-		s.boundLastWrite()
-		_ = s.sendLocked(s.age(), s.leadLocked(), nil)
-	}
-	s.closed = true
-	s.facts.Lock()
-	defer s.facts.Unlock()
-	s.longestGap = max(s.longestGap, s.age()-s.lastBytes)
 }

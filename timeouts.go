@@ -1,7 +1,6 @@
 package caddysse
 
 import (
-	"context"
 	"net/http"
 	"sync"
 	"time"
@@ -9,6 +8,8 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/caddy-sse/caddy-sse/internal/peer"
 )
 
 // The timeouts and minimum rates of the server do not end a stream: a write that
@@ -19,7 +20,7 @@ import (
 // wraps the writer and the body of each).
 
 // progressUnit is how much of a write has to get into the kernel's buffer within
-// the write timeout. (That takes more from the client: see unsentLimit.)
+// the write timeout. (That takes more from the client: see peer.LimitUnsent.)
 const progressUnit = 4 << 10
 
 // What a writer gets that sets a deadline before each write: a controller that
@@ -29,13 +30,60 @@ var (
 	noLog       = zap.NewNop()
 )
 
-// ownWriteTimeouts takes a stream out of the server's write timeouts.
-func ownWriteTimeouts(ctx context.Context, w http.ResponseWriter) {
-	if _, idle := caddyhttp.IdleTimeoutsFromContext(ctx); idle != nil {
+// ownWriteTimeouts takes a stream out of the server's write timeouts, and out of
+// deadlines that handlers have set.
+func (s *stream) ownWriteTimeouts() {
+	_, idle := caddyhttp.IdleTimeoutsFromContext(s.ctx)
+	var inner *http.ResponseController
+	if idle != nil {
+		inner = idle.Ctrl
 		idle.Ctrl, idle.Logger = noDeadlines, noLog
 	}
 	// Where deadlines are not supported there is none to clear.
-	_ = connectionWriter(w).SetWriteDeadline(time.Time{})
+	err := connectionWriter(s.w).SetWriteDeadline(time.Time{})
+	if err != nil && inner != nil {
+		// A writer in between does not say what it is around. What has just been
+		// switched off knows the way.
+		if s.rare == nil {
+			s.rare = new(rareStream)
+		}
+		s.rare.control = inner
+		_ = inner.SetWriteDeadline(time.Time{})
+	}
+}
+
+// controlLocked controls the deadlines of the stream's response. It wants facts
+// to be locked.
+func (s *stream) controlLocked() *http.ResponseController {
+	if s.rare != nil && s.rare.control != nil {
+		return s.rare.control
+	}
+	return connectionWriter(s.w)
+}
+
+// expireWritesLocked makes a write that blocks return, now and from now on. It
+// wants facts to be locked.
+func (s *stream) expireWritesLocked() {
+	past := time.Unix(1, 0)
+	control := s.controlLocked()
+	if control.SetWriteDeadline(past) != nil {
+		// There is no way to the response alone.
+		peer.Expire(peer.Accepted(s.ctx))
+	}
+	if s.proto == http1 {
+		// Before the headers, net/http reads what is left of the request's body.
+		_ = control.SetReadDeadline(past)
+	}
+}
+
+// boundLastWrite sets a deadline for what is written when the agenda does not
+// look any more.
+func (s *stream) boundLastWrite() {
+	if timeout := s.h.writeTimeout; timeout > 0 {
+		s.facts.Lock()
+		defer s.facts.Unlock()
+		_ = s.controlLocked().SetWriteDeadline(time.Now().Add(timeout))
+	}
 }
 
 // connectionWriter controls the connection's own writer, past all around it.
@@ -44,6 +92,42 @@ func connectionWriter(w http.ResponseWriter) *http.ResponseController {
 		w = inner
 	}
 	return http.NewResponseController(w)
+}
+
+// idleTimeoutsOfHandlers is what handlers after sse find as the server's idle
+// timeouts, and override (the timeouts handler does). They get a writer's of
+// their own: a stream's heartbeats use the server's, on another goroutine.
+func (x *exchange) idleTimeoutsOfHandlers() any {
+	ctx := x.r.Context()
+	reader, writer := caddyhttp.IdleTimeoutsFromContext(ctx)
+	if writer == nil || x.role == aside {
+		return ctx.Value(idleTimeoutsKey)
+	}
+	rare := x.rarely()
+	if rare.idle == nil {
+		rare.idle = &caddyhttp.IdleTimeoutWriter{
+			Ctrl:     noDeadlines,
+			Deadline: writer.Deadline,
+			MaxChunk: writer.MaxChunk,
+			Logger:   noLog,
+		}
+		rare.lent = writer.Deadline
+	}
+	return caddyhttp.ContextWithIdleTimeouts(ctx, reader, rare.idle).Value(idleTimeoutsKey)
+}
+
+// lendIdleTimeouts gives the server's writer what handlers have overridden, where
+// the answer is no stream.
+func (x *exchange) lendIdleTimeouts() {
+	if x.role != aside || x.rare == nil || x.rare.idle == nil {
+		return
+	}
+	if x.rare.idle.Deadline == x.rare.lent {
+		return // what the server's has counted for its minimum rate stays
+	}
+	_, writer := caddyhttp.IdleTimeoutsFromContext(x.r.Context())
+	x.rare.lent = x.rare.idle.Deadline
+	writer.Deadline, writer.MaxChunk = x.rare.idle.Deadline, x.rare.idle.MaxChunk
 }
 
 // uploads is between the body of a request and its connection. Caddy sets a
@@ -86,12 +170,16 @@ func (u *uploads) SetReadDeadline(deadline time.Time) error {
 // as if the client had left. Its headers have been sent: before, net/http may
 // have had to read what is left of the body.
 func (u *uploads) suspend(w http.ResponseWriter) {
-	if u != nil {
-		u.mu.Lock()
-		defer u.mu.Unlock()
-		u.suspended = true
+	if u == nil {
+		_ = connectionWriter(w).SetReadDeadline(time.Time{})
+		return
 	}
-	_ = connectionWriter(w).SetReadDeadline(time.Time{})
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.suspended = true
+	if connectionWriter(w).SetReadDeadline(time.Time{}) != nil {
+		_ = u.next.SetReadDeadline(time.Time{})
+	}
 }
 
 // resume lets the server bound how long it reads what is left of the body.

@@ -387,13 +387,15 @@ func TestAWriteTimesOutWhenItGetsNoFurther(t *testing.T) {
 				var began, ended time.Time
 				panicked := func() (panicked any) {
 					defer func() { panicked = recover() }()
-					_ = h.ServeHTTP(c, r, stream(func(w http.ResponseWriter) {
+					_ = h.ServeHTTP(c, r, caddyhttp.HandlerFunc(func(w http.ResponseWriter, r *http.Request) error {
+						w.Header().Set("Content-Type", "text/event-stream")
+						w.WriteHeader(http.StatusOK)
 						time.Sleep(test.quiet)
 						began = time.Now()
 						if test.text != "" {
 							_, _ = io.WriteString(w, test.text)
 							ended = time.Now()
-							return
+							return nil
 						}
 						select {
 						case <-r.Context().Done():
@@ -403,6 +405,7 @@ func TestAWriteTimesOutWhenItGetsNoFurther(t *testing.T) {
 						for c.writing.Load() {
 							time.Sleep(time.Second) // a bubble's time stands still for who waits for a lock
 						}
+						return nil
 					}))
 					return nil
 				}()

@@ -1,7 +1,9 @@
 package demo
 
 import (
+	"context"
 	"embed"
+	"encoding/json"
 	"io/fs"
 	"net/http"
 )
@@ -9,17 +11,45 @@ import (
 //go:embed page
 var files embed.FS
 
-// pageHandler serves the page and what it is made of.
-func pageHandler() http.Handler {
+// About is what the page says of the demo that it belongs to.
+type About struct {
+	// List and Close are commands that work beside this demo.
+	List  string `json:"list"`
+	Close string `json:"close"`
+	// Away is how long a restart of the upstream takes, in milliseconds.
+	Away int64 `json:"away"`
+}
+
+// Page serves the page and what its buttons do.
+//
+//	GET  /                       the page
+//	GET  /about                  an About
+//	GET  /ending?client=<name>   how that client's last stream ended: an Ending
+//	POST /restart                restarts the upstream
+//
+// The upstream restarts until ctx is done.
+func Page(ctx context.Context, upstream *Upstream, endings *Endings, about About) http.Handler {
+	about.Away = upstream.Away.Milliseconds()
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /about", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		json.NewEncoder(w).Encode(about)
+	})
+	mux.Handle("GET /ending", endings)
+	mux.HandleFunc("POST /restart", func(w http.ResponseWriter, _ *http.Request) {
+		upstream.Restart(ctx)
+		w.WriteHeader(http.StatusAccepted)
+	})
 	page, err := fs.Sub(files, "page")
 	if err != nil {
 		panic(err) // the embedded folder has another name
 	}
-	server := http.FileServerFS(page)
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	static := http.FileServerFS(page)
+	mux.HandleFunc("GET /", func(w http.ResponseWriter, r *http.Request) {
 		// Embedded files have no time of change: a browser could not tell the
 		// page of the next build from this one.
 		w.Header().Set("Cache-Control", "no-cache")
-		server.ServeHTTP(w, r)
+		static.ServeHTTP(w, r)
 	})
+	return mux
 }

@@ -1,30 +1,31 @@
-// Package demo is what stands behind `caddy sse demo`: an upstream that gives
-// a proxy every kind of trouble there is with Server-Sent Events, and a page
-// that shows what of it reaches a browser.
+// Package demo is what stands around Caddy in `caddy sse demo`: an upstream that
+// gives a proxy every kind of trouble there is with Server-Sent Events, a hop with
+// an idle timer in front of it, and a page that shows what of it reaches a
+// browser.
 package demo
 
 import (
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"strconv"
 	"sync"
 	"time"
 )
 
-// Upstream serves event streams that go wrong on purpose, and the page that
-// shows them. It says nothing about caches or buffers, is silent for long,
-// leaves an event half written over a silence, sends no heartbeat, and ends
-// each stream in mid-event without a word. Only one thing does it well: a
-// client that comes back with Last-Event-ID gets the event behind that one.
+// Upstream serves event streams that go wrong on purpose. It says nothing about
+// caches or buffers, is silent for long, leaves an event half written over a
+// silence, sends no heartbeat, ends each stream in mid-event without a word, and
+// restarts when asked to. Only one thing does it well: a client that comes back
+// with Last-Event-ID gets what it has missed.
 //
-//	GET  /events[?client=<name>]  a stream
-//	POST /drop?client=<name>      ends that client's stream, as a bad network would
-//	GET  /                        the page
+//	GET /events[?client=<name>]  a stream
 //
-// The events of a stream are numbered from 1 and come in bursts; the last of
-// each burst is named tick, the others have no name.
+// Events happen at the same time for everybody. They are numbered from 1 and come
+// in bursts; the last of each burst is named tick, the others have no name. A new
+// client gets the newest event and what follows.
 type Upstream struct {
 	// Lead is the silence between the response headers and the first event.
 	Lead time.Duration
@@ -37,34 +38,100 @@ type Upstream struct {
 	Silence time.Duration
 	// Lifetime is the age at which a stream ends.
 	Lifetime time.Duration
+	// Away is how long a restart takes.
+	Away time.Duration
 
-	mu      sync.Mutex
-	streams map[string]*namedStream // by client, guarded by mu
-}
+	// Endings is told why a stream ended. It may be nil.
+	Endings *Endings
 
-// namedStream is the newest stream of a client that gave its name.
-type namedStream struct {
-	end context.CancelFunc
+	// mu guards what follows.
+	mu         sync.Mutex
+	began      time.Time // when event 1 happened
+	active     map[*http.Request]struct{}
+	server     *http.Server
+	addr       string
+	restarting bool
 }
 
 // NewUpstream returns an upstream whose silences are long enough to be cut by
 // common idle timers, and whose streams are short enough to watch one end.
 func NewUpstream() *Upstream {
 	return &Upstream{
-		Lead:     3 * time.Second,
-		Step:     800 * time.Millisecond,
-		Burst:    5,
+		Lead:     time.Second,
+		Step:     700 * time.Millisecond,
+		Burst:    3,
 		Silence:  20 * time.Second,
 		Lifetime: 2 * time.Minute,
+		Away:     6 * time.Second,
 	}
 }
 
-// Handler returns the upstream with its page.
+// Start lets the upstream listen on a loopback port of its own until ctx is done,
+// and returns the address.
+func (u *Upstream) Start(ctx context.Context) (addr string, err error) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.addr = listener.Addr().String()
+	u.serveLocked(ctx, listener)
+	context.AfterFunc(ctx, u.stop)
+	return u.addr, nil
+}
+
+func (u *Upstream) serveLocked(ctx context.Context, listener net.Listener) {
+	u.server = &http.Server{
+		Handler:     u.Handler(),
+		BaseContext: func(net.Listener) context.Context { return ctx },
+	}
+	go u.server.Serve(listener)
+}
+
+// stop closes the listener and every connection, as the end of a process does.
+func (u *Upstream) stop() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.server.Close()
+}
+
+// Restart goes away at once and comes back at the same address. It does nothing
+// while the upstream is away already.
+func (u *Upstream) Restart(ctx context.Context) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.restarting || ctx.Err() != nil {
+		return
+	}
+	u.restarting = true
+	for r := range u.active {
+		u.Endings.say(r, "the upstream restarted")
+	}
+	u.server.Close()
+	time.AfterFunc(u.Away, func() { u.comeBack(ctx) })
+}
+
+// comeBack listens again, as soon as nobody else has the address.
+func (u *Upstream) comeBack(ctx context.Context) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if ctx.Err() != nil {
+		return
+	}
+	listener, err := net.Listen("tcp", u.addr)
+	if err != nil {
+		time.AfterFunc(100*time.Millisecond, func() { u.comeBack(ctx) })
+		return
+	}
+	u.restarting = false
+	u.serveLocked(ctx, listener)
+}
+
+// Handler returns the upstream's handler.
 func (u *Upstream) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /events", u.serveEvents)
-	mux.HandleFunc("POST /drop", u.serveDrop)
-	mux.Handle("GET /", pageHandler())
 	return mux
 }
 
@@ -76,23 +143,59 @@ func (u *Upstream) serveEvents(w http.ResponseWriter, r *http.Request) {
 	if r.Method == http.MethodHead {
 		return
 	}
-
-	ctx, end := context.WithCancel(r.Context())
-	defer end()
-	if client := r.FormValue("client"); client != "" {
-		defer u.remember(client, &namedStream{end: end})()
+	u.mu.Lock()
+	if u.active == nil {
+		u.active = make(map[*http.Request]struct{})
 	}
-
-	last, err := strconv.ParseUint(r.Header.Get("Last-Event-ID"), 10, 32)
-	if err != nil {
-		last = 0 // none, or not one of ours
+	u.active[r] = struct{}{}
+	u.mu.Unlock()
+	defer func() {
+		u.mu.Lock()
+		defer u.mu.Unlock()
+		delete(u.active, r)
+	}()
+	if u.send(r.Context(), w, u.firstEvent(r.Header.Get("Last-Event-ID"))) == expired {
+		u.Endings.say(r, "the upstream ended it, in the middle of an event")
 	}
-	u.send(ctx, w, last)
 }
 
-// send writes the events behind last until the stream's lifetime is over, ctx
-// is done or the client is gone.
-func (u *Upstream) send(ctx context.Context, w http.ResponseWriter, last uint64) {
+// firstEvent returns the event that a client begins with: the one after the last
+// that it has, or the newest.
+func (u *Upstream) firstEvent(lastEventID string) uint64 {
+	if last, err := strconv.ParseUint(lastEventID, 10, 32); err == nil {
+		return last + 1
+	}
+	age := time.Since(u.due(1))
+	place := min(uint64(age%u.period()/u.Step), u.Burst-1)
+	return uint64(age/u.period())*u.Burst + place + 1
+}
+
+// period is the time from one burst to the next.
+func (u *Upstream) period() time.Duration {
+	return time.Duration(u.Burst-1)*u.Step + u.Silence
+}
+
+// due returns when an event happens. The first happens as soon as anybody asks.
+func (u *Upstream) due(id uint64) time.Time {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.began.IsZero() {
+		u.began = time.Now()
+	}
+	burst, place := (id-1)/u.Burst, (id-1)%u.Burst
+	return u.began.Add(time.Duration(burst)*u.period() + time.Duration(place)*u.Step)
+}
+
+// end is why a stream ends.
+type end uint8
+
+const (
+	gone    end = iota // the client, or the server
+	expired            // the stream's lifetime is over
+)
+
+// send writes events, from id on, until the end.
+func (u *Upstream) send(ctx context.Context, w http.ResponseWriter, id uint64) end {
 	flush := http.NewResponseController(w).Flush
 	write := func(s string) bool {
 		if _, err := io.WriteString(w, s); err != nil {
@@ -100,31 +203,39 @@ func (u *Upstream) send(ctx context.Context, w http.ResponseWriter, last uint64)
 		}
 		return flush() == nil
 	}
-	if flush() != nil {
-		return
-	}
-
 	lifetime := time.NewTimer(u.Lifetime)
 	defer lifetime.Stop()
-	for id := last + 1; ; id++ {
-		begin, rest := u.event(id)
-		pause, inside := u.pause(id, last)
-		if inside {
-			if !write(begin) {
-				return
-			}
-			begin = ""
-		}
+	why := gone
+	pause := func(d time.Duration) (over bool) {
 		select {
-		case <-time.After(pause):
-			if !write(begin + rest) {
-				return
-			}
+		case <-time.After(d):
+			return false
 		case <-lifetime.C:
-			write(begin)
-			return
+			why = expired
 		case <-ctx.Done():
-			return
+		}
+		return true
+	}
+
+	if flush() != nil || pause(u.Lead) {
+		return why
+	}
+	for ; ; id++ {
+		begin, rest := u.event(id)
+		if wait := time.Until(u.due(id)); wait > 0 {
+			if u.splits(id) {
+				if !write(begin) {
+					return gone
+				}
+				begin = ""
+			}
+			if pause(wait) {
+				write(begin)
+				return why
+			}
+		}
+		if !write(begin + rest) {
+			return gone
 		}
 	}
 }
@@ -141,46 +252,7 @@ func (u *Upstream) event(id uint64) (begin, rest string) {
 	return begin, rest
 }
 
-// pause returns the silence before event id of a stream that continues behind
-// last, and whether it falls inside the event.
-func (u *Upstream) pause(id, last uint64) (pause time.Duration, inside bool) {
-	switch {
-	case id == last+1:
-		return u.Lead, false
-	case (id-1)%u.Burst == 0:
-		return u.Silence, (id-1)/u.Burst%2 == 1
-	default:
-		return u.Step, false
-	}
-}
-
-func (u *Upstream) serveDrop(w http.ResponseWriter, r *http.Request) {
-	u.mu.Lock()
-	stream := u.streams[r.FormValue("client")]
-	u.mu.Unlock()
-	if stream == nil {
-		http.Error(w, "no stream of this client is open", http.StatusNotFound)
-		return
-	}
-	stream.end()
-	w.WriteHeader(http.StatusNoContent)
-}
-
-// remember makes stream the one that client can have dropped, until the
-// returned function is called.
-func (u *Upstream) remember(client string, stream *namedStream) (forget func()) {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	if u.streams == nil {
-		u.streams = make(map[string]*namedStream)
-	}
-	u.streams[client] = stream
-	return func() {
-		u.mu.Lock()
-		defer u.mu.Unlock()
-		// A client that came back may be here with its next stream already.
-		if u.streams[client] == stream {
-			delete(u.streams, client)
-		}
-	}
+// splits reports whether the silence before an event falls into the event.
+func (u *Upstream) splits(id uint64) bool {
+	return (id-1)%u.Burst == 0 && (id-1)/u.Burst%2 == 1
 }

@@ -1,14 +1,13 @@
 package demo
 
 import (
-	"bufio"
 	"context"
-	"io"
 	"net/http"
 	"net/http/httptest"
-	"regexp"
 	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -81,7 +80,7 @@ func TestAStreamComesInBurstsWithSilencesBetween(t *testing.T) {
 		if ids := fields(body, "id")[:6]; !slices.Equal(ids, []string{"1", "2", "3", "4", "5", "6"}) {
 			t.Errorf("ids begin with %q", ids)
 		}
-		if first := client.writes[0].at; first != 3*time.Second {
+		if first := client.writes[0].at; first != time.Second {
 			t.Errorf("the first event came %v after the headers", first)
 		}
 		var silences int
@@ -90,7 +89,7 @@ func TestAStreamComesInBurstsWithSilencesBetween(t *testing.T) {
 			switch gap := after.at - before.at; gap {
 			case 20 * time.Second:
 				silences++
-			case 0, 800 * time.Millisecond:
+			case 0, 700 * time.Millisecond, 400 * time.Millisecond: // the first comes late, after the lead
 			default:
 				t.Errorf("a gap of %v before %q", gap, after.text)
 			}
@@ -142,25 +141,74 @@ func TestAStreamEndsInMidEvent(t *testing.T) {
 	})
 }
 
-func TestAClientThatComesBackGetsTheNextEvent(t *testing.T) {
-	for _, test := range []struct{ lastEventID, first string }{
-		{"7", "8"},
-		{"10", "11"},
-		{"", "1"},
-		{"not ours", "1"},
-		{"-1", "1"},
-		{"99999999999999999999", "1"},
+func TestAClientThatComesBackGetsWhatItHasMissed(t *testing.T) {
+	for _, test := range []struct {
+		lastEventID string
+		first       string
+	}{
+		{"1", "2"},
+		{"4", "5"},
+		{"5", "6"},
+		{"", "5"}, // the newest
+		{"not ours", "5"},
+		{"-1", "5"},
+		{"99999999999999999999", "5"},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			client := watch(t.Context(), NewUpstream(), test.lastEventID)
+			u := NewUpstream()
+			u.due(1) // the clock begins
+			time.Sleep(u.period() + u.Step)
+			client := watch(t.Context(), u, test.lastEventID)
 			if first := fields(client.body(), "id")[0]; first != test.first {
 				t.Errorf("Last-Event-ID %q: the first id is %s, want %s", test.lastEventID, first, test.first)
 			}
-			if at := client.writes[0].at; at != 3*time.Second {
+			if at := client.writes[0].at; at != time.Second {
 				t.Errorf("Last-Event-ID %q: the first event came after %v", test.lastEventID, at)
+			}
+			ids := fields(client.body(), "id")
+			for i := 1; i < len(ids); i++ {
+				if before, _ := strconv.Atoi(ids[i-1]); ids[i] != strconv.Itoa(before+1) {
+					t.Errorf("Last-Event-ID %q: %s follows %s", test.lastEventID, ids[i], ids[i-1])
+				}
 			}
 		})
 	}
+}
+
+func TestEventsHappenAtTheSameTimeForEverybody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := NewUpstream()
+		start := time.Now()
+		var readers sync.WaitGroup
+		came := make([]map[string]time.Duration, 2)
+		for i, delay := range []time.Duration{0, 5 * time.Second} {
+			readers.Go(func() {
+				time.Sleep(delay)
+				client := watch(t.Context(), u, "")
+				came[i] = make(map[string]time.Duration)
+				for _, w := range client.writes {
+					if id := fields(w.text, "id"); len(id) == 1 && strings.HasSuffix(w.text, "\n\n") {
+						came[i][id[0]] = client.opened.Add(w.at).Sub(start)
+					}
+				}
+			})
+		}
+		readers.Wait()
+		both := 0
+		for id, at := range came[0] {
+			if id == "3" {
+				continue // the newest when the second reader came
+			}
+			if other, there := came[1][id]; there && other != at {
+				t.Errorf("event %s came at %v and %v", id, at, other)
+			} else if there {
+				both++
+			}
+		}
+		if both < 8 {
+			t.Errorf("%d events in common", both)
+		}
+	})
 }
 
 func TestAStreamEndsWithItsRequest(t *testing.T) {
@@ -194,75 +242,5 @@ func TestAHeadRequestDoesNotWaitForEvents(t *testing.T) {
 	NewUpstream().Handler().ServeHTTP(recorder, httptest.NewRequest("HEAD", "/events", nil))
 	if recorder.Code != http.StatusOK || recorder.Body.Len() > 0 {
 		t.Errorf("status %d, body %q", recorder.Code, recorder.Body)
-	}
-}
-
-func TestAStreamCanBeDropped(t *testing.T) {
-	server := httptest.NewServer((&Upstream{Burst: 5, Step: time.Millisecond, Silence: time.Hour, Lifetime: time.Hour}).Handler())
-	defer server.Close()
-	drop := func(client string) int {
-		response, err := http.Post(server.URL+"/drop?client="+client, "", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		response.Body.Close()
-		return response.StatusCode
-	}
-
-	if status := drop("a"); status != http.StatusNotFound {
-		t.Errorf("status %d for a client without a stream", status)
-	}
-	// The next stream of the same client is another one to drop.
-	for range 2 {
-		response, err := http.Get(server.URL + "/events?client=a")
-		if err != nil {
-			t.Fatal(err)
-		}
-		body := bufio.NewReader(response.Body)
-		if line, err := body.ReadString('\n'); err != nil || line != "id: 1\n" {
-			t.Errorf("first line %q, %v", line, err)
-		}
-		if status := drop("b"); status != http.StatusNotFound {
-			t.Errorf("status %d for another client", status)
-		}
-		if status := drop("a"); status != http.StatusNoContent {
-			t.Errorf("status %d", status)
-		}
-		if _, err := io.Copy(io.Discard, body); err != nil {
-			t.Errorf("the stream ends with %v", err)
-		}
-		response.Body.Close()
-	}
-}
-
-func TestThePageRefersOnlyToWhatIsServed(t *testing.T) {
-	handler := NewUpstream().Handler()
-	get := func(path string) *httptest.ResponseRecorder {
-		recorder := httptest.NewRecorder()
-		handler.ServeHTTP(recorder, httptest.NewRequest("GET", path, nil))
-		return recorder
-	}
-
-	page := get("/")
-	if page.Code != http.StatusOK || page.Header().Get("Content-Type") != "text/html; charset=utf-8" {
-		t.Fatalf("status %d, Content-Type %q", page.Code, page.Header().Get("Content-Type"))
-	}
-	types := map[string]string{
-		"demo.js":   "text/javascript; charset=utf-8",
-		"style.css": "text/css; charset=utf-8",
-		"icon.svg":  "image/svg+xml",
-	}
-	references := regexp.MustCompile(`(?:src|href)="([^"]*)"`).FindAllStringSubmatch(page.Body.String(), -1)
-	if len(references) != len(types) {
-		t.Errorf("the page refers to %q", references)
-	}
-	for _, reference := range references {
-		file := reference[1]
-		if got := get("/" + file); got.Code != http.StatusOK || got.Header().Get("Content-Type") != types[file] {
-			t.Errorf("%s: status %d, Content-Type %q", file, got.Code, got.Header().Get("Content-Type"))
-		}
-	}
-	if got := get("/nothing"); got.Code != http.StatusNotFound {
-		t.Errorf("status %d for a file that is not there", got.Code)
 	}
 }

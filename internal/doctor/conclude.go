@@ -36,7 +36,8 @@ type seen struct {
 	silence  *Trace
 	ages     [2]*Trace
 
-	sent sent
+	sent  sent
+	final bool // there will be no more tests
 }
 
 // sent is what the requests said.
@@ -106,12 +107,20 @@ func (s *seen) judgeRequest() (v verdict) {
 		}
 	}
 	if arrived := r.Headers["last-event-id"]; arrived != s.sent.lastEventID {
-		v.add(found(lastEventIDLost, LastEventIDLost{clean(s.sent.lastEventID), clean(arrived)}))
+		v.add(found(lastEventIDLost, LastEventIDLost{toldID(s.sent.lastEventID), toldID(arrived)}))
 	}
 	if r.Proto == "HTTP/1.0" {
 		v.add(found(http10, HTTP10{r.Proto}))
 	}
 	return v
+}
+
+// toldID is an id as it may be told: one of a run of this module is a capability.
+func toldID(id string) string {
+	if run, ours := strings.CutPrefix(id, "sse1-"); ours {
+		return "sse1-" + clean(run[:min(len(run), 4)]) + "…"
+	}
+	return clean(id)
 }
 
 func (s *seen) judgePost() (v verdict) {
@@ -234,12 +243,14 @@ func (s *seen) judgeHeld(holds []hold) verdict {
 	if t.whole() && len(rests(t.Arrivals, stepOf(t)/tolerated)) == 0 {
 		return found(bufferedToEnd, BufferedToEnd{round(longest), t.bytes()})
 	}
-	if s.drip == nil {
+	if s.drip == nil && !s.final {
 		return verdict{again: []string{testDrip}}
 	}
 	size, exact := bufferSize(s.drip, t)
-	for i := range max(len(s.drip.Events)-1, 0) {
-		longest = max(longest, s.drip.holdOf(i).held)
+	if s.drip.answered() {
+		for i := range max(len(s.drip.Events)-1, 0) {
+			longest = max(longest, s.drip.holdOf(i).held)
+		}
 	}
 	return found(buffered, Buffered{size, exact, round(longest)})
 }

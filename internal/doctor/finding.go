@@ -3,7 +3,6 @@ package doctor
 import (
 	"fmt"
 	"strconv"
-	"strings"
 	"time"
 )
 
@@ -160,7 +159,7 @@ func newFinding(code string, evidence any) Finding {
 		}
 		f.Docs = docsApache
 	case IdleTimeout:
-		f.Seen = fmt.Sprintf("A stream was cut after %s without a byte%s, and streams with a byte each second lived on.", secondsOf(e.Seconds), likeWhole(e.Clean))
+		f.Seen = fmt.Sprintf("A stream was cut after %s without a byte%s, and streams with an event each second lived longer.", secondsOf(e.Seconds), likeWhole(e.Clean))
 		f.Means = "A hop between here and there ends what is silent for that long. Heartbeats below it keep a stream alive."
 		f.Set = []string{
 			fmt.Sprintf("here: `heartbeat %s` or less", heartbeatBelow(e.Seconds)),
@@ -168,7 +167,7 @@ func newFinding(code string, evidence any) Finding {
 		}
 		f.Docs = docsTimers
 	case TotalCap:
-		f.Seen = fmt.Sprintf("Two streams that began at different times were cut at the same age, %s%s, though a byte went by each second.", secondsOf(e.Seconds), likeWhole(e.Clean))
+		f.Seen = fmt.Sprintf("Two streams that began at different times were cut at the same age, %s%s, though an event went by each second.", secondsOf(e.Seconds), likeWhole(e.Clean))
 		f.Means = "A hop between here and there bounds how long an answer may take. No heartbeat moves that."
 		f.Set = []string{
 			"Envoy: the route's `timeout: 0s` (" + docsEnvoy + ")",
@@ -283,6 +282,3 @@ func countOf(n int, what string) string {
 	}
 	return strconv.Itoa(n) + " " + what + "s"
 }
-
-// tests joins names for people.
-func tests(names []string) string { return strings.Join(names, ", ") }

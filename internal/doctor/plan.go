@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -248,13 +249,13 @@ func (c *check) runAll(ctx context.Context, p plan, s *seen, r *Report) verdict 
 	for len(running) > 0 {
 		select {
 		case <-watch.C:
-			c.config.Progress(fmt.Sprintf("%.0f s of at most %v; still running: %s", c.age().Seconds(), c.config.For, tests(slices.Sorted(keys(running)))))
+			c.config.Progress(fmt.Sprintf("%.0f s of at most %v; still running: %s", c.age().Seconds(), c.config.For, strings.Join(slices.Sorted(maps.Keys(running)), ", ")))
 		case t := <-results:
 			delete(running, t.Name)
 			s.put(t.Name, t)
 			r.add(c, t)
 			for _, name := range s.conclude().again {
-				if running[name] || tried[name] >= tries || !c.fits(name, p) {
+				if running[name] || tried[name] >= tries || !c.fits(name, p, s) {
 					continue
 				}
 				if tried[name] > 0 {
@@ -268,6 +269,7 @@ func (c *check) runAll(ctx context.Context, p plan, s *seen, r *Report) verdict 
 			}
 		}
 	}
+	s.final = true
 	v := s.conclude()
 	for _, name := range v.again {
 		v.untold = append(v.untold, name+": this process did not run all the time, so what it saw is no evidence")
@@ -275,18 +277,27 @@ func (c *check) runAll(ctx context.Context, p plan, s *seen, r *Report) verdict 
 	return v
 }
 
-// fits reports whether there is time for a test.
-func (c *check) fits(name string, p plan) bool {
-	left := c.config.For - c.age()
+// fits reports whether there is time for a test. One that was cut is only worth
+// it where there is time to see that again.
+func (c *check) fits(name string, p plan, s *seen) bool {
+	left := c.config.For - c.age() - time.Second
 	switch name {
 	case testSizes:
-		return left > p.sizesPause*time.Duration(len(sizes)+2)
+		return left > p.sizesPause*time.Duration(len(sizes)+1)
 	case testDrip:
-		return left > p.dripPause*dripEvents+time.Second
-	case testSilence, testAge1, testAge2:
-		return left > 5*time.Second
+		return left > p.dripPause*dripEvents
+	case testSilence:
+		return left-time.Second > s.silence.Ended-s.silence.Started
+	case testAge1, testAge2:
+		var longest time.Duration
+		for _, t := range s.ages {
+			if t != nil {
+				longest = max(longest, t.Ended-t.Started)
+			}
+		}
+		return left-ageGap-time.Second > longest
 	}
-	return left > burstCount*(burstEvents*burstStep+burstGap)+time.Second
+	return left > burstCount*(burstEvents*burstStep+burstGap)
 }
 
 func (s *seen) put(name string, t *Trace) {

@@ -3,8 +3,6 @@ package doctor
 import (
 	"fmt"
 	"io"
-	"iter"
-	"maps"
 	"strings"
 	"time"
 )
@@ -141,5 +139,3 @@ func (r *Report) WriteText(out io.Writer) error {
 	_, err := io.WriteString(out, text.String())
 	return err
 }
-
-func keys[K comparable, V any](m map[K]V) iter.Seq[K] { return maps.Keys(m) }

@@ -53,3 +53,28 @@ func benchmarkCount(b *testing.B, p []byte) {
 		bytes.Count(p, newline)
 	}
 }
+
+// The yardstick is Scan over the same bytes.
+func BenchmarkSplice200ByteEvents(b *testing.B) {
+	event := []byte("data: " + strings.Repeat("x", 192) + "\n\n")
+	f := &Frames{Comment: "heartbeat"}
+	b.Run("Splice", func(b *testing.B) {
+		b.SetBytes(int64(len(event)))
+		b.ReportAllocs()
+		var s Splicer
+		for b.Loop() {
+			s.Splice(f, event)
+		}
+	})
+	b.Run("AppendWithIDs", func(b *testing.B) {
+		b.SetBytes(int64(len(event)))
+		b.ReportAllocs()
+		var s Splicer
+		id := func(dst []byte) []byte { return append(dst, "sse1-AAAAAAAAAAAAAAAAAAAAAA.1"...) }
+		dst := make([]byte, 0, 1<<10)
+		for b.Loop() {
+			s.AppendWithIDs(f, dst, event, id)
+		}
+	})
+	b.Run("Scan", func(b *testing.B) { benchmarkScan(b, event) })
+}

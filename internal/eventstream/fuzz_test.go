@@ -29,11 +29,11 @@ func FuzzScanner(f *testing.F) {
 			} else {
 				n := s.ScanToBoundary(piece)
 				for i := 1; i < n; i++ {
-					if place, _ := placeBehind(body[:followed+i]); isBoundary(place) {
+					if place, _ := placeBehind(body[:followed+i]); place.isBoundary() {
 						t.Fatalf("ScanToBoundary(%q) passed a boundary %d bytes before it stopped", piece, n-i)
 					}
 				}
-				if n < len(piece) && !isBoundary(s.Place()) {
+				if n < len(piece) && !s.Place().isBoundary() {
 					t.Fatalf("ScanToBoundary(%q) stopped at byte %d, at no boundary", piece, n)
 				}
 				followed += n

@@ -145,7 +145,3 @@ func placesBehindEvery(body []byte) []Place {
 	}
 	return places
 }
-
-func isBoundary(p Place) bool {
-	return p == Start || p == Boundary
-}

@@ -1,7 +1,8 @@
 // Package eventstream knows the text/event-stream format (HTML Standard,
 // section 9.2.5 "Parsing an event stream" and 9.2.6 "Interpreting an event
 // stream"). Its [Scanner] follows a body as it passes and says where in the
-// format it is; it keeps none of it.
+// format it is; it keeps none of it. Its [Splicer] says what a client gets of
+// the body, and puts in what is added.
 package eventstream
 
 import (
@@ -28,6 +29,10 @@ const (
 	// MidLine is everywhere else, the inside of a byte order mark included.
 	MidLine
 )
+
+func (p Place) isBoundary() bool {
+	return p == Start || p == Boundary
+}
 
 // LineEnding is one of the three ways in which a line of an event stream ends
 // (section 9.2.5).
@@ -178,6 +183,11 @@ func (s *Scanner) LastEventID() (id string, ok bool) {
 	return s.id.string(), s.id.isCommitted
 }
 
+// hasID reports whether an id field has set the last event ID buffer.
+func (s *Scanner) hasID() bool {
+	return s.id.isBuffered || s.id.isCommitted
+}
+
 // Retry returns the last reconnection time in milliseconds, as the last valid
 // retry field set it at the end of its line (section 9.2.6). A time beyond
 // uint64 is the largest one. ok is false when there has been none.
@@ -208,6 +218,13 @@ func (s *Scanner) TruncatedUTF8() bool {
 // space is { or [. A leading byte order mark is skipped.
 func (s *Scanner) LooksLikeJSON() bool {
 	return s.opening == jsonOpening
+}
+
+// resume has the next byte be the first one of another body. It is for where
+// the place is an event boundary: no line and no event is open there.
+func (s *Scanner) resume() {
+	s.opening = bodyStart
+	s.pendingCR = false
 }
 
 func (s *Scanner) scan(p []byte, toBoundary bool) int {

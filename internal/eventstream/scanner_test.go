@@ -167,7 +167,7 @@ func TestScanToBoundaryStopsBehindTheFirstByteThatReachesOne(t *testing.T) {
 			places := placesBehindEvery(text)
 			next, wantNext := len(text), want // the first boundary behind from, and the answers there
 			for from := len(text); from >= 0; from-- {
-				if from < len(text) && isBoundary(places[from+1]) {
+				if from < len(text) && places[from+1].isBoundary() {
 					next, wantNext = from+1, oracle(text[:from+1])
 				}
 				var s Scanner

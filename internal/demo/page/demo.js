@@ -4,6 +4,7 @@ const maxLogEntries = 300;
 const longSilence = 10_000; // an idle timer of this length is what some CDNs have
 const meterFull = 20_000; // the upstream's own silence
 const reconnectAfter = 3_000; // what EventSource does by default
+const stripLength = 60_000; // what a strip shows
 
 const seconds = (ms) => `${(ms / 1000).toFixed(1)} s`;
 const clock = () => new Date().toLocaleTimeString("en-GB") + "." + Math.floor(Date.now() / 100) % 10;
@@ -81,8 +82,8 @@ class Reader {
 	#lastByte = 0;
 	#open = false;
 	#longest = 0;
-	#cut = false; // this silence is counted among the long ones
-	#total = { heartbeats: 0, events: 0, bytes: 0, cuts: 0 };
+	#total = { heartbeats: 0, events: 0, bytes: 0 };
+	#client = newName();
 	#lastEventID = "";
 
 	constructor(root, title, onHeaders) {
@@ -91,15 +92,11 @@ class Reader {
 		heading.id = root.getAttribute("aria-labelledby");
 		heading.textContent = title;
 		root.querySelector(".log").setAttribute("aria-label", `Bytes, ${title}`);
-		this.#url = new URL(root.dataset.path, location.href);
+		this.#url = new URL(`${root.dataset.path}?client=${this.#client}`, location.href);
 		root.querySelector(".path").textContent = this.#url.pathname;
 		this.#onHeaders = onHeaders;
 		this.#panel = new Panel(root, {
 			toggle: () => (this.#running ? this.stop("stopped") : this.start()),
-			reconnect: () => {
-				if (this.#running) this.stop("connection dropped");
-				this.start();
-			},
 			clear: () => this.#panel.clear(),
 		});
 		setInterval(() => this.#open && this.#silent(performance.now() - this.#lastByte), 100);
@@ -125,21 +122,21 @@ class Reader {
 		this.#panel.button("toggle", { text: "Start" });
 	}
 
-	// run reads one response after the other, as an EventSource would.
+	// run reads one response after the other, and an error does not stop it.
 	async #run(signal) {
 		while (!signal.aborted) {
-			let why;
+			let clean = false;
 			try {
 				await this.#read(signal);
-				why = "the upstream ended the stream";
-			} catch (error) {
-				why = `the stream broke off: ${error.message}`;
+				clean = true;
+			} catch {
+				// What broke off is asked for below: fetch does not tell.
 			}
 			if (signal.aborted) return;
 			this.#open = false;
 			this.#panel.silence(0);
 			this.#panel.state("waiting", `again in ${seconds(reconnectAfter)}`);
-			this.#panel.note(why);
+			this.#panel.note((await ending(this.#client)) ?? (clean ? "ended cleanly" : "broke off"));
 			await pause(reconnectAfter, signal);
 		}
 	}
@@ -158,10 +155,9 @@ class Reader {
 
 		const opened = performance.now();
 		this.#lastByte = opened;
-		this.#cut = false;
 		this.#open = true;
 		this.#panel.state("open", "open");
-		this.#panel.note(this.#lastEventID ? `opened behind event ${this.#lastEventID}` : "opened");
+		this.#panel.note(this.#lastEventID ? `opened after event ${this.#lastEventID}` : "opened");
 		const lines = new Lines();
 		const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
 		for (let first = true; ; first = false) {
@@ -176,10 +172,6 @@ class Reader {
 
 	#silent(ms) {
 		this.#panel.silence(ms);
-		if (ms > longSilence && !this.#cut) {
-			this.#cut = true;
-			this.#panel.figure("cuts", ++this.#total.cuts);
-		}
 		if (ms > this.#longest) {
 			this.#longest = ms;
 			this.#panel.figure("longest", seconds(ms));
@@ -188,7 +180,6 @@ class Reader {
 
 	#came(text, gap, lines) {
 		this.#silent(gap);
-		this.#cut = false;
 		const total = this.#total;
 		const seen = lines.read(text);
 		total.bytes += new TextEncoder().encode(text).length;
@@ -247,21 +238,65 @@ function pause(ms, signal) {
 	});
 }
 
+// newName names a client of this page, so that it can ask how its stream ended.
+function newName() {
+	return Math.random().toString(36).slice(2);
+}
+
+// ending says how the last stream of a client ended, as the load balancer saw it:
+// the browser knows more than it tells.
+async function ending(client) {
+	try {
+		const response = await fetch(`ending?client=${client}`);
+		if (!response.ok) return undefined;
+		const { status, bytes, clean, why } = await response.json();
+		if (status !== 200) return `answered ${status}`;
+		if (why) return why;
+		return clean ? `ended cleanly after ${bytes} bytes` : "broke off";
+	} catch {
+		return undefined;
+	}
+}
+
+// due tells when each event came first, to either EventSource: the other one may
+// get it late.
+const due = new Map();
+
 // Source shows what an EventSource makes of a stream.
 class Source {
+	#url;
+	#client = newName();
 	#panel;
+	#strip;
+	#root;
 	#source = null;
-	#client = Math.random().toString(36).slice(2);
-	#total = { messages: 0, ticks: 0, reconnects: 0 };
-	#lastEvent = 0;
-	#lost = 0;
+	#state = "lost";
+	#spans = []; // {from, to, state}; the last one goes on
+	#events = []; // when they came
+	#lastEventID = "";
+	#pending; // a timer: the answer may be a stream
+	#away = 0;
+	#losses = 0;
+	#late = 0;
 
-	constructor(root) {
-		this.#panel = new Panel(root, {
-			toggle: () => (this.#source ? this.stop("stopped") : this.start()),
-			drop: () => this.#drop(),
-			clear: () => this.#panel.clear(),
-		});
+	constructor(root, title) {
+		this.#root = root;
+		root.append(document.getElementById("source").content.cloneNode(true));
+		const heading = root.querySelector("h2");
+		heading.id = root.getAttribute("aria-labelledby");
+		heading.append(...title);
+		root.querySelector(".log").setAttribute("aria-label", `Events, ${heading.textContent}`);
+		this.#strip = root.querySelector(".strip");
+		this.#url = new URL(root.dataset.path, location.href);
+		this.#panel = new Panel(root, { open: () => this.start() });
+		let before = performance.now();
+		setInterval(() => {
+			const now = performance.now();
+			if (this.#state !== "open" && this.#losses > 0) this.#away += now - before;
+			before = now;
+			this.#panel.figure("away", seconds(this.#away));
+			this.#draw(now);
+		}, 200);
 	}
 
 	get running() {
@@ -269,14 +304,12 @@ class Source {
 	}
 
 	start() {
-		const source = (this.#source = new EventSource(`events?client=${this.#client}`));
-		this.#lost = 0;
-		this.#panel.state("waiting", "connecting");
-		this.#panel.button("toggle", { text: "Stop" });
-		this.#panel.button("drop", { enabled: false });
-		source.addEventListener("open", () => this.#opened());
-		source.addEventListener("message", (event) => this.#event("messages", event));
-		source.addEventListener("tick", (event) => this.#event("ticks", event));
+		this.#root.querySelector("[data-action=open]").hidden = true;
+		this.#url.searchParams.set("client", this.#client);
+		const source = (this.#source = new EventSource(this.#url));
+		this.#enter("lost", "connecting");
+		source.addEventListener("open", () => this.#answered(source));
+		for (const type of ["message", "tick"]) source.addEventListener(type, (event) => this.#event(event));
 		source.addEventListener("error", () => {
 			if (source === this.#source) this.#failed(source);
 		});
@@ -285,58 +318,79 @@ class Source {
 	stop(why) {
 		this.#source?.close();
 		this.#source = null;
-		this.#panel.state("closed", why);
+		this.#enter("dead", why);
 		this.#panel.note(why);
-		this.#panel.button("toggle", { text: "Start" });
-		this.#panel.button("drop", { enabled: false });
 	}
 
-	#opened() {
+	#enter(state, text) {
 		const now = performance.now();
-		this.#lastEvent = now;
-		this.#panel.state("open", "open");
-		this.#panel.button("drop", { enabled: true });
-		if (!this.#lost) {
-			this.#panel.note("open");
-			return;
-		}
-		this.#panel.note(`open again after ${seconds(now - this.#lost)}`);
-		this.#panel.figure("reconnects", ++this.#total.reconnects);
-		this.#panel.figure("took", seconds(now - this.#lost));
-		this.#lost = 0;
+		const last = this.#spans.at(-1);
+		if (last) last.to = now;
+		if (last?.state !== state) this.#spans.push({ from: now, to: now, state });
+		this.#state = state;
+		this.#panel.state(state, text);
 	}
 
-	#event(kind, event) {
+	// An answer may open and end at once, to tell the browser when to come back:
+	// that is no stream yet.
+	#answered(source) {
+		this.#pending = setTimeout(() => source === this.#source && this.#open(), 400);
+	}
+
+	#open() {
+		clearTimeout(this.#pending);
+		if (this.#state === "open") return;
+		this.#enter("open", "open");
+		this.#panel.note(this.#lastEventID ? `open, after event ${this.#lastEventID}` : "open");
+	}
+
+	#event(event) {
 		const now = performance.now();
-		this.#panel.figure(kind, ++this.#total[kind]);
+		this.#open();
+		this.#lastEventID = event.lastEventId;
+		this.#events.push(now);
 		this.#panel.figure("last", event.lastEventId);
-		this.#panel.add(now - this.#lastEvent, `${event.type} ${event.lastEventId}  ${event.data.replaceAll("\n", " ")}`);
-		this.#lastEvent = now;
+		if (!due.has(event.lastEventId)) due.set(event.lastEventId, now);
+		const late = now - due.get(event.lastEventId);
+		if (late >= 1000) this.#panel.figure("late", ++this.#late);
+		this.#panel.add(late >= 1000 ? late : undefined, `${event.type} ${event.lastEventId}  ${event.data.replaceAll("\n", " ")}`);
 	}
 
-	#failed(source) {
-		if (source.readyState === EventSource.CLOSED) {
-			this.stop("given up by the browser");
-			return;
+	async #failed(source) {
+		clearTimeout(this.#pending);
+		const closed = source.readyState === EventSource.CLOSED;
+		const wasOpen = this.#state === "open";
+		if (wasOpen) this.#panel.figure("losses", ++this.#losses);
+		this.#enter(closed ? "dead" : "lost", closed ? "given up by the browser" : "the browser comes back");
+		const how = await ending(this.#client);
+		if (closed) {
+			this.#source = null;
+			this.#panel.note(`${how ?? "an error"}: EventSource never tries again`);
+			this.#root.querySelector("[data-action=open]").hidden = false;
+		} else {
+			this.#panel.note(wasOpen ? (how ?? "lost") : "the upstream is away: told to come back");
 		}
-		// Every failed attempt is told; the first is the loss.
-		if (!this.#lost) {
-			this.#lost = performance.now();
-			this.#panel.note("connection lost; the browser comes back by itself");
-		}
-		this.#panel.state("waiting", "reconnecting");
-		this.#panel.button("drop", { enabled: false });
 	}
 
-	// drop has the upstream end this stream: closing an EventSource from here
-	// would be final.
-	async #drop() {
-		try {
-			const response = await fetch(`drop?client=${this.#client}`, { method: "POST" });
-			if (!response.ok) throw new Error(await response.text());
-		} catch (error) {
-			this.#panel.note(`could not drop the connection: ${error.message}`);
-		}
+	// draw shows the last minute, from left to right.
+	#draw(now) {
+		const from = now - stripLength;
+		const at = (time) => `${(Math.max(time - from, 0) / stripLength) * 100}%`;
+		this.#spans = this.#spans.filter((span, i, all) => i === all.length - 1 || span.to > from);
+		this.#events = this.#events.filter((time) => time > from);
+		this.#strip.replaceChildren(
+			...this.#spans.map((span, i, all) => {
+				const e = element("i", `span ${span.state}`);
+				e.style.left = at(span.from);
+				e.style.right = `calc(100% - ${at(i === all.length - 1 ? now : span.to)})`;
+				return e;
+			}),
+			...this.#events.map((time) => {
+				const e = element("i", "event");
+				e.style.left = at(time);
+				return e;
+			}),
+		);
 	}
 }
 
@@ -358,7 +412,7 @@ class Headers {
 			const field = element("th", "", name);
 			field.scope = "row";
 			row.append(field);
-			for (const headers of [sse, plain]) {
+			for (const headers of [plain, sse]) {
 				const value = headers?.get(name);
 				row.append(value == null ? element("td", "absent", headers ? "–" : "…") : element("td", "", value));
 			}
@@ -369,17 +423,41 @@ class Headers {
 	}
 }
 
+const code = (text) => element("code", "", text);
+const titles = { plain: [code("reverse_proxy"), " alone"], sse: ["With ", code("sse")] };
 const headers = new Headers(document.getElementById("headers"));
-const titles = { sse: "With sse", plain: "Without sse" };
-const streams = [...document.querySelectorAll("[data-reader]")].map((root) => {
+const streams = [...document.querySelectorAll("[data-source]")].map((root) => new Source(root, titles[root.dataset.source].map((part) => part.cloneNode?.(true) ?? part)));
+for (const root of document.querySelectorAll("[data-reader]")) {
 	const side = root.dataset.reader;
-	return new Reader(root, titles[side], (received) => headers.show(side, received));
-});
-streams.push(new Source(document.getElementById("source")));
+	streams.push(new Reader(root, { plain: "Without sse", sse: "With sse" }[side], (received) => headers.show(side, received)));
+}
+for (const stream of streams) stream.start();
 
 document.getElementById("curl").textContent = `curl -N ${new URL("events", location.href)}`;
 
-for (const stream of streams) stream.start();
+const about = await fetch("about").then((response) => response.json());
+document.getElementById("list").textContent = about.list;
+document.getElementById("close").textContent = about.close;
+
+const restart = document.getElementById("restart");
+const restarting = document.getElementById("restarting");
+restart.addEventListener("click", async () => {
+	restart.disabled = true;
+	const idle = restarting.textContent;
+	await fetch("restart", { method: "POST" });
+	const back = performance.now() + about.away;
+	const tick = setInterval(() => {
+		const left = back - performance.now();
+		if (left > 0) {
+			restarting.textContent = `The upstream is away for another ${seconds(left)}.`;
+			return;
+		}
+		clearInterval(tick);
+		restart.disabled = false;
+		restarting.textContent = "The upstream is back.";
+		setTimeout(() => { if (!restart.disabled) restarting.textContent = idle; }, 8000);
+	}, 100);
+});
 
 // A page that is left keeps its connections while the browser keeps it for the
 // back button; they count towards the six of the host.

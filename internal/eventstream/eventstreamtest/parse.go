@@ -48,6 +48,7 @@ func utf8Decoder(bytes string) string {
 		bytesSeen, bytesNeeded  int
 		lowerBoundary, upperEnd byte = 0x80, 0xBF
 	)
+	text.Grow(len(bytes))
 	for i := 0; i < len(bytes); i++ {
 		b := bytes[i]
 		if bytesNeeded == 0 {

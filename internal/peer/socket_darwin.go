@@ -1,4 +1,4 @@
-package caddysse
+package peer
 
 import (
 	"math"
@@ -7,9 +7,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// checkDeadClientTimeout reports whether this platform has what
-// dead_client_timeout needs. Darwin has, as TCP_RXT_CONNDROPTIME.
-func checkDeadClientTimeout() error { return nil }
+// CheckUserTimeout returns an error if Watch can do nothing on this platform. It
+// reads well after the name of a setting and a colon.
+// Darwin has TCP_RXT_CONNDROPTIME.
+func CheckUserTimeout() error { return nil }
 
 // userTimeout returns a socket's TCP_RXT_CONNDROPTIME (netinet/tcp.h: "time
 // after which tcp retransmissions will be stopped and the connection will be
@@ -37,10 +38,10 @@ const (
 	tcpsEstablished = 4
 )
 
-// observe asks for TCP_CONNECTION_INFO (netinet/tcp.h). It tells neither how
-// long data has been waiting nor when the client was heard last, so the time
-// since the last glance stands for both. This is written from the headers, and
-// has been compiled but not been run.
+// observe asks for TCP_CONNECTION_INFO (netinet/tcp.h). It has neither how long data
+// has been waiting nor when the client was last heard, so the time since the last
+// glance stands for both. This was written from the headers, and has been compiled
+// but not run.
 func observe(fd int) (observation, error) {
 	info, err := unix.GetsockoptTCPConnectionInfo(fd, unix.IPPROTO_TCP, unix.TCP_CONNECTION_INFO)
 	if err != nil {

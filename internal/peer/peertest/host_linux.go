@@ -1,4 +1,5 @@
-package caddysse_test
+// Package peertest has client hosts that can vanish, for tests.
+package peertest
 
 import (
 	"context"
@@ -16,24 +17,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// requireNetns makes a failure of what else is a skip: tests that need network
-// namespaces where there are none.
+// requireNetns is an environment variable. If it is set, tests that need network
+// namespaces fail where there are none, and are not skipped.
 const requireNetns = "CADDY_SSE_REQUIRE_NETNS"
 
-// clientHost is a host of its own, as far as the network goes: a network
-// namespace at the other end of a cable (veth) that can be cut. Seen from it,
-// 127.0.0.1 is ours, so that it reaches every server of a test:
+// Host is a host of its own, as far as the network goes: a network namespace at
+// the other end of a cable (veth) that can be cut. From there, 127.0.0.1 is our
+// side, so that it reaches every server of a test:
 //
-//	host := newClientHost(t)
-//	client.Transport.(*http.Transport).DialContext = host.dial
+//	host := peertest.NewHost(t)
+//	client.Transport.(*http.Transport).DialContext = host.Dial
 //	…
-//	host.vanish()
+//	host.Vanish()
 //
-// The namespace has no name and is held by this process only, so that nothing
-// is left of it whatever becomes of the process. A socket belongs to the
+// The namespace has no name and only this process holds it, so nothing of it stays
+// however the process ends. A socket belongs to the
 // namespace that its thread was in when it was made, and can then be used from
 // anywhere: no other process is needed.
-type clientHost struct {
+type Host struct {
 	t        testing.TB
 	ns, home int    // the namespaces
 	cable    string // our end of it
@@ -50,11 +51,12 @@ const (
 	ourEnd  = "02:00:00:00:00:01"
 )
 
-// newClientHost needs Linux, root and the program ip (iproute2), and skips the
-// test where something is missing.
-func newClientHost(t testing.TB) *clientHost {
+// NewHost needs Linux, root and the program ip (iproute2). If something is missing
+// it skips the test, or fails it if CADDY_SSE_REQUIRE_NETNS is set. The host is
+// removed at the end of the test.
+func NewHost(t testing.TB) *Host {
 	t.Helper()
-	h := &clientHost{t: t, ns: -1, home: -1}
+	h := &Host{t: t, ns: -1, home: -1}
 	t.Cleanup(h.close)
 	if err := h.open(); err != nil {
 		if os.Getenv(requireNetns) != "" {
@@ -65,7 +67,7 @@ func newClientHost(t testing.TB) *clientHost {
 	return h
 }
 
-func (h *clientHost) open() (err error) {
+func (h *Host) open() (err error) {
 	if _, err := exec.LookPath("ip"); err != nil {
 		return err
 	}
@@ -132,7 +134,7 @@ func ip(format string, args ...any) error {
 }
 
 // onThread runs f on a thread that may change its namespace.
-func (h *clientHost) onThread(f func() error) error {
+func (h *Host) onThread(f func() error) error {
 	done := make(chan error)
 	go func() {
 		// A thread that can't come home ends with its goroutine.
@@ -148,7 +150,7 @@ func (h *clientHost) onThread(f func() error) error {
 
 // run runs f on the host: the sockets it makes are the host's, and so is what
 // the programs it starts see.
-func (h *clientHost) run(f func() error) error {
+func (h *Host) run(f func() error) error {
 	return h.onThread(func() error {
 		if err := unix.Setns(h.ns, unix.CLONE_NEWNET); err != nil {
 			return err
@@ -157,10 +159,9 @@ func (h *clientHost) run(f func() error) error {
 	})
 }
 
-// dial connects from the host, for http.Transport.DialContext. Its connections
-// are closed when the test ends, as a client does not close those that it has
-// given up hope of.
-func (h *clientHost) dial(ctx context.Context, network, addr string) (conn net.Conn, err error) {
+// Dial connects from the host, for http.Transport.DialContext. The connections are
+// closed when the test ends, as a client does not close those that it has given up.
+func (h *Host) Dial(ctx context.Context, network, addr string) (conn net.Conn, err error) {
 	err = h.run(func() error {
 		conn, err = new(net.Dialer).DialContext(ctx, network, addr)
 		return err
@@ -173,23 +174,23 @@ func (h *clientHost) dial(ctx context.Context, network, addr string) (conn net.C
 	return conn, err
 }
 
-// vanish cuts the cable: nothing arrives any more, in neither direction.
-func (h *clientHost) vanish() {
+// Vanish cuts the cable: nothing arrives any more, in neither direction.
+func (h *Host) Vanish() {
 	h.t.Helper()
 	if err := h.run(func() error { return ip("link set eth0 down") }); err != nil {
 		h.t.Fatal(err)
 	}
 }
 
-// comeBack undoes vanish.
-func (h *clientHost) comeBack() {
+// ComeBack undoes Vanish.
+func (h *Host) ComeBack() {
 	h.t.Helper()
 	if err := h.plugIn(); err != nil {
 		h.t.Fatal(err)
 	}
 }
 
-func (h *clientHost) plugIn() error {
+func (h *Host) plugIn() error {
 	return h.run(func() error {
 		return errors.Join(
 			ip("link set eth0 up"),
@@ -199,7 +200,7 @@ func (h *clientHost) plugIn() error {
 	})
 }
 
-func (h *clientHost) close() {
+func (h *Host) close() {
 	for _, conn := range h.conns {
 		conn.Close()
 	}

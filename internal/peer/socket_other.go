@@ -1,6 +1,6 @@
 //go:build !linux && !darwin
 
-package caddysse
+package peer
 
 import (
 	"errors"
@@ -9,10 +9,10 @@ import (
 	"time"
 )
 
-// checkDeadClientTimeout reports whether this platform has what
-// dead_client_timeout needs: this one has not.
-func checkDeadClientTimeout() error {
-	return fmt.Errorf("sse: dead_client_timeout: %s has no such timeout on its TCP sockets (Linux and macOS do); leave it out or set it to off", runtime.GOOS)
+// CheckUserTimeout returns an error if Watch can do nothing on this platform. It
+// reads well after the name of a setting and a colon.
+func CheckUserTimeout() error {
+	return fmt.Errorf("%s has no such timeout on its TCP sockets (Linux and macOS do)", runtime.GOOS)
 }
 
 func userTimeout(int) (time.Duration, error) { return 0, errors.ErrUnsupported }

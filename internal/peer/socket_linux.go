@@ -1,4 +1,4 @@
-package caddysse
+package peer
 
 import (
 	"sync/atomic"
@@ -7,9 +7,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// checkDeadClientTimeout reports whether this platform has what
-// dead_client_timeout needs. Linux has, since 2.6.37.
-func checkDeadClientTimeout() error { return nil }
+// CheckUserTimeout returns an error if Watch can do nothing on this platform. It
+// reads well after the name of a setting and a colon.
+// Linux has had TCP_USER_TIMEOUT since 2.6.37.
+func CheckUserTimeout() error { return nil }
 
 // userTimeout returns a socket's TCP_USER_TIMEOUT (tcp(7)); 0: the system's
 // limit of retransmissions holds.
@@ -19,8 +20,8 @@ func userTimeout(fd int) (time.Duration, error) {
 }
 
 // setUserTimeout sets a socket's TCP_USER_TIMEOUT, in milliseconds, rounded up; 0
-// gives the system's limit its place back. It is local: the client is not told
-// (RFC 5482 would have it as an option in the segments).
+// brings the system's limit back. It is local: the client is not told, as the TCP
+// option of RFC 5482 would do.
 func setUserTimeout(fd int, timeout time.Duration) error {
 	return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, roundUp(timeout, time.Millisecond))
 }
@@ -37,13 +38,13 @@ const (
 	tcpClose       = 7
 )
 
-// tellsWindow says that TCP_INFO has the client's window (Linux 5.4), which is
-// known when one was seen that is not zero.
+// tellsWindow says that TCP_INFO has the client's window (Linux 5.4). That is known
+// once a window was seen that is not zero.
 var tellsWindow atomic.Bool
 
 // observe asks for TCP_INFO (tcp(7); the fields are described in
-// include/uapi/linux/tcp.h). Behind a close the kernel still has its figures,
-// save that nothing counts as unacknowledged any more. Seen on Linux 6.18:
+// include/uapi/linux/tcp.h). After the end of a connection the kernel still has its
+// figures, except that nothing counts as unacknowledged. Seen on Linux 6.18:
 //
 //	given up, sent data unacknowledged   CLOSE, unacked 0, last_ack_recv as long ago as the last ACK
 //	given up, zero window                CLOSE, snd_wnd 0, notsent > 0, bytes_acked as it was

@@ -1,21 +1,22 @@
-package caddysse_test
+package peer
 
 import (
 	"bufio"
 	"context"
 	"crypto/tls"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"testing"
 	"time"
 
-	caddysse "github.com/caddy-sse/caddy-sse"
+	"github.com/caddy-sse/caddy-sse/internal/peer/peertest"
 )
 
 const (
-	// deadTimeout is the dead_client_timeout of these tests.
+	// deadTimeout is what the connections of these tests are watched with.
 	deadTimeout = 2 * time.Second
 
 	// deadGrace is how much later the end may come: the kernel counts from the
@@ -23,18 +24,18 @@ const (
 	deadGrace = 4 * time.Second
 )
 
-// transports are the ways to a server that connections can be dead on.
+// transports are the protocols whose connections can be dead.
 var transports = []string{"plain", "TLS", "h2"}
 
-// watchedServer is a server of net/http alone, whose answers end when their
-// client is gone, and tell how.
+// watchedServer is a server of net/http alone. It tells the fate of each connection
+// whose client is gone.
 type watchedServer struct {
 	*httptest.Server
 	ends chan connectionEnd
 }
 
 type connectionEnd struct {
-	fate string
+	fate Fate
 	at   time.Time
 }
 
@@ -45,7 +46,7 @@ func newWatchedServer(t *testing.T, transport string, interval time.Duration, ke
 	s := &watchedServer{ends: make(chan connectionEnd, 10)}
 	s.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		ctx := r.Context()
-		caddysse.WatchConnection(ctx, deadTimeout)
+		FromContext(ctx).Watch(deadTimeout)
 		ticker := time.NewTicker(interval)
 		defer ticker.Stop()
 		for ctx.Err() == nil {
@@ -56,9 +57,9 @@ func newWatchedServer(t *testing.T, transport string, interval time.Duration, ke
 			case <-ctx.Done():
 			}
 		}
-		s.ends <- connectionEnd{caddysse.LeaveConnection(ctx, deadTimeout), time.Now()}
+		s.ends <- connectionEnd{FromContext(ctx).Leave(deadTimeout), time.Now()}
 	}))
-	s.Config.ErrorLog = discardLog
+	s.Config.ErrorLog = log.New(io.Discard, "", 0)
 	s.Config.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
 		if keepAlive.Enable {
 			socket := c
@@ -69,7 +70,7 @@ func newWatchedServer(t *testing.T, transport string, interval time.Duration, ke
 				t.Error(err)
 			}
 		}
-		return caddysse.WithConnection(ctx, c)
+		return WithConn(ctx, c)
 	}
 	switch transport {
 	case "plain":
@@ -84,12 +85,12 @@ func newWatchedServer(t *testing.T, transport string, interval time.Duration, ke
 	return s
 }
 
-// watch opens an answer from a host and waits for its first beat.
-func (s *watchedServer) watch(t *testing.T, host *clientHost) (leave context.CancelFunc, socket *net.TCPConn) {
+// open opens an answer from a host and waits for its first beat.
+func (s *watchedServer) open(t *testing.T, host *peertest.Host) (leave context.CancelFunc, socket *net.TCPConn) {
 	t.Helper()
 	transport := s.Client().Transport.(*http.Transport).Clone()
 	transport.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
-		conn, err := host.dial(ctx, network, addr)
+		conn, err := host.Dial(ctx, network, addr)
 		socket, _ = conn.(*net.TCPConn)
 		return conn, err
 	}
@@ -128,8 +129,7 @@ func (s *watchedServer) next(t *testing.T) connectionEnd {
 }
 
 func TestAConnectionWhoseHostVanishesIsDead(t *testing.T) {
-	checkLeaks(t)
-	host := newClientHost(t)
+	host := peertest.NewHost(t)
 	probing := net.KeepAliveConfig{Enable: true, Idle: time.Second, Interval: time.Second, Count: 100}
 	servers := make(map[string]*watchedServer)
 	for _, transport := range transports {
@@ -138,19 +138,19 @@ func TestAConnectionWhoseHostVanishesIsDead(t *testing.T) {
 		servers[transport+", nothing but keepalive probes"] = newWatchedServer(t, transport, time.Hour, probing)
 	}
 	for _, server := range servers {
-		server.watch(t, host)
+		server.open(t, host)
 	}
 	vanished := time.Now()
-	host.vanish()
+	host.Vanish()
 	for name, server := range servers {
 		end := server.next(t)
 		took := end.at.Sub(vanished)
 		t.Logf("%s: %s after %v", name, end.fate, took)
-		if end.fate != "dead" {
+		if end.fate != Dead {
 			t.Errorf("%s: it is %s, want dead", name, end.fate)
 		}
-		// The last thing to be acknowledged came a second before at most, the
-		// first thing not to be 1.5 s behind.
+		// The last thing to be acknowledged came at most a second before, the
+		// first thing not to be at most 1.5 s after.
 		if took < deadTimeout-time.Second || took > deadTimeout+1500*time.Millisecond+deadGrace {
 			t.Errorf("%s: it ended after %v", name, took)
 		}
@@ -160,23 +160,22 @@ func TestAConnectionWhoseHostVanishesIsDead(t *testing.T) {
 // A client that went while its host was away, and whose host then answers with
 // a reset, has closed, however late we learn of it.
 func TestAConnectionThatAHostResetsOnComingBackIsNotDead(t *testing.T) {
-	checkLeaks(t)
-	host := newClientHost(t)
+	host := peertest.NewHost(t)
 	servers := make(map[string]*watchedServer)
 	var sockets []*net.TCPConn
 	for _, transport := range transports {
 		servers[transport] = newWatchedServer(t, transport, 100*time.Millisecond, net.KeepAliveConfig{})
-		_, socket := servers[transport].watch(t, host)
+		_, socket := servers[transport].open(t, host)
 		sockets = append(sockets, socket)
 	}
-	host.vanish()
+	host.Vanish()
 	vanished := time.Now()
 	for _, socket := range sockets {
 		socket.SetLinger(0)
 		socket.Close() // the reset gets lost
 	}
 	time.Sleep(deadTimeout / 2)
-	host.comeBack()
+	host.ComeBack()
 	for name, server := range servers {
 		end := server.next(t)
 		took := end.at.Sub(vanished)
@@ -184,7 +183,7 @@ func TestAConnectionThatAHostResetsOnComingBackIsNotDead(t *testing.T) {
 		switch {
 		case took > deadTimeout:
 			t.Logf("%s: too late to show something", name)
-		case end.fate != "alive":
+		case end.fate != Alive:
 			t.Errorf("%s: it is %s, want alive: it was reset", name, end.fate)
 		}
 	}
@@ -192,9 +191,8 @@ func TestAConnectionThatAHostResetsOnComingBackIsNotDead(t *testing.T) {
 
 // The HTTP/2 server may close the connection before a stream is told that its
 // client is gone.
-func TestTheFateOfAConnectionIsKnownBehindItsClose(t *testing.T) {
-	checkLeaks(t)
-	host := newClientHost(t)
+func TestTheFateOfAConnectionIsKnownAfterItsClose(t *testing.T) {
+	host := peertest.NewHost(t)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -202,12 +200,12 @@ func TestTheFateOfAConnectionIsKnownBehindItsClose(t *testing.T) {
 	defer listener.Close()
 	const resets = 3 // of the clients; as many vanish
 	type result struct {
-		want, got string
+		want, got Fate
 	}
 	results := make(chan result)
 	var clients []*net.TCPConn
 	for i := range 2 * resets {
-		client, err := host.dial(t.Context(), "tcp", listener.Addr().String())
+		client, err := host.Dial(t.Context(), "tcp", listener.Addr().String())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -216,17 +214,17 @@ func TestTheFateOfAConnectionIsKnownBehindItsClose(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		want := "dead"
+		want := Dead
 		if i < resets {
-			want = "alive"
+			want = Alive
 		}
-		ctx := caddysse.WithConnection(t.Context(), server)
-		caddysse.WatchConnection(ctx, deadTimeout)
+		ctx := WithConn(t.Context(), server)
+		FromContext(ctx).Watch(deadTimeout)
 		go func() {
 			server.Read(make([]byte, 1)) // to the end
 			server.Close()
 			time.Sleep(deadTimeout / 8) // a glance comes meanwhile, or none
-			results <- result{want, caddysse.LeaveConnection(ctx, deadTimeout)}
+			results <- result{want, FromContext(ctx).Leave(deadTimeout)}
 		}()
 		go func() {
 			for began := time.Now(); time.Since(began) < deadTimeout; time.Sleep(200 * time.Millisecond) {
@@ -241,7 +239,7 @@ func TestTheFateOfAConnectionIsKnownBehindItsClose(t *testing.T) {
 		client.SetLinger(0)
 		client.Close()
 	}
-	host.vanish()
+	host.Vanish()
 	for range clients {
 		select {
 		case r := <-results:
@@ -255,14 +253,13 @@ func TestTheFateOfAConnectionIsKnownBehindItsClose(t *testing.T) {
 }
 
 func TestAHostThatWasAwayForLessThanTheTimeoutGoesOn(t *testing.T) {
-	checkLeaks(t)
-	host := newClientHost(t)
+	host := peertest.NewHost(t)
 	server := newWatchedServer(t, "h2", 100*time.Millisecond, net.KeepAliveConfig{})
-	leave, _ := server.watch(t, host)
+	leave, _ := server.open(t, host)
 	for range 3 {
-		host.vanish()
+		host.Vanish()
 		time.Sleep(deadTimeout * 2 / 5)
-		host.comeBack()
+		host.ComeBack()
 		time.Sleep(deadTimeout * 3 / 5)
 	}
 	select {
@@ -271,133 +268,7 @@ func TestAHostThatWasAwayForLessThanTheTimeoutGoesOn(t *testing.T) {
 	default:
 	}
 	leave()
-	if end := server.next(t); end.fate != "alive" {
+	if end := server.next(t); end.fate != Alive {
 		t.Errorf("it is %s, want alive: the client left", end.fate)
-	}
-}
-
-// from has a client connect from a host.
-func (cl *testClient) from(host *clientHost) *testClient {
-	cl.Transport.(*http.Transport).DialContext = host.dial
-	return cl
-}
-
-// overTLS makes HTTP/1.1 of an h2 client, with TLS still.
-func (cl *testClient) overTLS() *testClient {
-	protocols := new(http.Protocols)
-	protocols.SetHTTP1(true)
-	cl.Transport.(*http.Transport).Protocols = protocols
-	return cl
-}
-
-func TestAClientThatVanishesEndsAsDeadClient(t *testing.T) {
-	for _, test := range []struct {
-		name    string
-		options []siteOption
-	}{
-		{"plain listeners", nil},
-		{"wrapped listeners", []siteOption{
-			withGlobal("servers :58080 {\nprotocols h1\n}"),
-			withGlobal("servers :58443 {\nlistener_wrappers {\nhttp_redirect\ntls\n}\n}"),
-		}},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			checkLeaks(t)
-			host := newClientHost(t)
-			up := newUpstream(t)
-			c := startCaddy(t, `
-				sse {
-					heartbeat 500ms
-					dead_client_timeout 2s
-					drain off
-				}
-				reverse_proxy `+up.addr, test.options...)
-
-			type open struct {
-				call *upstreamCall
-				path string
-			}
-			var vanishing []open
-			for path, client := range map[string]*testClient{
-				"/plain": c.client("h1").from(host),
-				"/tls":   c.client("h2").overTLS().from(host),
-				"/h2":    c.client("h2").from(host),
-			} {
-				exchange := client.begin(client.request(t, "GET", path, nil))
-				call := up.accept(t)
-				call.start(eventStream)
-				body := exchange.headers(t).follow()
-				call.send("data: 1\n\n")
-				body.expect(t, "data: 1\n\n")
-				vanishing = append(vanishing, open{call, path})
-			}
-			staying := c.client("h2")
-			exchange := staying.begin(staying.request(t, "GET", "/staying", nil))
-			call := up.accept(t)
-			call.start(eventStream)
-			stays := exchange.headers(t)
-
-			host.vanish()
-			vanished := time.Now()
-			for _, open := range vanishing {
-				open.call.expectGone()
-			}
-			if took := time.Since(vanished); took < deadTimeout-500*time.Millisecond || took > deadTimeout+deadGrace {
-				t.Errorf("they ended after %v", took)
-			}
-			for i := range vanishing {
-				entry := c.waitForLog("stream closed", i)
-				if entry["reason"] != "dead_client" || entry.level() != "info" {
-					t.Errorf("%s of %s at %s, want dead_client at info", entry["reason"], entry["path"], entry.level())
-				}
-			}
-			stays.leave()
-			call.expectGone()
-			entry := c.waitForLog("stream closed", len(vanishing))
-			if entry["path"] != "/staying" || entry["reason"] != "client_closed" {
-				t.Errorf("%s of %s, want client_closed of /staying", entry["reason"], entry["path"])
-			}
-		})
-	}
-}
-
-func TestAClientThatTakesNothingIsNoDeadClient(t *testing.T) {
-	for _, vanishes := range []bool{false, true} {
-		for _, proto := range []string{"h1", "TLS"} {
-			name := proto
-			if vanishes {
-				name += ", whose host vanishes"
-			}
-			t.Run(name, func(t *testing.T) {
-				checkLeaks(t)
-				host := newClientHost(t)
-				up := newUpstream(t)
-				c := startCaddy(t, `
-					sse {
-						heartbeat off
-						write_timeout off
-						dead_client_timeout 2s
-						drain off
-					}
-					reverse_proxy `+up.addr)
-				client := c.client("h1").from(host)
-				if proto == "TLS" {
-					client = c.client("h2").overTLS().from(host)
-				}
-				exchange := client.begin(client.request(t, "GET", "/", nil))
-				call := up.accept(t)
-				call.start(eventStream)
-				stalls := exchange.headers(t)
-				defer stalls.leave()
-				call.floodUntilStuck()
-				if vanishes {
-					host.vanish()
-				}
-				call.expectGone()
-				if entry := c.waitForLog("stream closed", 0); entry["reason"] != "write_timeout" {
-					t.Errorf("it is %s, want write_timeout", entry["reason"])
-				}
-			})
-		}
 	}
 }

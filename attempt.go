@@ -1,0 +1,313 @@
+package caddysse
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"net/http"
+	"net/url"
+	"runtime/debug"
+	"strings"
+
+	"go.uber.org/zap"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+// attempt is one call of the handlers after sse: the request that they get, and
+// the way to end it. It does not know who gets what they answer, nor whether
+// there will be another.
+//
+// The request is the attempt's own. reverse_proxy may still be dialing for a
+// request that it has given up, and reads the request's fields, its headers and
+// its Replacer without a lock. So nothing that the handlers have is written to
+// from outside, and nothing that the client's request has is given to handlers
+// that may still run when it is over.
+//
+//   - The header map says Accept-Encoding: identity where frames may be needed.
+//   - The context ends with the client's request, or when cancel is called.
+//   - The Replacer knows the attempt's request, so that placeholders see what
+//     handlers after sse have rewritten. What handlers set in it, such as
+//     {http.reverse_proxy.upstream.hostport}, the client's Replacer knows too
+//     (see exchange.placeholder), so that logs and error routes see it. What
+//     only the client's Replacer knows, the attempt's asks it for.
+//   - Variables are the client's own, so that what is set inside is seen
+//     outside. An isolated attempt has copies, which are handed back when its
+//     handlers have answered or left (see isolation.handBack).
+type attempt struct {
+	request *http.Request
+	cancel  context.CancelCauseFunc
+	context attemptContext
+}
+
+// outcome is how an attempt ended.
+type outcome struct {
+	err      error // what the handlers left with
+	panicked any   // what they panicked with; http.ErrAbortHandler: a side broke off
+	left     bool  // they have left; if not, nobody waits for them any more
+}
+
+// attemptContext is the context of an attempt's request.
+type attemptContext struct {
+	context.Context // the client's, until the attempt is cancelled
+
+	x        *exchange
+	replacer *caddy.Replacer
+	set      caddy.Replacer // knows what handlers have set in replacer, but does not ask the client's
+	isolated *isolation     // nil on the request's goroutine
+}
+
+// exchangeKey is the key of the exchange that a request belongs to.
+type exchangeKey struct{}
+
+// idleTimeoutsKey is the key of caddyhttp.IdleTimeoutsFromContext.
+const idleTimeoutsKey = caddy.CtxKey("idle_timeouts")
+
+// routeGroupsKey is the key of the groups of routes that a request has matched.
+const routeGroupsKey = caddy.CtxKey("route_group")
+
+// Value implements context.Context.
+func (c *attemptContext) Value(key any) any {
+	switch key := key.(type) {
+	case exchangeKey:
+		return c.x
+	case caddy.CtxKey:
+		switch key {
+		case caddy.ReplacerCtxKey:
+			return c.replacer
+		case idleTimeoutsKey:
+			return c.x.idleTimeoutsOfHandlers()
+		}
+		if c.isolated != nil {
+			if value := c.isolated.value(key); value != nil {
+				return value
+			}
+		}
+	}
+	return c.Context.Value(key)
+}
+
+// newAttempt makes the first attempt. w is what its handlers will answer to, if
+// that has a header map of its own.
+func (x *exchange) newAttempt(w http.ResponseWriter) *attempt {
+	ctx := x.r.Context()
+	if t := x.tries(); t != nil {
+		ctx = t.ctx
+	}
+	if w == nil {
+		return x.newAttemptOf(x.r, ctx, nil, nil)
+	}
+	return x.newAttemptOf(x.r, ctx, w, newIsolation(x.r))
+}
+
+// newAttemptOf makes an attempt of a request, which is copied where the attempt
+// is isolated.
+func (x *exchange) newAttemptOf(r *http.Request, ctx context.Context, w http.ResponseWriter, isolated *isolation) *attempt {
+	a := new(attempt)
+	c := &a.context
+	c.x = x
+	c.isolated = isolated
+	c.Context, a.cancel = context.WithCancelCause(ctx)
+	a.request = new(http.Request)
+	*a.request = *detached
+	if w == nil {
+		// It does what PrepareRequest does, without making a context of which
+		// every value would be replaced.
+		c.replacer = caddyhttp.NewTestReplacer(a.request)
+	} else {
+		c.replacer = caddy.NewReplacer()
+		a.request = caddyhttp.PrepareRequest(a.request, c.replacer, w, nil)
+	}
+	c.set = *c.replacer
+	c.replacer.Map(x.clientsPlaceholder)
+	// The Replacer has the pointer to the request, so it stays the same.
+	*a.request = *r.WithContext(c)
+	if c.isolated != nil {
+		a.request.URL = new(*r.URL)
+		a.request.Header = r.Header.Clone()
+	}
+	if x.accept.eventStream {
+		if c.isolated == nil {
+			x.acceptEncoding.lend(x.r)
+		}
+		a.request.Header["Accept-Encoding"] = identity
+	}
+	x.shown.Store(a)
+	return a
+}
+
+// detached is a request with a context that has no values.
+var detached = &http.Request{URL: new(url.URL)}
+
+// identity asks for a body that is text (RFC 9110, section 12.5.3): frames can
+// go into nothing else.
+var identity = []string{"identity"}
+
+// lentHeader remembers what the client's request said before its header map was
+// lent to an attempt. A copy for each attempt would be a third of what a quiet
+// stream may weigh.
+type lentHeader struct {
+	values []string
+	given  bool
+	lent   bool
+}
+
+func (l *lentHeader) lend(r *http.Request) {
+	l.values, l.given = r.Header["Accept-Encoding"]
+	l.lent = true
+}
+
+// replace gives the client's request a header map of its own again. The lent one
+// stays as it is: whoever still reads it belongs to the attempt.
+func (l *lentHeader) replace(r *http.Request) {
+	if !l.lent {
+		return
+	}
+	l.lent = false
+	header := maps.Clone(r.Header)
+	if l.given {
+		header["Accept-Encoding"] = l.values
+	} else {
+		delete(header, "Accept-Encoding")
+	}
+	r.Header = header
+}
+
+// call lets the handlers answer on a goroutine of their own.
+func (a *attempt) call(next caddyhttp.Handler, w http.ResponseWriter) (out outcome) {
+	defer func() {
+		out.left = true
+		if out.panicked = recover(); out.panicked != nil && !isAbort(out.panicked) {
+			// It goes on in the request's goroutine, which has another stack.
+			a.context.x.h.survive(out.panicked, debug.Stack())
+		}
+	}()
+	out.err = next.ServeHTTP(w, a.request)
+	return out
+}
+
+// upstream returns the upstream that reverse_proxy has chosen, if it has.
+func (a *attempt) upstream() string {
+	upstream, _ := a.context.set.GetString(upstreamPlaceholder)
+	return printable(upstream, 255) // its placeholders may say what the client said
+}
+
+const (
+	proxyPlaceholders   = "http.reverse_proxy."
+	upstreamPlaceholder = proxyPlaceholders + "upstream.hostport"
+)
+
+// clientsPlaceholder gives handlers after sse what handlers before it have set.
+// Of the request they know as much themselves.
+func (x *exchange) clientsPlaceholder(key string) (any, bool) {
+	if x.replacer == nil || strings.HasPrefix(key, "http.request.") || strings.HasPrefix(key, "http.vars.") {
+		return nil, false
+	}
+	return x.replacer.Get(key)
+}
+
+// placeholder gives handlers before sse what handlers after it have set, and
+// what is known of the stream.
+func (x *exchange) placeholder(key string) (any, bool) {
+	if strings.HasPrefix(key, "http.sse.") {
+		if x.told == nil {
+			return nil, false
+		}
+		return x.told.placeholder(key)
+	}
+	// Handlers of an attempt that is over may ask, too.
+	a := x.shown.Load()
+	if a == nil {
+		return nil, false
+	}
+	return a.context.set.Get(key)
+}
+
+// handOut lets the client's side know what the handlers have set so far. It runs
+// while they wait, or after they have left.
+func (x *exchange) handOut() {
+	if x.replacer == nil || x.attempt == nil {
+		return
+	}
+	if x.attempt.context.isolated != nil {
+		x.attempt.context.isolated.handBack()
+	}
+	if t := x.tries(); t != nil && !t.over {
+		return // the next try needs what a proxy before sse has left
+	}
+	if _, proxied := x.attempt.context.set.Get(upstreamPlaceholder); proxied {
+		// What a proxy before sse (forward_auth) left would hide it.
+		x.replacer.DeleteByPrefix(proxyPlaceholders)
+	}
+}
+
+// isolation is what an attempt on a goroutine of its own has copies of, as the
+// hooks of handlers around sse use the client's at the same time.
+type isolation struct {
+	vars, clientsVars map[string]any
+	groups            map[string]struct{}
+	original          http.Request
+}
+
+func newIsolation(r *http.Request) *isolation {
+	i := new(isolation)
+	i.clientsVars, _ = r.Context().Value(caddyhttp.VarsCtxKey).(map[string]any)
+	i.vars = maps.Clone(i.clientsVars)
+	groups, _ := r.Context().Value(routeGroupsKey).(map[string]struct{})
+	i.groups = maps.Clone(groups)
+	i.original, _ = r.Context().Value(caddyhttp.OriginalRequestCtxKey).(http.Request)
+	if i.original.URL != nil {
+		i.original.URL = new(*i.original.URL)
+	}
+	return i
+}
+
+func (i *isolation) value(key caddy.CtxKey) any {
+	switch key {
+	case caddyhttp.VarsCtxKey:
+		if i.vars != nil {
+			return i.vars
+		}
+	case routeGroupsKey:
+		if i.groups != nil {
+			return i.groups
+		}
+	case caddyhttp.OriginalRequestCtxKey:
+		return i.original
+	}
+	return nil
+}
+
+// copy is the same for another attempt. It is not handed back: handlers of the
+// first attempt may still read the client's variables.
+func (i *isolation) copy() *isolation {
+	again := &isolation{vars: maps.Clone(i.vars), groups: maps.Clone(i.groups), original: i.original}
+	if i.original.URL != nil {
+		again.original.URL = new(*i.original.URL)
+	}
+	return again
+}
+
+// handBack gives the client's request the variables that the handlers have set.
+func (i *isolation) handBack() {
+	if i.clientsVars == nil {
+		return
+	}
+	for name, value := range i.vars {
+		i.clientsVars[name] = value
+	}
+}
+
+// survive notes a panic on a goroutine where no server would recover it, which
+// would end the process.
+func (h *Handler) survive(panicked any, stack []byte) {
+	h.logger.Error("panic beside a request", zap.Any("panic", panicked), zap.ByteString("stack", stack))
+}
+
+// isAbort reports whether a handler has left by saying that a side broke off
+// (net/http.ErrAbortHandler).
+func isAbort(panicked any) bool {
+	err, ok := panicked.(error)
+	return ok && errors.Is(err, http.ErrAbortHandler)
+}

@@ -1,0 +1,247 @@
+package caddysse
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/caddyserver/caddy/v2"
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+)
+
+// adminHelp is what every command that calls the admin API says about finding
+// it.
+const adminHelp = `
+It asks the admin API, which must be enabled. --address says where that
+listens: localhost:2019, :2019, http://127.0.0.1:2019 or unix//path/to/socket.
+Without it, the address is the one in the configuration file (--config and
+--adapter, as for "caddy reload"), by default in ./Caddyfile if there is one,
+and otherwise Caddy's default, which the environment variable CADDY_ADMIN
+can change.`
+
+// adminPatience is how long the admin API may take for a whole answer.
+const adminPatience = 10 * time.Second
+
+// maxAdminAnswer bounds what is read of an answer: a list of 1,000 streams is
+// below 1 MiB.
+const maxAdminAnswer = 16 << 20
+
+// errTooLong is that an answer is above it.
+var errTooLong = errors.New("it is too long")
+
+// addAdminFlags adds the flags that say where the admin API is.
+func addAdminFlags(cmd *cobra.Command) {
+	cmd.Flags().String("address", "", "The address of the admin API")
+	cmd.Flags().StringP("config", "c", "", "The configuration file that has the address of the admin API")
+	cmd.Flags().StringP("adapter", "a", "", "The config adapter for --config")
+}
+
+// adminClient calls the admin API of a running Caddy.
+type adminClient struct {
+	address  string // for people
+	network  string // where to dial
+	dial     string
+	hosts    []string // what to call it, tried one after the other; empty for a Unix socket
+	patience time.Duration
+}
+
+// findAdmin looks where Caddy's own commands would look.
+func findAdmin(flags caddycmd.Flags) (adminClient, error) {
+	address := strings.TrimSpace(flags.String("address"))
+	if address == "" {
+		config, err := adminConfig(flags)
+		if err != nil {
+			return adminClient{}, err
+		}
+		address, err = caddycmd.DetermineAdminAPIAddress("", nil, config, flags.String("adapter"))
+		if err != nil {
+			return adminClient{}, fmt.Errorf("finding the address of the admin API: %w; "+
+				"--address says it without a configuration file", err)
+		}
+		address = caddy.NewReplacer().ReplaceKnown(address, "")
+	}
+	return newAdminClient(address)
+}
+
+// adminConfig is the configuration file that has the address; empty for none.
+func adminConfig(flags caddycmd.Flags) (string, error) {
+	if config := flags.String("config"); config != "" {
+		return config, nil
+	}
+	if flags.String("adapter") != "" {
+		return "", errors.New("--adapter needs the file that it is for: --config")
+	}
+	const adjacent = "Caddyfile"
+	_, err := os.Stat(adjacent)
+	switch {
+	case err == nil:
+		return adjacent, nil
+	case errors.Is(err, fs.ErrNotExist):
+		return "", nil
+	}
+	return "", fmt.Errorf("looking for a Caddyfile: %w; --address says where the admin API is without one", err)
+}
+
+// newAdminClient reads an address in any form that Caddy's configuration, or a
+// person who copies it from a browser, has.
+func newAdminClient(address string) (adminClient, error) {
+	c := adminClient{address: address, patience: adminPatience}
+	if scheme, _, ok := strings.Cut(address, "://"); ok && strings.EqualFold(scheme, "https") {
+		return c, fmt.Errorf("--address: %q: the admin API has no TLS at its local address; give it without https://", address)
+	} else if ok && strings.EqualFold(scheme, "http") {
+		address = strings.TrimRight(address[len("http://"):], "/")
+	}
+	parsed, err := caddy.ParseNetworkAddress(address)
+	if err != nil {
+		return c, fmt.Errorf("the admin address %q is invalid: %w", c.address, err)
+	}
+	switch {
+	case parsed.IsUnixNetwork():
+		// Caddy's form may end with the permissions of the socket: |0220
+		path, _, _ := strings.Cut(parsed.Host, "|")
+		c.network, c.dial, c.hosts = parsed.Network, path, []string{""}
+		return c, nil
+	case parsed.IsFdNetwork():
+		return c, fmt.Errorf("the admin address %q is a file descriptor of the running Caddy, "+
+			"which no other process can call; say what it is connected to with --address", c.address)
+	case parsed.PortRangeSize() != 1 || parsed.StartPort == 0:
+		return c, fmt.Errorf("the admin address %q is invalid: it needs one port", c.address)
+	}
+	// The admin API takes the name that its configuration has for it, or any
+	// name of the loopback interface if it listens there.
+	named := parsed.JoinHostPort(0)
+	c.network, c.dial, c.hosts = parsed.Network, named, []string{named}
+	if parsed.Host == "" {
+		parsed.Host = "localhost"
+		c.dial = parsed.JoinHostPort(0)
+		c.hosts = []string{c.dial, named}
+	}
+	return c, nil
+}
+
+// call returns the answer to a request, or says plainly why there is none.
+func (c adminClient) call(method, uri string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), c.patience)
+	defer cancel()
+	var refused error
+	for _, host := range c.hosts {
+		status, answer, err := c.exchange(ctx, host, method, uri)
+		switch {
+		case err != nil:
+			return nil, err
+		case status >= 200 && status < 300:
+			return answer, nil
+		}
+		refused = c.explain(ctx, host, status, answer)
+		if status != http.StatusForbidden {
+			break
+		}
+	}
+	return nil, refused
+}
+
+// exchange sends one request and reads the whole answer.
+func (c adminClient) exchange(ctx context.Context, host, method, uri string) (status int, answer []byte, err error) {
+	response, err := c.send(ctx, host, method, uri)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer response.Body.Close()
+	answer, err = io.ReadAll(io.LimitReader(response.Body, maxAdminAnswer+1))
+	if err == nil && len(answer) > maxAdminAnswer {
+		err = errTooLong
+	}
+	switch {
+	case ctx.Err() != nil:
+		return 0, nil, fmt.Errorf("what answers at the address %s had not finished after %s, so it is no admin API of Caddy%s",
+			c.address, c.patience, elsewhere)
+	case err != nil:
+		return 0, nil, fmt.Errorf("reading the answer of the admin API at %s: %w", c.address, err)
+	}
+	return response.StatusCode, answer, nil
+}
+
+// elsewhere is what helps when it is not the admin API that was asked.
+const elsewhere = "; --address, --config and the environment variable CADDY_ADMIN say where the admin API is"
+
+func (c adminClient) send(ctx context.Context, host, method, uri string) (*http.Response, error) {
+	// The name of the host is not where the connection goes.
+	request, err := http.NewRequestWithContext(ctx, method, "http://127.0.0.1"+uri, nil)
+	if err != nil {
+		return nil, err
+	}
+	if host != "" {
+		request.Host = host
+		request.Header.Set("Origin", "http://"+host)
+	}
+	transport := &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, c.network, c.dial)
+		},
+	}
+	response, err := transport.RoundTrip(request)
+	_, unreachable := errors.AsType[*net.OpError](err)
+	switch {
+	case err == nil:
+		return response, nil
+	case ctx.Err() != nil:
+		return nil, fmt.Errorf("no answer from the admin address %s within %s%s", c.address, c.patience, elsewhere)
+	case unreachable:
+		return nil, fmt.Errorf("no Caddy answers at the admin address %s: %w%s", c.address, err, elsewhere)
+	}
+	return nil, fmt.Errorf("what answers at the address %s is no admin API of Caddy: %w%s", c.address, err, elsewhere)
+}
+
+// explain says what an answer that is no success means.
+func (c adminClient) explain(ctx context.Context, host string, status int, answer []byte) error {
+	var said struct {
+		Error string `json:"error"`
+	}
+	readable := json.Unmarshal(answer, &said) == nil && said.Error != ""
+	message := printable(said.Error, 1024)
+	if readable && status == http.StatusForbidden {
+		return fmt.Errorf("the admin API at %s refuses to be called by that name (%s); "+
+			"give --address as the configuration has it, in admin or in the origins of admin", c.address, message)
+	}
+	if !c.isCaddy(ctx, host) {
+		return fmt.Errorf("what answers at the address %s is no admin API of Caddy (%d %s)%s",
+			c.address, status, http.StatusText(status), elsewhere)
+	}
+	if readable {
+		return errors.New(message)
+	}
+	if status == http.StatusNotFound {
+		return fmt.Errorf("the Caddy at the admin address %s has no sse module", c.address)
+	}
+	return fmt.Errorf("the admin API at %s answers %d %s: %s", c.address, status, http.StatusText(status), printable(string(answer), 1024))
+}
+
+// isCaddy asks for what every admin API of Caddy has: its configuration, as
+// JSON with a tag.
+func (c adminClient) isCaddy(ctx context.Context, host string) bool {
+	response, err := c.send(ctx, host, http.MethodGet, "/config/")
+	if err != nil {
+		return false
+	}
+	response.Body.Close()
+	return response.StatusCode == http.StatusOK && response.Header.Get("Etag") != "" &&
+		isMediaType(response.Header.Get("Content-Type"), "application/json")
+}
+
+func unmarshalAnswer(answer []byte, into any) error {
+	if err := json.Unmarshal(answer, into); err != nil {
+		return fmt.Errorf("the answer is none of Caddy's admin API: %w%s", err, elsewhere)
+	}
+	return nil
+}

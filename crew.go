@@ -1,0 +1,114 @@
+package caddysse
+
+import (
+	"sync"
+	"time"
+)
+
+// crew calls on streams whose time has come: a few at a time, so that many that
+// are due in one instant do not take a goroutine each. One whose client does not
+// read holds its caller up, who is replaced then: it delays nobody else.
+type crew struct {
+	mu      sync.Mutex
+	waiting []*stream
+	callers []*caller // those that have not been replaced
+	timer   *time.Timer
+	watched bool // the timer runs
+}
+
+// caller is a goroutine that calls on streams.
+type caller struct {
+	since    instant // when it began to call on the present one
+	replaced bool
+}
+
+const (
+	// crewSize is how many streams are called on at a time.
+	crewSize = 32
+
+	// callPatience is how long a call may take until its caller is replaced.
+	callPatience = 5 * time.Millisecond
+)
+
+func (c *crew) add(s *stream) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.waiting = append(c.waiting, s)
+	c.employLocked()
+}
+
+// employLocked has the waiting streams called on, and looks again in a while if
+// all callers are busy.
+func (c *crew) employLocked() {
+	for range min(len(c.waiting), crewSize-len(c.callers)) {
+		member := &caller{since: now()}
+		c.callers = append(c.callers, member)
+		go c.work(member)
+	}
+	if len(c.waiting) == 0 || c.watched {
+		return
+	}
+	c.watched = true
+	if c.timer == nil {
+		c.timer = time.AfterFunc(callPatience, c.replace)
+	} else {
+		c.timer.Reset(callPatience)
+	}
+}
+
+func (c *crew) work(member *caller) {
+	for {
+		c.mu.Lock()
+		if member.replaced {
+			c.mu.Unlock()
+			return
+		}
+		if len(c.waiting) == 0 {
+			c.dismissLocked(member)
+			c.mu.Unlock()
+			return
+		}
+		last := len(c.waiting) - 1
+		s := c.waiting[0]
+		c.waiting[0] = nil
+		if c.waiting = c.waiting[1:]; last == 0 {
+			c.waiting = nil
+		}
+		member.since = now()
+		c.mu.Unlock()
+		s.tick()
+	}
+}
+
+func (c *crew) dismissLocked(member *caller) {
+	for i, other := range c.callers {
+		if other == member {
+			last := len(c.callers) - 1
+			c.callers[i], c.callers[last] = c.callers[last], nil
+			c.callers = c.callers[:last]
+			return
+		}
+	}
+}
+
+// replace replaces the callers that are held up.
+func (c *crew) replace() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.watched = false
+	if len(c.waiting) == 0 {
+		return
+	}
+	latest := now() - instant(callPatience)
+	kept := c.callers[:0]
+	for _, member := range c.callers {
+		if member.since <= latest {
+			member.replaced = true
+		} else {
+			kept = append(kept, member)
+		}
+	}
+	clear(c.callers[len(kept):])
+	c.callers = kept
+	c.employLocked()
+}

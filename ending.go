@@ -1,0 +1,399 @@
+package caddysse
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"time"
+
+	"github.com/caddy-sse/caddy-sse/internal/peer"
+)
+
+// errStreamEnded is what the upstream's side gets for writing to a stream that
+// is over, and the cause of its context. It is a cancellation: reverse_proxy
+// counts any other failure of a request against the upstream.
+var errStreamEnded = fmt.Errorf("sse: the stream has ended: %w", context.Canceled)
+
+// stage is where a stream is in its life. A stream only moves on, but for one
+// that retries: it is open again when its upstream has come back.
+type stage uint8
+
+const (
+	stageWaiting   stage = iota // started early: the upstream has not answered
+	stageOpen                   // bytes pass
+	stageRetrying               // the upstream broke off, and is asked again
+	stageEnding                 // an early end was asked for; it comes at the next event boundary
+	stageHurried                // it comes as soon as nothing is being written, wherever that is
+	stageBreaking               // the write in its way is being broken off
+	stageCut                    // nothing goes out any more, and the handlers are to leave
+	stageAbandoned              // they have not left: the client is let go without them
+	stageClosed                 // accounted for
+)
+
+// How long a stream stays in a stage, if nothing happens before.
+const (
+	// endPatience is how long an early end waits for the event that is on its way.
+	endPatience = time.Second
+
+	// writePatience is how long it then waits for the write that is on its way:
+	// most end in a moment, and only one that blocks is broken off.
+	writePatience = 200 * time.Millisecond
+
+	// leavePatience is how long the handlers of a stream that was ended may take
+	// to leave. The client of one that does not heed its context, as FastCGI's
+	// while it waits for the upstream, is let go without them.
+	leavePatience = 5 * time.Second
+)
+
+func (s *stream) at() stage        { return stage(s.stage.Load()) }
+func (s *stream) isEnding() bool   { at := s.at(); return at >= stageEnding && at < stageCut }
+func (s *stream) isCut() bool      { return s.at() >= stageCut }
+func (s *stream) isAskedEnd() bool { return s.at() >= stageEnding }
+
+// isLiveLocked and isEndingLocked want facts to be locked: the answer stays true
+// until it is given back.
+func (s *stream) isLiveLocked() bool   { return s.at() < stageEnding }
+func (s *stream) isEndingLocked() bool { return s.isEnding() }
+
+// moveLocked moves the stream on, unless it is there or beyond already, and has
+// tick called when the stage is over. It wants facts to be locked.
+func (s *stream) moveLocked(to stage, patience time.Duration) bool {
+	if s.at() >= to {
+		return false
+	}
+	s.stage.Store(uint32(to))
+	s.due = now() + instant(patience)
+	if to < stageAbandoned && !s.gone {
+		s.h.agenda.hasten(s, s.due)
+	}
+	return true
+}
+
+func (s *stream) move(to stage, patience time.Duration) bool {
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	return s.moveLocked(to, patience)
+}
+
+// ask notes the reason of an early end. The first one counts.
+func (s *stream) ask(why reason, to stage, patience time.Duration) bool {
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	first := s.at() < stageEnding
+	if first {
+		s.why = why
+	}
+	s.moveLocked(to, patience)
+	return first
+}
+
+// end asks for an early end and never waits for the client. The first reason
+// counts. The end comes at the next event boundary: now, if the stream is at
+// one, else after the event that is on its way, which gets endPatience.
+func (s *stream) end(why reason) bool {
+	first := s.ask(why, stageEnding, endPatience)
+	if first {
+		s.cutAtBoundary()
+	}
+	return first
+}
+
+// endNow ends the stream without waiting for an event or for the client.
+func (s *stream) endNow(why reason) {
+	s.ask(why, stageBreaking, endPatience)
+	s.breakOff()
+}
+
+// hurryLocked lets an early end come wherever the stream is: there is nothing to
+// wait for. It wants facts to be locked.
+func (s *stream) hurryLocked() { s.moveLocked(stageHurried, writePatience) }
+
+// cutAtBoundary cuts a stream that is to end where that harms no event, or where
+// it is if that took too long. Whoever holds mu does it on giving it back.
+func (s *stream) cutAtBoundary() {
+	if !s.mu.TryLock() {
+		return
+	}
+	defer s.mu.Unlock()
+	if s.at() == stageEnding && s.body == eventStreamBody && !s.splicer.MayEnd() {
+		return
+	}
+	s.cutLocked()
+}
+
+// cutLocked lets nothing out any more and cancels the upstream's half.
+func (s *stream) cutLocked() {
+	if s.isCut() || s.failed != notEnded {
+		return
+	}
+	s.move(stageCut, leavePatience)
+	s.cancel(errStreamEnded)
+}
+
+// breakOff cuts the stream, and a write that is in the way.
+func (s *stream) breakOff() {
+	if s.mu.TryLock() {
+		s.cutLocked()
+		s.mu.Unlock()
+		return
+	}
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	if !s.breakWriteLocked() {
+		return
+	}
+	if s.proto == http2 && s.stuck() {
+		// The reset of the stream has not gone out either.
+		peer.Expire(peer.Accepted(s.ctx))
+	}
+	s.cancel(errStreamEnded)
+	// Again in a while: a writer between two pieces may have set a deadline of
+	// its own.
+	s.due = now() + instant(endPatience)
+	s.h.agenda.hasten(s, s.due)
+}
+
+// stuck reports whether a write has got nowhere for the write timeout and the
+// time that it takes to break it off.
+func (s *stream) stuck() bool {
+	moved := time.Duration(s.moved.Load())
+	return s.h.writeTimeout > 0 && moved > 0 && s.age()-moved >= sum(s.h.writeTimeout, endPatience)
+}
+
+// breakWriteLocked makes a write that blocks return, unless the handlers have
+// left. It goes to the connection's own writer: those around it are not made for
+// a second goroutine, while a connection's deadlines may be set from any. It
+// wants facts to be locked.
+func (s *stream) breakWriteLocked() (done bool) {
+	if s.gone {
+		return false
+	}
+	s.broken = true
+	s.expireWritesLocked()
+	return true
+}
+
+// abandon lets the client go without the handlers, which do not leave.
+func (s *stream) abandon() {
+	s.facts.Lock()
+	switch moved := s.moveLocked(stageAbandoned, 0); {
+	case !moved:
+	case s.abandoned != nil:
+		s.broken = true // its request goes on, and ends with an abort
+	case s.breakWriteLocked() && s.proto == http1:
+		peer.HangUp(peer.Accepted(s.ctx))
+	}
+	s.facts.Unlock()
+	s.accountWithoutHandlers()
+}
+
+// clientLeft accounts for the stream of a client that has gone, at once: its
+// handlers may not heed that.
+func (s *stream) clientLeft() {
+	defer s.survive()
+	s.accountWithoutHandlers()
+}
+
+// accountWithoutHandlers accounts for a stream whose handlers are not waited
+// for.
+func (s *stream) accountWithoutHandlers() {
+	s.facts.Lock()
+	why, asked := s.why, s.isAskedEnd()
+	s.facts.Unlock()
+	if !asked {
+		why = clientClosed
+	}
+	s.account(why, nil)
+	if s.abandoned != nil && asked {
+		s.abandoned()
+	}
+	// Somebody may be writing, to a client that takes nothing any more.
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	if !s.gone && s.h.writeTimeout > 0 {
+		s.h.agenda.hasten(s, s.arrived+instant(sum(s.age(), s.h.writeTimeout)))
+	}
+}
+
+// tickEnding is tick for a stream that is to end: its stage may be over.
+func (s *stream) tickEnding() {
+	s.facts.Lock()
+	at, left := s.at(), time.Duration(s.due-now())
+	if left > 0 && at < stageAbandoned {
+		s.callIn(left)
+	}
+	s.facts.Unlock()
+	if left > 0 && at < stageAbandoned {
+		return
+	}
+	switch at {
+	case stageEnding:
+		s.move(stageHurried, writePatience)
+		s.cutAtBoundary()
+	case stageHurried:
+		s.move(stageBreaking, endPatience)
+		s.breakOff()
+	case stageBreaking:
+		s.breakOff()
+	case stageCut:
+		s.abandon()
+	case stageClosed:
+		if s.moved.Load() != 0 {
+			s.facts.Lock()
+			s.breakWriteLocked()
+			s.facts.Unlock()
+		}
+	}
+}
+
+// aborts reports whether the client must see that its answer is not whole.
+func (s *stream) aborts(why reason) bool {
+	switch why {
+	case upstreamError:
+		return !s.told && !s.gaveUpCleanly()
+	case writeTimeout, deadClient, serverClosed:
+		return true
+	case upstreamTimeout:
+		return s.broken || !s.resumable || s.body != eventStreamBody
+	case drained, maxDuration, endedByAdmin:
+		return s.broken || s.body != eventStreamBody
+	}
+	return false
+}
+
+// close waits until nobody writes, and lets nobody write again.
+func (s *stream) close() {
+	if s.unwatch != nil {
+		s.unwatch()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	err := s.errLocked()
+	s.facts.Lock()
+	s.gone = true
+	s.h.agenda.drop(s)
+	s.facts.Unlock()
+	if rest := s.splicer.Rest(&s.h.frames.Frames); rest != nil && err == nil {
+		// The body was a piece of a BOM, which makes it no BOM.
+		s.boundLastWrite()
+		_ = s.sendLocked(s.age(), rest, nil)
+	}
+}
+
+// verdict says why a stream ended whose handlers have left, or are not waited
+// for.
+func (s *stream) verdict(out outcome) (reason, error) {
+	s.facts.Lock()
+	why, over, gaveUp := s.why, s.isCut() || s.broken, s.gaveUpLocked()
+	s.facts.Unlock()
+	switch {
+	case gaveUp != nil:
+		return why, gaveUp
+	case why == upstreamError:
+		return upstreamError, errUnusable(out.err)
+	case over && why != notEnded:
+		return why, nil
+	case s.failed == writeTimeout:
+		return writeTimeout, nil
+	case s.failed != notEnded, s.ctx.Err() != nil:
+		return clientClosed, nil
+	case isAbort(out.panicked):
+		return upstreamError, errors.New("the upstream broke off")
+	case out.panicked != nil:
+		return upstreamError, fmt.Errorf("panic: %v", out.panicked)
+	case out.err != nil:
+		return upstreamError, out.err
+	}
+	return upstreamClosed, nil
+}
+
+// errUnusable is the error of a stream that started early and got no upstream:
+// the one that the handlers left with, if it says more than that we ended them.
+func errUnusable(err error) error {
+	if err != nil {
+		return err
+	}
+	return errors.New("the upstream's answer to an early start was no stream")
+}
+
+// whyGone tells a client that went away from one whose host is dead, and from
+// one that has been sent away.
+func (s *stream) whyGone(fate peer.Fate) reason {
+	if s.proto == http3 && s.h.drain.graceIsOver() {
+		return serverClosed // its server closes connections, before we come to it
+	}
+	switch fate {
+	case peer.Dead:
+		return deadClient
+	case peer.Stalled:
+		return writeTimeout
+	}
+	return clientClosed
+}
+
+// account accounts for the stream once, whoever comes first: the request's
+// goroutine when its handlers have left, or somebody who does not wait for them.
+// clientClosed stands for all that can become of a client.
+func (s *stream) account(why reason, err error) {
+	if !s.started {
+		return
+	}
+	s.accounted.Do(func() {
+		var fate peer.Fate
+		if s.h.deadClientTimeout > 0 {
+			fate = peer.FromContext(s.ctx).Leave(s.h.deadClientTimeout)
+		}
+		if why == clientClosed {
+			why = s.whyGone(fate)
+		}
+		s.facts.Lock()
+		s.stage.Store(uint32(stageClosed))
+		s.longestGap = max(s.longestGap, s.age()-s.lastBytes)
+		r := s.reportLocked()
+		r.end.reason, r.end.err = why, err
+		s.ended = &r
+		s.facts.Unlock()
+		s.h.group.remove(s, why, r.counts)
+		collector.observeClosed(r)
+		s.h.tellClosed(r)
+	})
+}
+
+// final is what there is to tell of a stream that has been accounted for.
+func (s *stream) final() *report {
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	return s.ended
+}
+
+// survive is deferred where no server would recover a panic, such as one of the
+// writers around this one may cause: it ends the stream, and goes on in the
+// request's goroutine.
+func (s *stream) survive() {
+	value := recover()
+	if value == nil {
+		return
+	}
+	s.h.survive(value, debug.Stack())
+	s.mu.Lock()
+	s.failed = clientClosed // nothing goes out any more
+	s.mu.Unlock()
+	s.facts.Lock()
+	if s.rare == nil {
+		s.rare = new(rareStream)
+	}
+	s.rare.panicked = value
+	s.facts.Unlock()
+	s.cancel(errStreamEnded)
+}
+
+// panicked returns what survive has met.
+func (s *stream) panicked() any {
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	if s.rare == nil {
+		return nil
+	}
+	return s.rare.panicked
+}

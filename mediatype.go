@@ -1,0 +1,97 @@
+package caddysse
+
+import (
+	"iter"
+	"net/http"
+	"strings"
+)
+
+const eventStreamType = "text/event-stream"
+
+func hasEventStreamType(header http.Header) bool {
+	return strings.EqualFold(mediaType(header["Content-Type"]), eventStreamType)
+}
+
+// mediaType returns the essence of the type that Content-Type names, in the
+// upstream's own letters: where there are several, the last valid one, as
+// browsers have it (Fetch, section 2.2.2, "extract a MIME type"). It is empty
+// where there is none.
+func mediaType(contentType []string) (essence string) {
+	for value := range listItems(contentType) {
+		if found := essenceOf(value); found != "" && found != "*/*" {
+			essence = found
+		}
+	}
+	return essence
+}
+
+// essenceOf returns type and subtype of a MIME type, empty where it is not valid
+// (MIME Sniffing Standard, section 4.4, "parse a MIME type": no parameter can
+// make it so).
+func essenceOf(value string) string {
+	value, _, _ = strings.Cut(strings.Trim(value, httpWhitespace), ";")
+	value = strings.TrimRight(value, httpWhitespace)
+	kind, subtype, _ := strings.Cut(value, "/")
+	if !isToken(kind) || !isToken(subtype) {
+		return ""
+	}
+	return value
+}
+
+const httpWhitespace = "\t\n\r "
+
+// isToken reports whether text is a token (RFC 9110, section 5.6.2).
+func isToken(text string) bool {
+	for i := range len(text) {
+		c := text[i]
+		switch {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
+		case strings.IndexByte("!#$%&'*+-.^_`|~", c) >= 0:
+		default:
+			return false
+		}
+	}
+	return text != ""
+}
+
+// listItems yields the elements of a header's lines as of one list. A comma in a
+// quoted string separates nothing, and a string that is not closed goes on in the
+// next line, as lines are but parts of a list (Fetch, section 2.2.2, "get, decode,
+// and split").
+func listItems(lines []string) iter.Seq[string] {
+	list := strings.Join(lines, ", ")
+	return func(yield func(string) bool) {
+		for list, more := list, true; more; {
+			end := itemEnd(list)
+			if !yield(strings.Trim(list[:end], "\t ")) {
+				return
+			}
+			if more = end < len(list); more {
+				list = list[end+1:]
+			}
+		}
+	}
+}
+
+// itemEnd returns where the first element of a list ends.
+func itemEnd(list string) int {
+	quoted := false
+	for i := 0; i < len(list); i++ {
+		switch c := list[i]; {
+		case c == '"':
+			quoted = !quoted
+		case c == '\\' && quoted:
+			i++ // what follows is meant literally
+		case c == ',' && !quoted:
+			return i
+		}
+	}
+	return len(list)
+}
+
+// isMediaType compares without parameters and letter case (RFC 9110, section
+// 8.3.1).
+func isMediaType(value, mediaType string) bool {
+	name, _, _ := strings.Cut(value, ";")
+	return strings.EqualFold(strings.TrimSpace(name), mediaType)
+}

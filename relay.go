@@ -1,0 +1,230 @@
+package caddysse
+
+import (
+	"bufio"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+// relay lets the handlers of an attempt run on a goroutine of their own, while
+// all that touches the client's ResponseWriter runs on the request's goroutine,
+// where handlers around sse expect it.
+type relay struct {
+	mu    sync.Mutex    // one call at a time
+	calls chan func()   // to the request's goroutine
+	done  chan struct{} // the call has been served
+	over  chan struct{} // closed: nobody serves any more
+}
+
+func newRelay() *relay {
+	return &relay{calls: make(chan func()), done: make(chan struct{}), over: make(chan struct{})}
+}
+
+// do runs f on the request's goroutine and waits for it. A panic in f is the
+// caller's, as it would be without a relay. It returns false if the request is
+// over.
+func (r *relay) do(f func()) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var panicked any
+	call := func() {
+		defer func() { panicked = recover() }()
+		f()
+	}
+	select {
+	case r.calls <- call:
+	case <-r.over:
+		return false
+	}
+	<-r.done
+	if panicked != nil {
+		panic(panicked)
+	}
+	return true
+}
+
+// serve runs a call on the request's goroutine.
+func (r *relay) serve(call func()) {
+	call()
+	r.done <- struct{}{}
+}
+
+// relayedResponse is the ResponseWriter of handlers on a goroutine of their own.
+// They have a header map of their own, too: what they put there meets the
+// client's when they answer, and at the end for the trailers.
+type relayedResponse struct {
+	*relay
+	rw     *response
+	header http.Header
+}
+
+func (rr *relayedResponse) Header() http.Header { return rr.header }
+
+// Unwrap lets others see what this is around. They are not to write to it.
+func (rr *relayedResponse) Unwrap() http.ResponseWriter { return rr.rw.x.w }
+
+func (rr *relayedResponse) WriteHeader(status int) {
+	rr.do(func() { rr.rw.writeHeader(status, rr.header) })
+}
+
+func (rr *relayedResponse) Write(p []byte) (n int, err error) {
+	if !rr.do(func() { rr.rw.begin(rr.header); n, err = rr.rw.Write(p) }) {
+		return 0, errStreamEnded
+	}
+	return n, err
+}
+
+func (rr *relayedResponse) ReadFrom(r io.Reader) (n int64, err error) {
+	if !rr.do(func() { rr.rw.begin(rr.header) }) {
+		return 0, errStreamEnded
+	}
+	if rr.rw.x.role != aside {
+		return io.Copy(writerOnly{rr}, r)
+	}
+	if !rr.do(func() { n, err = rr.rw.ReadFrom(r) }) {
+		return 0, errStreamEnded
+	}
+	return n, err
+}
+
+func (rr *relayedResponse) FlushError() (err error) {
+	if !rr.do(func() { rr.rw.begin(rr.header); err = rr.rw.FlushError() }) {
+		return errStreamEnded
+	}
+	return err
+}
+
+func (rr *relayedResponse) Push(target string, opts *http.PushOptions) (err error) {
+	if !rr.do(func() { err = rr.rw.Push(target, opts) }) {
+		return errStreamEnded
+	}
+	return err
+}
+
+func (rr *relayedResponse) Hijack() (conn net.Conn, buffered *bufio.ReadWriter, err error) {
+	if !rr.do(func() { conn, buffered, err = rr.rw.Hijack() }) {
+		return nil, nil, errStreamEnded
+	}
+	return conn, buffered, err
+}
+
+func (rr *relayedResponse) SetReadDeadline(deadline time.Time) (err error) {
+	if !rr.do(func() { err = http.NewResponseController(rr.rw).SetReadDeadline(deadline) }) {
+		return errStreamEnded
+	}
+	return err
+}
+
+func (rr *relayedResponse) SetWriteDeadline(deadline time.Time) (err error) {
+	if !rr.do(func() { err = rr.rw.SetWriteDeadline(deadline) }) {
+		return errStreamEnded
+	}
+	return err
+}
+
+func (rr *relayedResponse) EnableFullDuplex() (err error) {
+	if !rr.do(func() { err = http.NewResponseController(rr.rw).EnableFullDuplex() }) {
+		return errStreamEnded
+	}
+	return err
+}
+
+// leaveGrace is how long handlers on a goroutine of their own have to leave when
+// their client has: their last words (placeholders for the access log) are worth
+// a moment, and not more.
+const leaveGrace = time.Second
+
+// callRelayed lets the handlers answer on a goroutine of their own, and starts
+// the stream without them if they take too long.
+func (x *exchange) callRelayed(next caddyhttp.Handler) outcome {
+	relay := newRelay()
+	x.rarely().relay = relay
+	x.rare.abandon = make(chan struct{})
+	defer close(relay.over)
+	w := &relayedResponse{relay: relay, rw: &x.response, header: x.w.Header().Clone()}
+	x.attempt = x.newAttempt(w)
+	x.watchUpload()
+	x.watchBody()
+	x.fixID()
+	x.idleTimeoutsOfHandlers() // before a heartbeat can use the server's
+
+	left := make(chan outcome, 1)
+	go func() {
+		out := x.attempt.call(next, w)
+		left <- out
+	}()
+	delay := time.NewTimer(time.Duration(x.h.EarlyStart.Delay))
+	defer delay.Stop()
+	clientLeft := x.r.Context().Done()
+	var grace <-chan time.Time
+	for {
+		select {
+		case call := <-relay.calls:
+			relay.serve(call)
+		case out := <-left:
+			x.handOut()
+			x.takeTrailers(w.header)
+			return out
+		case <-delay.C:
+			x.startEarly()
+		case <-clientLeft:
+			clientLeft = nil
+			timer := time.NewTimer(leaveGrace)
+			defer timer.Stop()
+			grace = timer.C
+		case <-grace:
+			return outcome{}
+		case <-x.rare.abandon:
+			return outcome{}
+		}
+	}
+}
+
+// takeTrailers gives the client's header map the trailers that the handlers have
+// set (net/http.ResponseWriter).
+func (x *exchange) takeTrailers(header http.Header) {
+	if x.startedEarly {
+		return // the upstream's headers are lost, and these with them
+	}
+	declared := header["Trailer"]
+	for field, values := range header {
+		isTrailer := strings.HasPrefix(field, http.TrailerPrefix)
+		for _, list := range declared {
+			isTrailer = isTrailer || hasToken(list, field)
+		}
+		if isTrailer {
+			x.w.Header()[field] = values
+		}
+	}
+}
+
+// writeInformationalWith passes a 1xx on with headers that are not the client's
+// yet.
+func writeInformationalWith(w http.ResponseWriter, status int, header http.Header) {
+	site := w.Header().Clone()
+	replaceHeader(w.Header(), header)
+	w.WriteHeader(status)
+	replaceHeader(w.Header(), site)
+}
+
+// replaceHeader makes header the same as another, in place.
+func replaceHeader(header, by http.Header) {
+	clear(header)
+	maps.Copy(header, by)
+}
+
+// Interface guards
+var (
+	_ http.ResponseWriter             = (*relayedResponse)(nil)
+	_ http.Pusher                     = (*relayedResponse)(nil)
+	_ http.Hijacker                   = (*relayedResponse)(nil)
+	_ io.ReaderFrom                   = (*relayedResponse)(nil)
+	_ interface{ FlushError() error } = (*relayedResponse)(nil)
+)

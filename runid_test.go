@@ -1,0 +1,3 @@
+package caddysse
+
+const someToken = "AbCdEfGhIjKlMnOpQrStUg"
