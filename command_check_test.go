@@ -247,12 +247,15 @@ func TestACheckThatIsInterruptedSaysSo(t *testing.T) {
 	defer s.Close()
 	defer leave()
 	cmd := checkCommand([]string{s.URL})
-	go func() {
-		<-asked
-		_ = cmd.Process.Signal(syscall.SIGINT)
-	}()
-	status, stdout, _ := runCheck(t, cmd)
-	if status != 2 || !strings.Contains(stdout, "interrupted") {
-		t.Errorf("%d %s", status, stdout)
+	var out bytes.Buffer
+	cmd.Stdout = &out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	<-asked
+	_ = cmd.Process.Signal(syscall.SIGINT)
+	_ = cmd.Wait()
+	if status := cmd.ProcessState.ExitCode(); status != 2 || !strings.Contains(out.String(), "interrupted") {
+		t.Errorf("%d %s", status, out.String())
 	}
 }
