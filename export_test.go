@@ -28,7 +28,7 @@ func ParseProbeScript(text string) (ProbeScript, error) {
 
 // Silence and Bytes are what an answer takes at most.
 func (s ProbeScript) Silence() time.Duration { return s.silence() }
-func (s ProbeScript) Bytes() int             { return s.bytes(0) }
+func (s ProbeScript) Bytes() int64           { return s.bytes(0) }
 
 // Steps are the script's steps as text, repeats written out, at most limit.
 func (s ProbeScript) Steps(limit int) []string {

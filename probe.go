@@ -202,6 +202,9 @@ func (p *Probe) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Ha
 	if !p.knows(r.Header) {
 		return caddyhttp.Error(http.StatusNotFound, errors.New("sse_probe: the request has no token, or another one"))
 	}
+	if extra, ok := r.Context().Value(caddyhttp.ExtraLogFieldsCtxKey).(*caddyhttp.ExtraLogFields); ok {
+		extra.Set(zap.Object("sse", probeFigures{}))
+	}
 	switch r.Method {
 	case http.MethodGet, http.MethodPost:
 	default:
@@ -219,9 +222,6 @@ func (p *Probe) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Ha
 	}
 	defer p.places.Add(-1)
 
-	if extra, ok := r.Context().Value(caddyhttp.ExtraLogFieldsCtxKey).(*caddyhttp.ExtraLogFields); ok {
-		extra.Set(zap.Object("sse", probeFigures{}))
-	}
 	body, err := countBody(w, r)
 	if err != nil {
 		return caddyhttp.Error(http.StatusBadRequest, fmt.Errorf("sse_probe: reading the request's body: %w", err))

@@ -180,11 +180,11 @@ func (s probeScript) silence() time.Duration {
 
 // bytes is how long the answer is at most, where request is the size of what an
 // answer says about its request.
-func (s probeScript) bytes(request int) int {
-	sum := 0
+func (s probeScript) bytes(request int) int64 {
+	var sum int64
 	for _, group := range s {
 		for _, step := range group.steps {
-			if sum += step.bytes(request) * group.times; sum > maxProbeBytes {
+			if sum += int64(step.bytes(request)) * int64(group.times); sum > maxProbeBytes {
 				return sum
 			}
 		}

@@ -248,11 +248,27 @@ func (s *seen) judgeHeld(holds []hold) verdict {
 	}
 	size, exact := bufferSize(s.drip, t)
 	if s.drip.answered() {
-		for i := range max(len(s.drip.Events)-1, 0) {
-			longest = max(longest, s.drip.holdOf(i).held)
+		held, known := s.drip.held()
+		if len(held)*2 < known {
+			return verdict{again: []string{testSizes}} // a buffer would have held these, too
 		}
+		longest = max(longest, slices.Max(append(held, 0)))
 	}
 	return found(buffered, Buffered{size, exact, round(longest)})
+}
+
+// held returns for how long events were held, and of how many that is known.
+func (t *Trace) held() (held []time.Duration, known int) {
+	for i := range max(len(t.Events)-1, 0) {
+		h := t.holdOf(i)
+		if h.held > 0 {
+			held = append(held, h.held)
+		}
+		if !h.unknown {
+			known++
+		}
+	}
+	return held, known
 }
 
 // bufferSize is how much a hop collects. A buffer that is passed on when it is

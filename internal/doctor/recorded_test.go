@@ -123,6 +123,14 @@ func TestTheSizeOfNginxsBufferIsExact(t *testing.T) {
 	}
 }
 
+func TestABufferThatSmallEventsDoNotSeeIsMeasuredAgain(t *testing.T) {
+	s := recorded(t, "nginx-buffer")
+	s.drip = recorded(t, "clean").delay // nothing was held in it
+	if v := s.conclude(); codesOf(v.findings) != "http_1_0" || !slices.Contains(v.again, testSizes) {
+		t.Errorf("%q, again %q", codesOf(v.findings), v.again)
+	}
+}
+
 // stop makes a trace what it would have been if the doctor had not run for a
 // time: what came then comes at its end.
 func (t *Trace) stop(from, to time.Duration) {
