@@ -43,9 +43,10 @@ type attempt struct {
 
 // outcome is how an attempt ended.
 type outcome struct {
-	err      error // what the handlers left with
-	panicked any   // what they panicked with; http.ErrAbortHandler: a side broke off
-	left     bool  // they have left; if not, nobody waits for them any more
+	err      error  // what the handlers left with
+	panicked any    // what they panicked with; http.ErrAbortHandler: a side broke off
+	left     bool   // they have left; if not, nobody waits for them any more
+	run      runEnd // how the run ended that fed the stream, if one did
 }
 
 // attemptContext is the context of an attempt's request.
@@ -91,7 +92,7 @@ func (c *attemptContext) Value(key any) any {
 // newAttempt makes the first attempt. w is what its handlers will answer to, if
 // that has a header map of its own.
 func (x *exchange) newAttempt(w http.ResponseWriter) *attempt {
-	ctx := x.r.Context()
+	ctx := x.context()
 	if t := x.tries(); t != nil {
 		ctx = t.ctx
 	}
@@ -129,7 +130,7 @@ func (x *exchange) newAttemptOf(r *http.Request, ctx context.Context, w http.Res
 	}
 	if x.accept.eventStream {
 		if c.isolated == nil {
-			x.acceptEncoding.lend(x.r)
+			a.request.Header = maps.Clone(x.r.Header)
 		}
 		a.request.Header["Accept-Encoding"] = identity
 	}
@@ -143,36 +144,6 @@ var detached = &http.Request{URL: new(url.URL)}
 // identity asks for a body that is text (RFC 9110, section 12.5.3): frames can
 // go into nothing else.
 var identity = []string{"identity"}
-
-// lentHeader remembers what the client's request said before its header map was
-// lent to an attempt. A copy for each attempt would be a third of what a quiet
-// stream may weigh.
-type lentHeader struct {
-	values []string
-	given  bool
-	lent   bool
-}
-
-func (l *lentHeader) lend(r *http.Request) {
-	l.values, l.given = r.Header["Accept-Encoding"]
-	l.lent = true
-}
-
-// replace gives the client's request a header map of its own again. The lent one
-// stays as it is: whoever still reads it belongs to the attempt.
-func (l *lentHeader) replace(r *http.Request) {
-	if !l.lent {
-		return
-	}
-	l.lent = false
-	header := maps.Clone(r.Header)
-	if l.given {
-		header["Accept-Encoding"] = l.values
-	} else {
-		delete(header, "Accept-Encoding")
-	}
-	r.Header = header
-}
 
 // call lets the handlers answer on a goroutine of their own.
 func (a *attempt) call(next caddyhttp.Handler, w http.ResponseWriter) (out outcome) {
@@ -204,7 +175,7 @@ func (x *exchange) clientsPlaceholder(key string) (any, bool) {
 	if x.replacer == nil || strings.HasPrefix(key, "http.request.") || strings.HasPrefix(key, "http.vars.") {
 		return nil, false
 	}
-	return x.replacer.Get(key)
+	return x.outer.Get(key)
 }
 
 // placeholder gives handlers before sse what handlers after it have set, and
@@ -218,10 +189,14 @@ func (x *exchange) placeholder(key string) (any, bool) {
 	}
 	// Handlers of an attempt that is over may ask, too.
 	a := x.shown.Load()
-	if a == nil {
+	if a == nil || strings.HasPrefix(key, "http.request.") {
 		return nil, false
 	}
-	return a.context.set.Get(key)
+	c := &a.context
+	if x.relayed() && !x.rare.relay.waits || x.tries() != nil {
+		return c.set.Get(key) // handlers may be at work, and just add a way to find something (map)
+	}
+	return c.replacer.Get(key)
 }
 
 // handOut lets the client's side know what the handlers have set so far. It runs

@@ -112,6 +112,9 @@ func (h *Handler) drainStreams() {
 	forget := exit.await(func() { close(stop) })
 	defer forget()
 	if !exiting() {
+		if h.sharing != nil {
+			h.sharing.replace()
+		}
 		switch {
 		case h.drain.reload > 0:
 			if h.drainOver(h.drain.reload, stop) {
@@ -239,6 +242,7 @@ func awaitDrains() {
 func endWhatIsLeft(context.Context) error {
 	if exiting() {
 		endStreams(live.streams())
+		endRuns()
 	}
 	return nil
 }

@@ -251,7 +251,9 @@ func (s *stream) tickEnding() {
 func (s *stream) aborts(why reason) bool {
 	switch why {
 	case upstreamError:
-		return !s.told && !s.gaveUpCleanly()
+		return !s.told && !s.gaveUpCleanly() && !(s.eventSource && s.fed.endedSoftly())
+	case lagged, takenOver:
+		return s.broken || !s.eventSource
 	case writeTimeout, deadClient, serverClosed:
 		return true
 	case upstreamTimeout:
@@ -298,6 +300,8 @@ func (s *stream) verdict(out outcome) (reason, error) {
 		return writeTimeout, nil
 	case s.failed != notEnded, s.ctx.Err() != nil:
 		return clientClosed, nil
+	case out.run.reason != notEnded:
+		return out.run.reason, out.run.err
 	case isAbort(out.panicked):
 		return upstreamError, errors.New("the upstream broke off")
 	case out.panicked != nil:

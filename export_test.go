@@ -1,8 +1,9 @@
 package caddysse
 
 import (
-	"strconv"
-	"time"
+	"encoding/json"
+	"net/http"
+	"net/url"
 )
 
 // The commands, for tests that have a real Caddy to talk to.
@@ -17,41 +18,32 @@ func (h *Handler) DrainStreams() { h.drainStreams() }
 // RegisterMetrics puts the module's metrics on a registry.
 var RegisterMetrics = registerMetrics
 
-// ProbeScript is what a probe makes of a script.
-type ProbeScript struct{ probeScript }
-
-// ParseProbeScript reads a script.
-func ParseProbeScript(text string) (ProbeScript, error) {
-	script, err := parseProbeScript(text)
-	return ProbeScript{script}, err
-}
-
-// Silence and Bytes are what an answer takes at most.
-func (s ProbeScript) Silence() time.Duration { return s.silence() }
-func (s ProbeScript) Bytes() int64           { return s.bytes(0) }
-
-// Steps are the script's steps as text, repeats written out, at most limit.
-func (s ProbeScript) Steps(limit int) []string {
-	var steps []string
-	for _, group := range s.probeScript {
-		for range group.times {
-			for _, step := range group.steps {
-				if len(steps) == limit {
-					return steps
-				}
-				text := string(rune(step.kind))
-				if step.size > 0 {
-					text += strconv.Itoa(step.size)
-				}
-				if step.silence > 0 {
-					text += step.silence.String()
-				}
-				steps = append(steps, text)
-			}
-		}
+// Observe returns what takes one snapshot of a watch after the other, as JSON.
+func Observe(query string) (snapshot func() []byte, err error) {
+	o, _, err := parseWatch(&http.Request{URL: &url.URL{RawQuery: query}})
+	if err != nil {
+		return nil, err
 	}
-	return steps
+	return func() []byte {
+		text, err := json.Marshal(o.observe())
+		if err != nil {
+			panic(err)
+		}
+		return text
+	}, nil
 }
 
-// AppendProbeEvent is an event of a probe.
-var AppendProbeEvent = appendProbeEvent
+// SortKeys are what streams can be sorted by in a watch.
+func SortKeys() (names []string) {
+	for _, key := range sortKeys {
+		names = append(names, key.name)
+	}
+	return names
+}
+
+// SetExiting lets the process seem to end, or not, until undo is called.
+func SetExiting(is bool) (undo func()) {
+	before := exiting
+	exiting = func() bool { return is }
+	return func() { exiting = before }
+}

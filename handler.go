@@ -23,20 +23,21 @@ type exchange struct {
 	arrived instant
 
 	replacer *caddy.Replacer // the client's
+	outer    caddy.Replacer  // the same, but does not ask the attempt's
 	attempt  *attempt
 	shown    atomic.Pointer[attempt] // whose placeholders handlers before sse see
 	response response                // what the attempt's handlers answer to
 	stream   *stream
 	told     *report // of the stream, when it has ended
 
-	role           role
-	headed         bool   // what is no stream has got its final header
-	ip             string // the client's, as it was when the request came
-	resumable      bool
-	startedEarly   bool
-	accept         accept
-	acceptEncoding lentHeader
-	place          *place // nil: none has been taken
+	role         role
+	headed       bool   // what is no stream has got its final header
+	ip           string // the client's, as it was when the request came
+	resumable    bool
+	eventSource  bool
+	startedEarly bool
+	accept       accept
+	place        *place // nil: none has been taken
 
 	rare *rare // nil for most
 }
@@ -53,6 +54,13 @@ type rare struct {
 	relay      *relay
 	abandon    chan struct{}
 	tries      *tries // nil: its upstream is not asked again
+
+	given   *http.Request // with the ids of ours that handlers after sse do not see
+	brought string        // the id that the client came back with
+	share   *shareRequest
+	reader  *runReader
+	feed    feedContext
+	fed     *fed
 }
 
 // role is what the answer to a request has turned out to be.
@@ -71,8 +79,13 @@ func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived in
 	x := &exchange{h: h, w: w, r: r, arrived: arrived, accept: acceptOf(r.Header), ip: clientIP(r)}
 	x.response.x = x
 	x.resumable = x.accept.eventStream && r.Method == http.MethodGet
+	x.eventSource = kindOf(r, x.accept, h.Resumable).eventSource
+	if h.sharing != nil {
+		x.takeID()
+	}
 	x.replacer, _ = r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	if x.replacer != nil {
+		x.outer = *x.replacer
 		x.replacer.Map(x.placeholder)
 	}
 	return x
@@ -95,6 +108,11 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 			return next.ServeHTTP(w, r)
 		}
 	}
+	if outer, ok := r.Context().Value(runKey{}).(*runResponse); ok && outer.kind == answerPending {
+		h.warnNested(outer.run.h)
+		outer.standAside(runAnswer{})
+		return errRunEnded
+	}
 	h.drain.enter()
 	defer h.drain.leave()
 
@@ -115,14 +133,24 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		out.err = next.ServeHTTP(w, x.attempt.request)
 		return nil
 	}
+	if x.mayShare() {
+		x.findRun()
+		defer x.leaveRun()
+	}
 	if out.err = x.enter(); out.err != nil {
 		return nil
+	}
+	if x.joinRun(next) {
+		var shared bool
+		if out, shared = x.callShared(); shared {
+			return nil
+		}
 	}
 	if x.prepareTries() {
 		out = x.callAgain(next)
 		return nil
 	}
-	if x.mayStartEarly() {
+	if x.mayStartEarly() || x.startedEarly {
 		out = x.callRelayed(next)
 		return nil
 	}
@@ -245,10 +273,7 @@ func (x *exchange) leave(out outcome) error {
 		x.handOut()
 		x.lendIdleTimeouts()
 	}
-	if x.stream == nil {
-		// Handlers of an error get the request as it came.
-		x.acceptEncoding.replace(x.r)
-	} else {
+	if x.stream != nil {
 		if x.role == undecided {
 			out = x.unanswered(out)
 		}

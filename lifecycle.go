@@ -31,6 +31,8 @@ const (
 	maxDuration            // old enough
 	drained                // reload or exit
 	endedByAdmin           // ended through the admin API
+	takenOver              // its client has come back on another connection
+	lagged                 // it could not keep up with a shared stream
 	serverClosed           // the process exits and its grace period is over
 	reasonCount
 )
@@ -45,6 +47,8 @@ var reasonNames = [reasonCount]string{
 	maxDuration:     "max_duration",
 	drained:         "drained",
 	endedByAdmin:    "admin",
+	takenOver:       "taken_over",
+	lagged:          "lagged",
 	serverClosed:    "server_closed",
 }
 
@@ -100,9 +104,9 @@ func (x *exchange) newClient() client {
 		ip:        x.ip,
 		host:      printable(x.r.Host, 255),
 		userAgent: printable(x.r.UserAgent(), 256),
-		upstream:  x.attempt.upstream(),
+		upstream:  x.upstream(),
 	}
-	if given := x.r.Header.Get("Last-Event-ID"); given != "" {
+	if given := x.lastEventID(); given != "" {
 		id := printableID(given)
 		c.lastEventID = &id
 	}
@@ -178,12 +182,12 @@ func isPrintable(text string) bool {
 }
 
 // printableID is printable for a last event ID, which is told whole or not at
-// all.
+// all; one of ours is told without its secret.
 func printableID(id string) string {
 	if len(id) > eventstream.MaxIDLength {
 		return eventstream.TooLongID
 	}
-	return printable(id, eventstream.MaxIDLength)
+	return printable(shortID(id), eventstream.MaxIDLength)
 }
 
 // report is a stream at one moment: what logs, events, the access log, the
@@ -202,6 +206,7 @@ type report struct {
 	idle      time.Duration // since the upstream's last bytes
 	counts    counts
 	end       end
+	fed       *fedReport // nil: by the handlers themselves
 
 	lastEventID string // the last one of the stream, else the request's
 }
@@ -266,12 +271,22 @@ func (s *stream) reportLocked() report {
 			invalidUTF8:      !scanner.ValidUTF8() || scanner.TruncatedUTF8(),
 		},
 	}
-	if id, committed := scanner.LastEventID(); committed {
-		r.lastEventID = printableID(id)
-	} else if s.client.lastEventID != nil {
-		r.lastEventID = *s.client.lastEventID
+	if s.fed != nil {
+		r.fed = s.fed.report()
 	}
+	r.lastEventID = s.lastEventIDLocked()
 	return r
+}
+
+// lastEventIDLocked wants facts to be locked.
+func (s *stream) lastEventIDLocked() string {
+	if id, committed := s.splicer.Scanner().LastEventID(); committed {
+		return printableID(id)
+	}
+	if s.client.lastEventID != nil {
+		return *s.client.lastEventID
+	}
+	return ""
 }
 
 // tellOpened tells of a stream that has been opened.
@@ -407,6 +422,11 @@ func (r closedFields) addFigures(enc zapcore.ObjectEncoder) {
 	enc.AddString("last_event_id", r.lastEventID)
 	if r.end.retries >= 0 {
 		enc.AddInt("retries", r.end.retries)
+	}
+	if r.fed != nil {
+		enc.AddString("run", r.fed.run)
+		enc.AddBool("resumed", r.fed.resumed)
+		enc.AddUint64("missed", r.fed.missed)
 	}
 	if r.end.incompleteEvent {
 		enc.AddBool("incomplete_event", true)

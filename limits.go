@@ -53,12 +53,16 @@ const (
 func (g *group) reserve(limits limits, ip string) (reservation, limit) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	open := g.reserved
+	open := g.reserved + len(g.runs.idle)
 	for _, n := range g.open {
 		open += n
 	}
 	if limits.total > 0 && open >= limits.total {
-		return noPlace, limitTotal
+		idle := g.oldestIdleLocked()
+		if idle == nil {
+			return noPlace, limitTotal
+		}
+		defer func() { go idle.giveWay() }() // which wants the group's lock
 	}
 	key := clientKey(ip)
 	if limits.perClient > 0 && key.IsValid() && g.clients[key] >= limits.perClient {

@@ -24,6 +24,8 @@ func registerMetrics(registry *prometheus.Registry) error {
 type metrics struct {
 	streams, opened, closed, events, bytes, heartbeats, deferred *prometheus.Desc
 
+	runs, resumes, journalBytes *prometheus.Desc
+
 	refused            *prometheus.CounterVec
 	unprotected        *prometheus.CounterVec
 	reconnects         *prometheus.CounterVec
@@ -61,6 +63,11 @@ func newMetrics() *metrics {
 		heartbeats: desc("heartbeats_total", "Heartbeats that were sent, preludes included."),
 		deferred:   desc("heartbeats_deferred_total", "Heartbeats that were due where the format allows none."),
 
+		runs: desc("runs", "Upstream streams that are kept apart from clients: with a client, without one, shared, "+
+			"or ended and kept for clients that have not come back.", "state"),
+		resumes:      desc("resumes_total", "Clients that came back with an event ID, by what became of it.", "result"),
+		journalBytes: desc("journal_bytes", "What the journals of runs hold, overhead included."),
+
 		refused:            counter("streams_refused_total", "Requests that met a limit, by the limit.", "limit"),
 		unprotected:        counter("streams_unprotected_total", "Streams whose body is no text that heartbeats may go into, by cause.", "cause"),
 		reconnects:         counter("reconnects_answered_total", "Errors that were answered with a reconnection time, by the error's status.", "status"),
@@ -84,7 +91,7 @@ func (m *metrics) vectors() []prometheus.Collector {
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(descs chan<- *prometheus.Desc) {
-	for _, desc := range []*prometheus.Desc{m.streams, m.opened, m.closed, m.events, m.bytes, m.heartbeats, m.deferred} {
+	for _, desc := range []*prometheus.Desc{m.streams, m.opened, m.closed, m.events, m.bytes, m.heartbeats, m.deferred, m.runs, m.resumes, m.journalBytes} {
 		descs <- desc
 	}
 	for _, vector := range m.vectors() {
@@ -110,10 +117,26 @@ func (m *metrics) Collect(out chan<- prometheus.Metric) {
 		counter(m.bytes, t.counts.bytes)
 		counter(m.heartbeats, t.counts.heartbeats)
 		counter(m.deferred, t.counts.deferred)
+		m.collectRuns(g, out)
 	}
 	for _, vector := range m.vectors() {
 		vector.Collect(out)
 	}
+}
+
+func (m *metrics) collectRuns(g *group, out chan<- prometheus.Metric) {
+	gauge := func(desc *prometheus.Desc, n int, label ...string) {
+		out <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, float64(n), append([]string{g.name}, label...)...)
+	}
+	t := g.runTotals()
+	for state := range runStateCount {
+		gauge(m.runs, t.states[state], runStateNames[state])
+	}
+	for result := range resumeResultCount {
+		out <- prometheus.MustNewConstMetric(m.resumes, prometheus.CounterValue, float64(t.resumes[result]),
+			g.name, resumeResultNames[result])
+	}
+	gauge(m.journalBytes, t.journals)
 }
 
 // expect makes every series that a handler can add to, at 0: a query for the

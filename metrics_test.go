@@ -97,8 +97,9 @@ func (s samples) expectNoneBackwards(t testing.TB, before samples) {
 	}
 }
 
-// What the contract has of metrics, but for those that only limits, early_start
-// and reconnect_on have: their tests are with these.
+// What the contract has of metrics, but for those that only limits, early_start,
+// reconnect_on, upstream_retry, share and resume have: their tests are with
+// these.
 var contractMetrics = map[string]struct {
 	kind   dto.MetricType
 	labels []string
@@ -168,7 +169,10 @@ func TestTheMetricsAreThoseOfTheContract(t *testing.T) {
 			}
 		}
 	}
-	others := []string{"caddy_sse_streams_refused_total", "caddy_sse_reconnects_answered_total", "caddy_sse_early_start_failures_total"}
+	others := []string{
+		"caddy_sse_streams_refused_total", "caddy_sse_reconnects_answered_total", "caddy_sse_early_start_failures_total",
+		"caddy_sse_upstream_retries_total", "caddy_sse_runs", "caddy_sse_resumes_total", "caddy_sse_journal_bytes",
+	}
 	for name := range s.families {
 		if _, ok := contractMetrics[name]; !ok && !slices.Contains(others, name) {
 			t.Errorf("%s is not in the contract", name)

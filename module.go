@@ -120,6 +120,8 @@ type Handler struct {
 	// Asks the upstream of a resumable stream again when it breaks off, while the
 	// client stays. Default: off.
 	UpstreamRetry *UpstreamRetry `json:"upstream_retry,omitempty"`
+	// One upstream stream for all clients that ask for the same. Default: off.
+	Share *Share `json:"share,omitempty"`
 
 	ctx     caddy.Context
 	logger  *zap.Logger
@@ -131,6 +133,7 @@ type Handler struct {
 	frames  frames
 	headers headerPolicy
 	limits  limits
+	sharing *sharing // nil: off
 
 	writeTimeout, upstreamTimeout, deadClientTimeout time.Duration // 0: off
 }
@@ -295,6 +298,9 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	h.drain = newDrain(h.Drain)
 
 	h.group = live.group(h.Name)
+	if h.sharing, err = newSharing(h, h.Share); err != nil {
+		return err
+	}
 	collector.expect(h.Name, h.ReconnectOn, h.UpstreamRetry.window() > 0)
 	if h.limits.perClient > 0 {
 		h.group.countClients()

@@ -61,18 +61,19 @@ type stream struct {
 	bytes      uint64        // of the upstream's body; facts
 	firstEvent time.Duration // age at which the client had the first event; 0: none yet; facts
 
-	stage     atomic.Uint32 // a stage; changes with facts locked
-	body      bodyKind      // changes with both locked
-	failed    reason        // what the writer's first error means; nothing goes out after it; mu
-	unflushed bool          // mu
-	told      bool          // the client has been told of the error; mu
-	why       reason        // of an early end that has been asked for; facts
-	gone      bool          // the handlers have left, and the ResponseWriter with them; changes with both locked
-	broken    bool          // a write was broken off by an early end; facts
-	resumable bool          // its client comes back by itself, so it may be ended on purpose
-	started   bool          // it is among the live ones
-	headed    bool          // the headers have gone out; facts
-	proto     proto
+	stage       atomic.Uint32 // a stage; changes with facts locked
+	body        bodyKind      // changes with both locked
+	failed      reason        // what the writer's first error means; nothing goes out after it; mu
+	unflushed   bool          // mu
+	told        bool          // the client has been told of the error; mu
+	why         reason        // of an early end that has been asked for; facts
+	gone        bool          // the handlers have left, and the ResponseWriter with them; changes with both locked
+	broken      bool          // a write was broken off by an early end; facts
+	resumable   bool          // its client comes back by itself, so it may be ended on purpose
+	eventSource bool          // after a clean end, too
+	started     bool          // it is among the live ones
+	headed      bool          // the headers have gone out; facts
+	proto       proto
 
 	// splicer decides which bytes go out. What it says of the upstream's body
 	// changes with both locked.
@@ -91,6 +92,7 @@ type stream struct {
 	ctx    context.Context         // the client's request's
 	cancel context.CancelCauseFunc // ends the upstream's half
 	rare   *rareStream             // nil for most; facts, once the stream has started
+	fed    *fed                    // by a run; nil: by the handlers themselves
 
 	// Neighbours among the live streams of the same name, guarded by the
 	// group's lock.
@@ -114,17 +116,22 @@ type rareStream struct {
 // newStream makes the stream of a request. It has not started yet.
 func (x *exchange) newStream(status int) *stream {
 	s := &stream{
-		h:         x.h,
-		w:         x.w,
-		arrived:   x.arrived,
-		ctx:       x.r.Context(),
-		cancel:    x.attempt.cancel,
-		client:    x.newClient(),
-		status:    uint16(status),
-		proto:     protoOf(x.r),
-		resumable: x.resumable,
+		h:           x.h,
+		w:           x.w,
+		arrived:     x.arrived,
+		ctx:         x.r.Context(),
+		cancel:      x.cancelFeed(),
+		client:      x.newClient(),
+		status:      uint16(status),
+		proto:       protoOf(x.r),
+		resumable:   x.resumable,
+		eventSource: x.eventSource,
 	}
 	s.stage.Store(uint32(stageOpen))
+	if x.rare != nil && x.rare.fed != nil {
+		s.fed = x.rare.fed
+		s.fed.greeting.owe(s)
+	}
 	if x.rare != nil {
 		s.id = x.rare.id
 		if t := x.rare.tries; t != nil {
@@ -219,9 +226,11 @@ func (s *stream) open() {
 		return
 	}
 	if s.body == eventStreamBody {
-		s.toldReconnection(s.h.frames.oweRetry(&s.splicer))
+		if s.fed == nil {
+			s.toldReconnection(s.h.frames.oweRetry(&s.splicer))
+		}
 		s.wait = s.h.frames.prelude
-		if s.wait == 0 {
+		if s.wait == 0 || s.splicer.Spoken() {
 			s.wait = s.h.frames.wait()
 		}
 	}
@@ -234,6 +243,11 @@ func (s *stream) sendHeadersLocked() error {
 	defer s.rests()
 	s.w.WriteHeader(int(s.status))
 	s.unflushed = true
+	if s.fed != nil {
+		if err := s.sendFirstLocked(); err != nil {
+			return err
+		}
+	}
 	return s.flushLocked()
 }
 
@@ -292,7 +306,7 @@ func (s *stream) untilEndLocked(age time.Duration, writing bool) (wait time.Dura
 			wait, why = left, writeTimeout
 		}
 	}
-	if timeout := s.h.upstreamTimeout; timeout > 0 && s.headed && !writing && !retrying {
+	if timeout := s.h.upstreamTimeout; timeout > 0 && s.headed && !writing && !retrying && (s.fed == nil || s.at() == stageWaiting) {
 		silentSince := s.arrived + instant(s.lastBytes)
 		if left := sum(s.lastBytes, timeout, s.h.agenda.stoppedSince(silentSince)) - age; left < wait {
 			wait, why = left, upstreamTimeout
@@ -340,6 +354,15 @@ func (s *stream) unlock() {
 // on: those of a BOM, which must not follow anything, or an LF that the client
 // has already.
 func (s *stream) write(p []byte) (int, error) {
+	if _, err := s.pass(p); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// pass is write, and returns how much of p the stream has had use for: less than
+// all where it ends early.
+func (s *stream) pass(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.unlock()
 	if s.at() == stageRetrying {
@@ -349,12 +372,12 @@ func (s *stream) write(p []byte) (int, error) {
 		return 0, err
 	}
 	events, ends := s.splicer.Scanner().Events(), s.endsSilenceLocked()
-	lead, body := s.followLocked(p)
+	lead, body, n := s.followLocked(p)
 	if len(lead) == 0 && len(body) == 0 {
 		if s.splicer.Overdue() {
 			s.beatLocked() // the silence is still on, and here a frame may go
 		}
-		return len(p), s.errLocked()
+		return n, s.errLocked()
 	}
 	if err := s.sendLocked(s.lastBytes, lead, body); err != nil {
 		return 0, err
@@ -371,40 +394,38 @@ func (s *stream) write(p []byte) (int, error) {
 		s.lastBytes = s.lastHeard // the upstream was not listened to meanwhile
 		s.facts.Unlock()
 	}
-	return len(p), nil
+	return n, nil
 }
 
 // followLocked takes note of what the upstream sent and returns what the client
-// gets for it.
-func (s *stream) followLocked(p []byte) (lead, body []byte) {
+// gets for it, and for how much of it.
+func (s *stream) followLocked(p []byte) (lead, body []byte, n int) {
 	age := s.age()
 	s.facts.Lock()
 	defer s.facts.Unlock()
 	s.longestGap = max(s.longestGap, age-s.lastBytes)
 	s.lastBytes = age
-	if s.body == encodedBody {
-		s.bytes += uint64(len(p))
-		return nil, p
-	}
-	if s.isEndingLocked() {
-		n, done := 0, false
-		lead, body, n, done = s.splicer.SpliceToEnd(&s.h.frames.Frames, p)
-		s.bytes += uint64(n)
-		if done {
+	n = len(p)
+	switch {
+	case s.body == encodedBody:
+		body = p
+	case s.isEndingLocked():
+		done := false
+		if lead, body, n, done = s.splicer.SpliceToEnd(&s.h.frames.Frames, p); done {
 			s.hurryLocked()
 		}
-	} else {
+	default:
 		lead, body = s.splicer.Splice(&s.h.frames.Frames, p)
-		s.bytes += uint64(len(p))
 	}
+	s.bytes += uint64(n)
 	if s.body == eventStreamBody && s.splicer.Opaque() {
 		if s.refuseLocked("the upstream's answer is no event stream") {
-			return nil, nil
+			return nil, nil, n
 		}
 		s.body = otherBody
 		s.h.unprotected(causeOtherBody)
 	}
-	return lead, body
+	return lead, body, n
 }
 
 // flush sends what a handler may have left in a buffer on the way. Every write

@@ -32,6 +32,7 @@ func (h *Handler) Validate() error {
 		validateClientKey(h.ClientKey, h.MaxStreamsPerClient),
 		validateReconnectOn(h.ReconnectOn),
 		h.UpstreamRetry.validate(),
+		h.Share.validate(h.Resumable),
 	} {
 		if err != nil {
 			return err
