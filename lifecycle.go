@@ -428,9 +428,6 @@ func (r closedFields) addFigures(enc zapcore.ObjectEncoder) {
 		enc.AddBool("resumed", r.fed.resumed)
 		enc.AddUint64("missed", r.fed.missed)
 	}
-	if r.end.retries >= 0 {
-		enc.AddInt("retries", r.end.retries)
-	}
 	if r.end.incompleteEvent {
 		enc.AddBool("incomplete_event", true)
 	}

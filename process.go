@@ -74,6 +74,7 @@ func (e *exitNotice) notify() {
 	for f := range waiting {
 		(*f)()
 	}
+	endIdleRuns() // their clients would come back too late
 }
 
 // Handle implements caddyevents.Handler: Caddy says that it stops a

@@ -31,9 +31,8 @@ type sharing struct {
 
 	// foreign: the upstream has sent ids of the form that this module adds, so
 	// those of no run that is known here are the upstream's.
-	foreign  atomic.Bool
-	replaced atomic.Bool  // by another configuration
-	warned   atomic.Int64 // unix nanoseconds of the last warning
+	foreign atomic.Bool
+	warned  atomic.Int64 // unix nanoseconds of the last warning
 
 	mu     sync.Mutex
 	runs   map[shareSum]*run
@@ -123,7 +122,7 @@ func (sh *sharing) findOrBegin(x *exchange, next caddyhttp.Handler) *runReader {
 	r := sh.h.newRun(sharedRun, f)
 	r.host, r.path = printable(x.r.Host, 255), printable(share.key.received.Path, 1024)
 	r.stays = func() time.Duration {
-		if r.stage == runEnded || sh.replaced.Load() || exiting() {
+		if r.stage == runEnded || sh.h.isReplaced() || exiting() {
 			return 0
 		}
 		return sh.linger
@@ -182,7 +181,6 @@ func (sh *sharing) notShared(sum shareSum, path string) {
 // replace says that another configuration has taken the place of this one: its
 // runs stay as long as they have clients, up to a limit.
 func (sh *sharing) replace() {
-	sh.replaced.Store(true)
 	sh.mu.Lock()
 	all := slices.Collect(maps.Values(sh.runs))
 	sh.mu.Unlock()

@@ -29,15 +29,33 @@ func sharedSite(up *testUpstream, settings string) string {
 
 var runIDPattern = regexp.MustCompile(`sse1-[A-Za-z0-9_-]{22}\.\d+`)
 
+// expectBlock waits for a block with an id of a run in it, and returns the token
+// of the run, which stands for %s in want.
+func (f *follower) expectBlock(t testing.TB, want string) (token string) {
+	t.Helper()
+	got, err := f.wait(func(unread string) bool { return strings.Contains(unread, "\n\n") })
+	block, _, _ := strings.Cut(got, "\n\n")
+	token, _, _ = strings.Cut(runIDPattern.FindString(block), ".")
+	if block += "\n\n"; block != strings.ReplaceAll(want, "%s", token) {
+		t.Fatalf("got %.200q (%v), want %.200q", got, err, want)
+	}
+	f.mu.Lock()
+	f.unread = f.unread[len(block):]
+	f.mu.Unlock()
+	return token
+}
+
 // expectFirst waits for the first event of an EventSource's stream, and returns
 // the token of its run. n is the number in its id.
 func (f *follower) expectFirst(t testing.TB, n int) (token string) {
 	t.Helper()
-	got, _ := f.wait(func(unread string) bool { return strings.Contains(unread, "\n\n") })
-	id := runIDPattern.FindString(got)
-	token, _, _ = strings.Cut(id, ".")
-	f.expect(t, fmt.Sprintf("event: sse\ndata:\nid: %s.%d\n\n", token, n))
-	return token
+	return f.expectBlock(t, fmt.Sprintf("event: sse\ndata:\nid: %%s.%d\n\n", n))
+}
+
+// expectUnknown waits for the event that says that the client's id is unknown.
+func (f *follower) expectUnknown(t testing.TB, n int) (token string) {
+	t.Helper()
+	return f.expectBlock(t, fmt.Sprintf("event: lost\ndata: {\"reason\":\"unknown\"}\nid: %%s.%d\n\n", n))
 }
 
 func eventOf(token string, n int) string {
@@ -308,9 +326,7 @@ func TestAnIDOfOursThatNobodyKnowsIsToldAsLost(t *testing.T) {
 	}
 	call.start("text/event-stream")
 	one := first.headers(t).follow()
-	got, _ := one.wait(func(unread string) bool { return strings.Contains(unread, "\n\n") })
-	token, _, _ := strings.Cut(runIDPattern.FindString(got), ".")
-	one.expect(t, "event: lost\ndata: {\"reason\":\"unknown\"}\nid: "+token+".0\n\n")
+	one.expectUnknown(t, 0)
 	call.abort()
 	one.expectAbort(t)
 }
@@ -373,4 +389,384 @@ func TestASharedRunsUpstreamIsAskedAgain(t *testing.T) {
 	if entry["reason"] != "upstream_error" || entry["retries"] != 3.0 && entry["retries"] != 2.0 {
 		t.Errorf("%v", entry)
 	}
+}
+
+func TestNothingOfAClientReachesTheUpstreamOfASharedRun(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	auth := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("X-Auth-User", "user of "+r.Header.Get("X-Secret"))
+	})
+	c := startCaddy(t, `
+		request_header X-By-Site {http.request.header.X-Secret}
+		vars secret {http.request.header.X-Secret}
+		map {http.request.header.X-Secret} {mapped} {
+			default "{http.request.header.X-Secret}"
+		}
+		route {
+			forward_auth `+auth.addr+` {
+				uri /
+				copy_headers X-Auth-User
+			}
+			header >X-Edited (.*) "$1 {http.request.header.X-Secret}"
+			sse {
+				share X-Tenant
+			}
+			reverse_proxy `+up.addr+` {
+				header_up X-Header {http.request.header.X-Secret}
+				header_up X-IP {client_ip}
+				header_up X-Remote {http.request.remote.host}
+				header_up X-Var {http.vars.secret}
+				header_up X-Mapped {mapped}
+				header_up X-User {http.auth.user.id}
+				header_up X-UUID {http.request.uuid}
+				header_up X-TLS "{http.request.tls.client.subject} {http.request.tls.cipher_suite}"
+				header_up X-Cookie {http.request.cookie.session}
+				header_up X-Tenant-Is {http.request.header.X-Tenant}
+			}
+		}`)
+	for _, proto := range clientProtocols {
+		cl := c.client(proto)
+		secret := "secret-" + proto
+		headers := append(asEventSource, "X-Secret: "+secret, "Cookie: session="+secret, "Authorization: Bearer "+secret,
+			"X-Forwarded-For: 198.51.100.7", "X-Forwarded-Host: "+secret, "Forwarded: for="+secret, "Via: 1.1 "+secret,
+			"User-Agent: "+secret, "Referer: https://"+secret, "X-Tenant: blue", "Last-Event-ID: ")
+		first, call := open(t, cl, up, "/"+proto+"?token=shared", headers...)
+		for field, values := range call.Header {
+			for _, value := range values {
+				if strings.Contains(value, secret) || strings.Contains(value, "198.51.100.7") ||
+					field != "X-Forwarded-Host" && strings.Contains(value, "127.0.0.1") {
+					t.Errorf("%s: the upstream sees %s: %q", proto, field, value)
+				}
+			}
+		}
+		if got := call.Header.Get("X-Tenant-Is"); got != "blue" {
+			t.Errorf("%s: what the key names is %q", proto, got)
+		}
+		if got := call.Header.Get("X-Ip"); got != "192.0.2.1" {
+			t.Errorf("%s: client_ip is %q", proto, got)
+		}
+		if got := call.RequestURI; got != "/"+proto+"?token=shared" {
+			t.Errorf("%s: URI %q", proto, got)
+		}
+		call.start("text/event-stream", "X-Edited: of upstream", "Set-Cookie: a="+secret, "Trailer: X-T", "Date: then", "Alt-Svc: h3", "Via: 1.1 x")
+		one := first.headers(t)
+		one.follow().expectFirst(t, 0)
+		headers[2] = "X-Secret: other"
+		second := cl.get(t, "/"+proto+"?token=shared", headers...)
+		second.follow().expectFirst(t, 0)
+		if a, b := one.Header.Get("X-Edited"), second.Header.Get("X-Edited"); a != "of upstream "+secret || b != "of upstream other" {
+			t.Errorf("%s: X-Edited is %q and %q", proto, a, b)
+		}
+		for _, field := range []string{"Set-Cookie", "Trailer"} {
+			if got := second.Header.Get(field); got != "" {
+				t.Errorf("%s: %s: %q", proto, field, got)
+			}
+		}
+		call.end()
+	}
+}
+
+func TestClientsOfDifferentKeysShareNothing(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		sse {
+			heartbeat off
+			share Authorization {http.request.cookie.session} {
+				linger 100ms
+			}
+		}
+		reverse_proxy `+up.addr)
+	cl := c.client("h1")
+	requests := map[string][]string{
+		"/a":      {},
+		"/b":      {},
+		"/a?x=1":  {},
+		"/a?x=2":  {},
+		"/a#auth": {"Authorization: Bearer 1"},
+		"/a#2":    {"Authorization: Bearer 2"},
+		"/a#3":    {"Cookie: session=1"},
+		"/a#4":    {"Cookie: session=2"},
+		"/a#5":    {"Origin: https://one.example"},
+		"/a#6":    {"Origin: https://two.example"},
+	}
+	for path, headers := range requests {
+		client, call := open(t, cl, up, path, append(asEventSource, headers...)...)
+		call.start("text/event-stream")
+		client.headers(t).follow().expectFirst(t, 0)
+	}
+	other := cl.request(t, "GET", "/a", nil, asEventSource...)
+	other.Host = "other.example"
+	client := cl.begin(other)
+	call := up.accept(t)
+	call.start("text/event-stream")
+	client.headers(t).follow().expectFirst(t, 0)
+}
+
+func TestRequestsOfOtherKindsShareNothing(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, sharedSite(up, ""))
+	cl := c.client("h1")
+	for _, r := range []*http.Request{
+		cl.request(t, "POST", "/", nil, asEventSource...),
+		cl.request(t, "GET", "/", strings.NewReader("body"), asEventSource...),
+		cl.request(t, "GET", "/", nil, "Accept: text/html, text/event-stream"),
+		cl.request(t, "GET", "/", nil, append(asEventSource, "Mcp-Session-Id: 1")...),
+		cl.request(t, "GET", "/", nil, append(asEventSource, "X-Client: 1", "Connection: Upgrade", "Upgrade: x")...),
+	} {
+		r.Header.Set("X-Client", "1")
+		client := cl.begin(r)
+		call := up.accept(t)
+		if call.Header.Get("X-Client") != "1" {
+			t.Errorf("%s %v is shared", r.Method, r.Header)
+		}
+		call.start("text/event-stream")
+		call.send(plainEvent(1))
+		call.end()
+		if body, err := client.headers(t).text(); body != plainEvent(1) || err != nil {
+			t.Errorf("%q, %v", body, err)
+		}
+	}
+}
+
+func TestATrustedProxySaysSchemeAndHost(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, sharedSite(up, ""), withGlobal("servers {\n trusted_proxies static private_ranges \n}"))
+	cl := c.client("h1")
+	forwarded := append(asEventSource, "X-Forwarded-For: 198.51.100.7", "X-Forwarded-Proto: https", "X-Forwarded-Host: site.example")
+	first, call := open(t, cl, up, "/", forwarded...)
+	for field, want := range map[string]string{"X-Forwarded-Proto": "https", "X-Forwarded-Host": "site.example"} {
+		if got := call.Header.Get(field); got != want {
+			t.Errorf("%s is %q, want %q", field, got, want)
+		}
+	}
+	if got := call.Header.Get("X-Forwarded-For"); strings.Contains(got, "198.51.100.7") || strings.Contains(got, "127.0.0.1") {
+		t.Errorf("X-Forwarded-For %q", got)
+	}
+	call.start("text/event-stream")
+	one := first.headers(t).follow()
+	one.expectFirst(t, 0)
+	forwarded[2] = "X-Forwarded-For: 198.51.100.8" // nobody's business
+	two := cl.get(t, "/", forwarded...).follow()
+	two.expectFirst(t, 0)
+	forwarded[4] = "X-Forwarded-Host: other.example"
+	three, another := open(t, cl, up, "/", forwarded...)
+	another.start("text/event-stream")
+	three.headers(t).follow().expectFirst(t, 0)
+}
+
+func TestAnIDLikeOursFromTheUpstreamIsTheUpstreams(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, sharedSite(up, ""))
+	cl := c.client("h1")
+	const inner = "sse1-AbCdEfGhIjKlMnOpQrStUg"
+	first, call := open(t, cl, up, "/", "Accept: text/event-stream")
+	call.start("text/event-stream")
+	one := first.headers(t).follow()
+	call.send("event: sse\ndata:\nid: " + inner + ".0\n\n" + eventOf(inner, 1))
+	one.expect(t, "event: sse\ndata:\nid: "+inner+".0\n\n"+eventOf(inner, 1))
+	two := cl.get(t, "/", append(asEventSource, "Last-Event-ID: "+inner+".0")...).follow()
+	two.expect(t, eventOf(inner, 1))
+	// One that the journal does not have goes on to the upstream.
+	three := cl.get(t, "/", append(asEventSource, "Last-Event-ID: sse1-BbCdEfGhIjKlMnOpQrStUg.7")...).follow()
+	own := up.accept(t)
+	if got := own.Header.Get("Last-Event-ID"); got != "sse1-BbCdEfGhIjKlMnOpQrStUg.7" {
+		t.Errorf("Last-Event-ID %q", got)
+	}
+	own.start("text/event-stream")
+	own.send(eventOf(inner, 1))
+	three.expect(t, eventOf(inner, 1))
+	call.end()
+	for _, f := range []*follower{one, two, three} {
+		f.expectEnd(t)
+	}
+}
+
+func TestALingeringRunGivesItsPlaceToANewStream(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		sse {
+			name `+t.Name()+`
+			heartbeat off
+			max_streams 1
+			share {
+				linger 1h
+			}
+		}
+		reverse_proxy `+up.addr, withAdmin())
+	cl := c.client("h1")
+	first, call := open(t, cl, up, "/a", asEventSource...)
+	call.start("text/event-stream")
+	res := first.headers(t)
+	token := res.follow().expectFirst(t, 0)
+	res.leave()
+	c.waitForLog("stream closed", 0)
+
+	// Who comes back to it does not push it out.
+	back := cl.get(t, "/a", append(asEventSource, "Last-Event-ID: "+token+".0")...)
+	follower := back.follow()
+	call.send(plainEvent(1))
+	follower.expect(t, eventOf(token, 1))
+	if res := cl.get(t, "/b", asEventSource...); res.StatusCode != 503 {
+		t.Errorf("%s, while the only place is taken", res.Status)
+	} else {
+		res.text()
+	}
+	back.leave()
+	c.waitForLog("stream closed", 1)
+	other, call2 := open(t, cl, up, "/b", asEventSource...)
+	call2.start("text/event-stream")
+	last := other.headers(t)
+	last.follow().expectFirst(t, 0)
+	call.expectGone()
+	c.admin("DELETE", "/sse/runs/"+c.runs("").Runs[0].ID)
+	call2.expectGone()
+}
+
+func TestAfterAReloadClientsBeginANewRun(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	site := `
+		sse {
+			heartbeat off
+			drain off
+			share {
+				linger 1h
+			}
+		}
+		reverse_proxy ` + up.addr
+	c := startCaddy(t, site)
+	first, call := open(t, c.client("h1"), up, "/", asEventSource...)
+	call.start("text/event-stream")
+	res := first.headers(t)
+	one := res.follow()
+	token := one.expectFirst(t, 0)
+	idle, unused := open(t, c.client("h1"), up, "/idle", asEventSource...)
+	unused.start("text/event-stream")
+	idleRes := idle.headers(t)
+	idleRes.follow().expectFirst(t, 0)
+	idleRes.leave()
+	c.waitForLog("stream closed", 0)
+
+	c.reload(site)
+	unused.expectGone() // a replaced configuration keeps no run without a client
+	call.send(plainEvent(1))
+	one.expect(t, eventOf(token, 1))
+	second, again := open(t, c.client("h1"), up, "/", append(asEventSource, "Last-Event-ID: "+token+".1")...)
+	again.start("text/event-stream")
+	two := second.headers(t).follow()
+	two.expectUnknown(t, 0)
+	res.leave()
+	call.expectGone() // no linger either
+	again.end()
+	two.expectEnd(t)
+}
+
+func TestARunEndsWhenItsTimeIsOver(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, sharedSite(up, "run_for 300ms"))
+	first, call := open(t, c.client("h1"), up, "/", asEventSource...)
+	call.start("text/event-stream")
+	one := first.headers(t).follow()
+	one.expectFirst(t, 0)
+	call.send("data: half") // which is nobody's
+	one.expectEnd(t)
+	call.expectGone()
+	for _, message := range []string{"stream closed", "run ended"} {
+		if entry := c.waitForLog(message, 0); entry["reason"] != "max_duration" {
+			t.Errorf("%v", entry)
+		}
+	}
+}
+
+func TestASilentUpstreamEndsTheRun(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		sse 100ms {
+			upstream_timeout 400ms
+			share
+		}
+		reverse_proxy `+up.addr)
+	first, call := open(t, c.client("h1"), up, "/", asEventSource...)
+	call.start("text/event-stream")
+	one := first.headers(t).follow()
+	call.expectGone()
+	if got, err := one.rest(); err != io.EOF || !strings.Contains(got, ":heartbeat") {
+		t.Errorf("%q, %v", got, err)
+	}
+	for _, message := range []string{"stream closed", "run ended"} {
+		if entry := c.waitForLog(message, 0); entry["reason"] != "upstream_timeout" {
+			t.Errorf("%v", entry)
+		}
+	}
+}
+
+func TestASharedStreamMayStartEarly(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		sse {
+			heartbeat off
+			early_start 50ms
+			share
+		}
+		reverse_proxy `+up.addr)
+	cl := c.client("h1")
+	first, call := open(t, cl, up, "/", asEventSource...)
+	one := first.headers(t).follow()
+	call.start("text/event-stream")
+	token := one.expectFirst(t, 0)
+	call.send(plainEvent(1))
+	one.expect(t, eventOf(token, 1))
+	call.end()
+	one.expectEnd(t)
+
+	second, call := open(t, cl, up, "/failure", asEventSource...)
+	two := second.headers(t).follow()
+	call.startWith(503)
+	call.end()
+	if got, err := two.rest(); !strings.Contains(got, "event: error") || err != io.EOF {
+		t.Errorf("%q, %v", got, err)
+	}
+
+	third, call := open(t, cl, up, "/other", append(asEventSource, "X-Client: 3")...)
+	three := third.headers(t).follow()
+	call.start("text/plain")
+	call.end()
+	own := up.accept(t)
+	if own.Header.Get("X-Client") != "3" {
+		t.Error("it has not asked by itself")
+	}
+	own.start("text/event-stream")
+	own.send(plainEvent(1))
+	three.expect(t, plainEvent(1))
+	own.end()
+	three.expectEnd(t)
+}
+
+func TestAClientStartsWithTheLastEvents(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, sharedSite(up, "join last 2"))
+	cl := c.client("h1")
+	first, call := open(t, cl, up, "/", asEventSource...)
+	call.start("text/event-stream")
+	one := first.headers(t).follow()
+	token := one.expectFirst(t, 0)
+	for n := 1; n <= 5; n++ {
+		call.send(plainEvent(n))
+		one.expect(t, eventOf(token, n))
+	}
+	two := cl.get(t, "/", asEventSource...).follow()
+	two.expectFirst(t, 3)
+	two.expect(t, eventOf(token, 4)+eventOf(token, 5))
+	call.end()
+	two.expectEnd(t)
 }
