@@ -72,6 +72,7 @@ func retrying() *caddysse.Handler {
 
 func (tr *trial) run() *trial {
 	tr.panicked, tr.err = serveRecovering(tr.h, tr.c, tr.r, tr.answer)
+	synctest.Wait() // what happens at the same time has happened
 	return tr
 }
 
