@@ -134,7 +134,7 @@ func (s *stream) tick() {
 		if free {
 			s.unlock()
 		}
-		s.giveUp(errTriesOver)
+		s.giveUpWaiting()
 		return
 	case left <= 0:
 		retries := free && why == upstreamTimeout && s.breakLocked(why)
