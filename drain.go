@@ -133,7 +133,7 @@ func (h *Handler) setGrace() {
 	if grace <= 0 {
 		return
 	}
-	h.drain.graceEnds.Store(int64(now()) + int64(grace))
+	h.drain.graceEnds.Store(int64(now().plus(grace)))
 	if exiting() {
 		time.AfterFunc(grace, func() { endStreams(h.liveStreams()) })
 	}
@@ -142,7 +142,7 @@ func (h *Handler) setGrace() {
 // drainOver drains over a window, or returns false as soon as stop is closed.
 func (h *Handler) drainOver(window time.Duration, stop <-chan struct{}) bool {
 	start := now()
-	h.drain.until.Store(int64(sum(time.Duration(start), window)))
+	h.drain.until.Store(int64(start.plus(window)))
 	over := time.NewTimer(window)
 	defer over.Stop()
 	streams := h.drainable()
@@ -217,7 +217,7 @@ func awaitDrains() {
 		var last time.Duration
 		for _, s := range live.streams() {
 			if s.h.drain.exit > 0 && s.resumes() {
-				last = max(last, exitWatch+s.h.drain.exit+endPatience+writePatience)
+				last = max(last, sum(s.h.drain.exit, exitWatch, endPatience, writePatience))
 			}
 		}
 		if time.Duration(now()-start) >= last {

@@ -48,6 +48,7 @@ type rare struct {
 	refusal    error       // of a stream too many
 	id         uuid.UUID   // the request's, where it had to be known before the stream
 	idle       *caddyhttp.IdleTimeoutWriter
+	lent       caddyhttp.IdleDeadline // what idle and the server's writer had in common last
 	relay      *relay
 	abandon    chan struct{}
 }
@@ -230,8 +231,10 @@ func (x *exchange) relayed() bool { return x.rare != nil && x.rare.relay != nil 
 // leave does what comes after the handlers. Where a panic is on its way that is
 // not ours, it goes on after this.
 func (x *exchange) leave(out outcome) error {
-	x.handOut()
-	x.lendIdleTimeouts()
+	if out.left {
+		x.handOut()
+		x.lendIdleTimeouts()
+	}
 	if x.stream == nil {
 		// Handlers of an error get the request as it came.
 		x.acceptEncoding.replace(x.r)

@@ -146,7 +146,7 @@ func (s *stream) tick() {
 			return
 		}
 		if s.wait = s.h.frames.wait(); s.splicer.Overdue() && s.wait > 0 {
-			s.wait += s.age() - s.lastHeard
+			s.wait = sum(s.wait, s.age()-s.lastHeard)
 		}
 	}
 	s.scheduleLocked()

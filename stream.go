@@ -141,6 +141,9 @@ var clockStart = time.Now()
 
 func now() instant { return instant(time.Since(clockStart)) }
 
+// plus is the moment after a wait; one too late to be told is the last there is.
+func (i instant) plus(wait time.Duration) instant { return instant(sum(time.Duration(i), wait)) }
+
 // age is the time since the request came.
 func (s *stream) age() time.Duration { return time.Duration(now() - s.arrived) }
 
@@ -236,7 +239,7 @@ func (s *stream) scheduleLocked() {
 	wait, _ := s.untilEndLocked(age, false)
 	if s.isLiveLocked() {
 		if s.wait > 0 && s.body == eventStreamBody {
-			wait = min(wait, s.lastHeard+s.wait-age)
+			wait = min(wait, sum(s.lastHeard, s.wait)-age)
 		}
 	} else {
 		wait = time.Duration(s.due - now())
@@ -249,7 +252,7 @@ func (s *stream) scheduleLocked() {
 // watchWrite has tick called when a write that begins now has taken too long.
 func (s *stream) watchWrite() {
 	if timeout := s.h.writeTimeout; timeout > 0 {
-		s.h.agenda.hasten(s, now()+instant(timeout))
+		s.h.agenda.hasten(s, now().plus(timeout))
 	}
 }
 
@@ -262,7 +265,7 @@ func (s *stream) rests() { s.moved.Store(0) }
 // callIn has tick called. It wants facts to be locked, so that the deadline of a
 // stage that begins at the same time is not lost.
 func (s *stream) callIn(wait time.Duration) {
-	s.h.agenda.set(s, s.arrived+instant(sum(s.age(), wait)))
+	s.h.agenda.set(s, now().plus(wait))
 }
 
 // untilEndLocked returns how long it is at least until the stream's own limits

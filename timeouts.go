@@ -108,6 +108,7 @@ func (x *exchange) idleTimeoutsOfHandlers() any {
 			MaxChunk: writer.MaxChunk,
 			Logger:   noLog,
 		}
+		rare.lent = writer.Deadline
 	}
 	return caddyhttp.ContextWithIdleTimeouts(ctx, reader, rare.idle).Value(idleTimeoutsKey)
 }
@@ -118,7 +119,11 @@ func (x *exchange) lendIdleTimeouts() {
 	if x.role != aside || x.rare == nil || x.rare.idle == nil {
 		return
 	}
+	if x.rare.idle.Deadline == x.rare.lent {
+		return // what the server's has counted for its minimum rate stays
+	}
 	_, writer := caddyhttp.IdleTimeoutsFromContext(x.r.Context())
+	x.rare.lent = x.rare.idle.Deadline
 	writer.Deadline, writer.MaxChunk = x.rare.idle.Deadline, x.rare.idle.MaxChunk
 }
 
