@@ -116,7 +116,7 @@ func (x *exchange) newAttempt(w http.ResponseWriter) *attempt {
 	}
 	if x.accept.eventStream {
 		if c.isolated == nil {
-			x.acceptEncoding.lend(x.r)
+			a.request.Header = maps.Clone(x.r.Header)
 		}
 		a.request.Header["Accept-Encoding"] = identity
 	}
@@ -129,36 +129,6 @@ var detached = &http.Request{URL: new(url.URL)}
 // identity asks for a body that is text (RFC 9110, section 12.5.3): frames can
 // go into nothing else.
 var identity = []string{"identity"}
-
-// lentHeader remembers what the client's request said before its header map was
-// lent to an attempt. A copy for each attempt would be a third of what a quiet
-// stream may weigh.
-type lentHeader struct {
-	values []string
-	given  bool
-	lent   bool
-}
-
-func (l *lentHeader) lend(r *http.Request) {
-	l.values, l.given = r.Header["Accept-Encoding"]
-	l.lent = true
-}
-
-// replace gives the client's request a header map of its own again. The lent one
-// stays as it is: whoever still reads it belongs to the attempt.
-func (l *lentHeader) replace(r *http.Request) {
-	if !l.lent {
-		return
-	}
-	l.lent = false
-	header := maps.Clone(r.Header)
-	if l.given {
-		header["Accept-Encoding"] = l.values
-	} else {
-		delete(header, "Accept-Encoding")
-	}
-	r.Header = header
-}
 
 // call lets the handlers answer on a goroutine of their own.
 func (a *attempt) call(next caddyhttp.Handler, w http.ResponseWriter) (out outcome) {
@@ -190,7 +160,7 @@ func (x *exchange) clientsPlaceholder(key string) (any, bool) {
 	if x.replacer == nil || strings.HasPrefix(key, "http.request.") || strings.HasPrefix(key, "http.vars.") {
 		return nil, false
 	}
-	return x.replacer.Get(key)
+	return x.outer.Get(key)
 }
 
 // placeholder gives handlers before sse what handlers after it have set, and
@@ -202,10 +172,14 @@ func (x *exchange) placeholder(key string) (any, bool) {
 		}
 		return x.told.placeholder(key)
 	}
-	if x.attempt == nil {
+	if x.attempt == nil || strings.HasPrefix(key, "http.request.") {
 		return nil, false
 	}
-	return x.attempt.context.set.Get(key)
+	c := &x.attempt.context
+	if x.relayed() && !x.rare.relay.waits {
+		return c.set.Get(key) // the handlers are at work, and may just add a way to find something (map)
+	}
+	return c.replacer.Get(key)
 }
 
 // handOut lets the client's side know what the handlers have set so far. It runs

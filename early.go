@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"strconv"
+	"strings"
 	"sync/atomic"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -40,8 +41,10 @@ func (x *exchange) mayStartEarly() bool {
 // only offers HTTP/2 (h2c) is answered over HTTP/1.1 all the same.
 func asksForUpgrade(header http.Header) bool {
 	for _, value := range header["Upgrade"] {
-		if value != "" && !hasToken(value, "h2c") {
-			return true
+		for protocol := range strings.SplitSeq(value, ",") {
+			if protocol = strings.TrimSpace(protocol); protocol != "" && !strings.EqualFold(protocol, "h2c") {
+				return true
+			}
 		}
 	}
 	return false

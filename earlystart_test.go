@@ -443,6 +443,11 @@ func TestWhichRequestsStartEarly(t *testing.T) {
 		{"HEAD", "text/event-stream", "", false, false},
 		{"CONNECT", "text/event-stream", "", false, false},
 		{"GET", "text/event-stream", "websocket", false, false},
+		{"GET", "text/event-stream", "h2c", true, true},
+		{"GET", "text/event-stream", "H2C", true, true},
+		{"GET", "text/event-stream", " , h2c ,", true, true},
+		{"GET", "text/event-stream", "h2c, websocket", false, false},
+		{"GET", "text/event-stream", "h2c/1, IRC/6.9", false, false},
 	} {
 		for _, anyRequest := range []bool{false, true} {
 			synctest.Test(t, func(t *testing.T) {

@@ -23,19 +23,19 @@ type exchange struct {
 	arrived instant
 
 	replacer *caddy.Replacer // the client's
+	outer    caddy.Replacer  // the same, but does not ask the attempt's
 	attempt  *attempt
 	response response // what the attempt's handlers answer to
 	stream   *stream
 	told     *report // of the stream, when it has ended
 
-	role           role
-	headed         bool   // what is no stream has got its final header
-	ip             string // the client's, as it was when the request came
-	resumable      bool
-	startedEarly   bool
-	accept         accept
-	acceptEncoding lentHeader
-	place          *place // nil: none has been taken
+	role         role
+	headed       bool   // what is no stream has got its final header
+	ip           string // the client's, as it was when the request came
+	resumable    bool
+	startedEarly bool
+	accept       accept
+	place        *place // nil: none has been taken
 
 	rare *rare // nil for most
 }
@@ -71,6 +71,7 @@ func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived in
 	x.resumable = x.accept.eventStream && r.Method == http.MethodGet
 	x.replacer, _ = r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	if x.replacer != nil {
+		x.outer = *x.replacer
 		x.replacer.Map(x.placeholder)
 	}
 	return x
@@ -235,10 +236,7 @@ func (x *exchange) leave(out outcome) error {
 		x.handOut()
 		x.lendIdleTimeouts()
 	}
-	if x.stream == nil {
-		// Handlers of an error get the request as it came.
-		x.acceptEncoding.replace(x.r)
-	} else {
+	if x.stream != nil {
 		if x.role == undecided {
 			out = x.unanswered(out)
 		}

@@ -21,6 +21,7 @@ type relay struct {
 	calls chan func()   // to the request's goroutine
 	done  chan struct{} // the call has been served
 	over  chan struct{} // closed: nobody serves any more
+	waits bool          // the handlers wait for a call, or have left; the request's goroutine's
 }
 
 func newRelay() *relay {
@@ -52,7 +53,9 @@ func (r *relay) do(f func()) bool {
 
 // serve runs a call on the request's goroutine.
 func (r *relay) serve(call func()) {
+	r.waits = true
 	call()
+	r.waits = false
 	r.done <- struct{}{}
 }
 
@@ -168,6 +171,7 @@ func (x *exchange) callRelayed(next caddyhttp.Handler) outcome {
 		case call := <-relay.calls:
 			relay.serve(call)
 		case out := <-left:
+			relay.waits = true
 			x.handOut()
 			x.takeTrailers(w.header)
 			return out
