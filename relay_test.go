@@ -260,4 +260,3 @@ func TestAnOfferOfHTTP2DoesNotPreventAnEarlyStart(t *testing.T) {
 	call.end()
 	expectEnd(t, c.closedLine(t, "/h2c"), "upstream_closed", "info")
 }
-
