@@ -86,9 +86,6 @@ func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived in
 	}
 	x.replacer, _ = r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	if x.replacer != nil {
-		if h.ClientKey != "" {
-			x.rememberKey(x.replacer.ReplaceAll(h.ClientKey, ""))
-		}
 		x.outer = *x.replacer
 		if h.ClientKey != "" {
 			x.rememberKey(x.replacer.ReplaceAll(h.ClientKey, ""))
