@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -23,13 +24,15 @@ func init() {
 
 // adminAPI answers, on Caddy's admin listener and under its protections, who is
 // connected, and ends streams.
-type adminAPI struct{}
+type adminAPI struct {
+	watches *watches // on this listener
+}
 
 // CaddyModule returns the Caddy module information.
 func (adminAPI) CaddyModule() caddy.ModuleInfo {
 	return caddy.ModuleInfo{
 		ID:  "admin.api.sse",
-		New: func() caddy.Module { return new(adminAPI) },
+		New: func() caddy.Module { return &adminAPI{watches: newWatches()} },
 	}
 }
 
@@ -60,6 +63,8 @@ func (a adminAPI) Routes() []caddy.AdminRoute {
 		{Pattern: streamsPath, Handler: caddy.AdminHandlerFunc(a.serveStreams)},
 		{Pattern: streamsPath + "/", Handler: caddy.AdminHandlerFunc(a.serveStream)},
 		{Pattern: handlersPath, Handler: caddy.AdminHandlerFunc(a.serveHandlers)},
+		{Pattern: watchPath, Handler: caddy.AdminHandlerFunc(a.watches.serve)},
+		{Pattern: dashboardPath, Handler: caddy.AdminHandlerFunc(a.serveDashboard)},
 	}
 }
 
@@ -127,7 +132,12 @@ type handlersJSON struct {
 }
 
 type handlerJSON struct {
-	Name       string            `json:"name"`
+	Name string `json:"name"`
+	figuresJSON
+}
+
+// figuresJSON is what has gone by.
+type figuresJSON struct {
 	Open       int               `json:"open"`
 	Opened     uint64            `json:"opened"`
 	Closed     map[string]uint64 `json:"closed"`
@@ -195,24 +205,26 @@ func (adminAPI) serveHandlers(w http.ResponseWriter, r *http.Request) error {
 	}
 	answer := handlersJSON{Handlers: []handlerJSON{}}
 	for _, g := range live.all() {
-		t := g.totals()
-		handler := handlerJSON{
-			Name:       t.name,
-			Closed:     make(map[string]uint64),
-			Events:     t.counts.events,
-			Bytes:      t.counts.bytes,
-			Heartbeats: t.counts.heartbeats,
-		}
-		for p := range protoCount {
-			handler.Open += t.open[p]
-			handler.Opened += t.opened[p]
-		}
-		for why := notEnded + 1; why < reasonCount; why++ {
-			handler.Closed[why.String()] = t.closed[why]
-		}
-		answer.Handlers = append(answer.Handlers, handler)
+		answer.Handlers = append(answer.Handlers, newHandlerJSON(g.totals()))
 	}
 	return writeJSON(w, http.StatusOK, answer)
+}
+
+func newHandlerJSON(t totals) handlerJSON {
+	handler := handlerJSON{Name: t.name, figuresJSON: figuresJSON{
+		Closed:     make(map[string]uint64, reasonCount),
+		Events:     t.counts.events,
+		Bytes:      t.counts.bytes,
+		Heartbeats: t.counts.heartbeats,
+	}}
+	for p := range protoCount {
+		handler.Open += t.open[p]
+		handler.Opened += t.opened[p]
+	}
+	for why := notEnded + 1; why < reasonCount; why++ {
+		handler.Closed[why.String()] = t.closed[why]
+	}
+	return handler
 }
 
 // filter chooses streams.
@@ -269,11 +281,18 @@ func (f filter) end() endingJSON {
 
 // parseFilter reads the keys that choose streams, and one more.
 func parseFilter(from *url.URL, more string) (filter, error) {
-	f := filter{limit: defaultListLimit}
-	values, err := parseQuery(from, "name", "client_ip", "path", more)
+	values, err := parseQuery(from, append(slices.Clone(filterKeys), more)...)
 	if err != nil {
-		return f, err
+		return filter{}, err
 	}
+	return newFilter(values)
+}
+
+// filterKeys are the keys of a query that choose streams.
+var filterKeys = []string{"name", "client_ip", "path"}
+
+func newFilter(values map[string]string) (f filter, err error) {
+	f.limit = defaultListLimit
 	f.name, f.path = values["name"], values["path"]
 	if ip, given := values["client_ip"]; given {
 		if f.clientIP, err = netip.ParseAddr(ip); err != nil {

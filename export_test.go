@@ -1,5 +1,11 @@
 package caddysse
 
+import (
+	"encoding/json"
+	"net/http"
+	"net/url"
+)
+
 // The commands, for tests that have a real Caddy to talk to.
 var (
 	ListCommand  = listCommand
@@ -11,3 +17,26 @@ func (h *Handler) DrainStreams() { h.drainStreams() }
 
 // RegisterMetrics puts the module's metrics on a registry.
 var RegisterMetrics = registerMetrics
+
+// Observe returns what takes one snapshot of a watch after the other, as JSON.
+func Observe(query string) (snapshot func() []byte, err error) {
+	o, _, err := parseWatch(&http.Request{URL: &url.URL{RawQuery: query}})
+	if err != nil {
+		return nil, err
+	}
+	return func() []byte {
+		text, err := json.Marshal(o.observe())
+		if err != nil {
+			panic(err)
+		}
+		return text
+	}, nil
+}
+
+// SortKeys are what streams can be sorted by in a watch.
+func SortKeys() (names []string) {
+	for _, key := range sortKeys {
+		names = append(names, key.name)
+	}
+	return names
+}

@@ -262,12 +262,19 @@ func (s *stream) reportLocked() report {
 			invalidUTF8:      !scanner.ValidUTF8() || scanner.TruncatedUTF8(),
 		},
 	}
-	if id, committed := scanner.LastEventID(); committed {
-		r.lastEventID = printableID(id)
-	} else if s.client.lastEventID != nil {
-		r.lastEventID = *s.client.lastEventID
-	}
+	r.lastEventID = s.lastEventIDLocked()
 	return r
+}
+
+// lastEventIDLocked wants facts to be locked.
+func (s *stream) lastEventIDLocked() string {
+	if id, committed := s.splicer.Scanner().LastEventID(); committed {
+		return printableID(id)
+	}
+	if s.client.lastEventID != nil {
+		return *s.client.lastEventID
+	}
+	return ""
 }
 
 // tellOpened tells of a stream that has been opened.

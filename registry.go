@@ -134,6 +134,23 @@ func (g *group) remove(s *stream, why reason, last counts) {
 	s.previous, s.next = nil, nil
 }
 
+// roll appends the live streams to a slice and returns what the group knows
+// without them: the counts are those of the streams that have closed. The counts
+// of these streams, read later, make up for the rest, each stream's once.
+func (g *group) roll(streams []*stream) (totals, []*stream) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for s := g.oldest; s != nil; s = s.next {
+		streams = append(streams, s)
+	}
+	return g.closedTotalsLocked(), streams
+}
+
+// closedTotalsLocked are the totals without what went by on live streams.
+func (g *group) closedTotalsLocked() totals {
+	return totals{name: g.name, open: g.open, opened: g.opened, closed: g.closed, counts: g.closedTotal}
+}
+
 // totals is a group at one moment.
 type totals struct {
 	name   string
@@ -146,7 +163,7 @@ type totals struct {
 func (g *group) totals() totals {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	t := totals{name: g.name, open: g.open, opened: g.opened, closed: g.closed, counts: g.closedTotal}
+	t := g.closedTotalsLocked()
 	for s := g.oldest; s != nil; s = s.next {
 		s.facts.Lock()
 		t.counts.add(s.countsLocked())
