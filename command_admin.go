@@ -171,6 +171,46 @@ func (c adminClient) exchange(ctx context.Context, host, method, uri string) (st
 	return response.StatusCode, answer, nil
 }
 
+// open sends one request and returns the answer when it begins, whatever its
+// status: it may go on for as long as it likes.
+func (c adminClient) open(ctx context.Context, method, uri string) (response *http.Response, err error) {
+	for i, host := range c.hosts {
+		if i > 0 {
+			response.Body.Close()
+		}
+		response, err = c.begin(ctx, host, method, uri)
+		if err != nil || response.StatusCode != http.StatusForbidden {
+			break
+		}
+	}
+	return response, err
+}
+
+// begin is send for an answer that must begin in time, but not end.
+func (c adminClient) begin(ctx context.Context, host, method, uri string) (*http.Response, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	late := time.AfterFunc(c.patience, cancel)
+	response, err := c.send(ctx, host, method, uri)
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	late.Stop()
+	response.Body = closing{response.Body, cancel}
+	return response, nil
+}
+
+// closing is a body that does something more when it is closed.
+type closing struct {
+	io.ReadCloser
+	also func()
+}
+
+func (c closing) Close() error {
+	defer c.also()
+	return c.ReadCloser.Close()
+}
+
 // elsewhere is what helps when it is not the admin API that was asked.
 const elsewhere = "; --address, --config and the environment variable CADDY_ADMIN say where the admin API is"
 

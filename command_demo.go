@@ -102,20 +102,9 @@ func demoCommandLine(name, admin string) string {
 
 // demoListen listens on the address that the demo should have.
 func demoListen(listen string, chosen bool) (net.Listener, error) {
-	if _, err := strconv.ParseUint(listen, 10, 16); err == nil {
-		return nil, fmt.Errorf("sse demo: --listen: %q is a port without a colon; write :%s", listen, listen)
-	}
-	address, err := caddy.ParseNetworkAddressWithDefaults(listen, "tcp", 8080)
+	address, err := listenAddress(listen, 8080)
 	if err != nil {
-		return nil, fmt.Errorf("sse demo: --listen: %w", err)
-	}
-	switch address.Network {
-	case "tcp", "tcp4", "tcp6":
-	default:
-		return nil, fmt.Errorf("sse demo: --listen: %q is no TCP address, and a browser needs one", listen)
-	}
-	if address.PortRangeSize() != 1 {
-		return nil, fmt.Errorf("sse demo: --listen: %q is a range of ports; give one", listen)
+		return nil, fmt.Errorf("sse demo: %w", err)
 	}
 	listener, err := net.Listen(address.Network, address.JoinHostPort(0))
 	switch {
@@ -126,6 +115,26 @@ func demoListen(listen string, chosen bool) (net.Listener, error) {
 	}
 	address.StartPort, address.EndPort = 0, 0
 	return net.Listen(address.Network, address.JoinHostPort(0))
+}
+
+// listenAddress reads the one TCP address of --listen.
+func listenAddress(listen string, defaultPort uint) (caddy.NetworkAddress, error) {
+	if _, err := strconv.ParseUint(listen, 10, 16); err == nil {
+		return caddy.NetworkAddress{}, fmt.Errorf("--listen: %q is a port without a colon; write :%s", listen, listen)
+	}
+	address, err := caddy.ParseNetworkAddressWithDefaults(listen, "tcp", defaultPort)
+	if err != nil {
+		return address, fmt.Errorf("--listen: %w", err)
+	}
+	switch address.Network {
+	case "tcp", "tcp4", "tcp6":
+	default:
+		return address, fmt.Errorf("--listen: %q is no TCP address, and a browser needs one", listen)
+	}
+	if address.PortRangeSize() != 1 {
+		return address, fmt.Errorf("--listen: %q is a range of ports; give one", listen)
+	}
+	return address, nil
 }
 
 // demoAdmin returns where the admin API should be: at its usual address, or at a
