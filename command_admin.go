@@ -188,6 +188,8 @@ func (c adminClient) open(ctx context.Context, method, uri string) (response *ht
 
 // refusal says what an answer of open that is no success means, and closes it.
 func (c adminClient) refusal(ctx context.Context, answer *http.Response) error {
+	late := time.AfterFunc(c.patience, func() { answer.Body.Close() })
+	defer late.Stop()
 	defer answer.Body.Close()
 	said, err := io.ReadAll(io.LimitReader(answer.Body, maxAdminAnswer))
 	if err != nil {

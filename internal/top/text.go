@@ -70,7 +70,7 @@ func spread(left, right string, columns int) string {
 	if right == "" || room < 10 {
 		return left
 	}
-	return pad(clean(left), room) + " " + right
+	return pad(left, room) + " " + right
 }
 
 // thirds puts three texts beside each other, where they stay when they change.

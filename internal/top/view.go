@@ -43,7 +43,7 @@ func (v View) Lines(columns, rows int) []Line {
 	}
 	s := v.Snapshot
 	lines := []Line{
-		{spread("caddy sse top  "+v.Address, v.clock(), width), Bold},
+		{spread("caddy sse top  "+clean(v.Address), v.clock(), width), Bold},
 		{thirds(width, figure("open", s.Totals.Open, change(s.Deltas.Open)),
 			figure("opened", s.Totals.Opened, v.rate(s.Deltas.Opened)),
 			figure("ended", sum(s.Totals.Closed), v.rate(sum(s.Deltas.Closed)))), Plain},
