@@ -104,7 +104,7 @@ func (h *Handler) drainStreams() {
 	stop := make(chan struct{})
 	forget := exit.await(func() { close(stop) })
 	defer forget()
-	if !exiting() {
+	if !exit.exiting() {
 		switch {
 		case h.drain.reload > 0:
 			if h.drainOver(h.drain.reload, stop) {
@@ -116,7 +116,7 @@ func (h *Handler) drainStreams() {
 	}
 	// The process exits, maybe in the middle of a reload's window: who is left
 	// has the time of an exit.
-	if exiting() && h.drain.exit > 0 {
+	if exit.exiting() && h.drain.exit > 0 {
 		h.drainOver(h.drain.exit, nil)
 	}
 }
@@ -134,7 +134,7 @@ func (h *Handler) setGrace() {
 		return
 	}
 	h.drain.graceEnds.Store(int64(now().plus(grace)))
-	if exiting() {
+	if exit.exiting() {
 		time.AfterFunc(grace, func() { endStreams(h.liveStreams()) })
 	}
 }
@@ -230,7 +230,7 @@ func awaitDrains() {
 // endWhatIsLeft ends every stream of the process when it exits and the grace
 // period is over, so that the end of each is told.
 func endWhatIsLeft(context.Context) error {
-	if exiting() {
+	if exit.exiting() {
 		endStreams(live.streams())
 	}
 	return nil
