@@ -143,7 +143,7 @@ func (a *probeAnswer) wait(silence time.Duration) error {
 		case <-a.ctx.Done():
 			return a.ctx.Err()
 		case <-time.After(min(left, probeWatch)):
-			if exiting() {
+			if exit.exiting() {
 				return errProbeCut
 			}
 		}

@@ -6,22 +6,25 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 )
 
-// pretendExit lets the process look as if it were about to end, or not.
-func pretendExit(t *testing.T) *atomic.Bool {
-	var pretended atomic.Bool
-	real := exiting
-	exiting = pretended.Load
-	t.Cleanup(func() { exiting = real })
-	return &pretended
+// newExitNotice is one for a process that looks as if it were about to end, or
+// not.
+func newExitNotice() (e *exitNotice, ends *atomic.Bool) {
+	ends = new(atomic.Bool)
+	return &exitNotice{exiting: ends.Load}, ends
 }
 
 func TestWhoWaitsForTheExitIsToldOnce(t *testing.T) {
-	ends := pretendExit(t)
-	var e exitNotice
+	synctest.Test(t, whoWaitsForTheExitIsToldOnce)
+}
+
+func whoWaitsForTheExitIsToldOnce(t *testing.T) {
+	e, ends := newExitNotice()
 	var told []string
 	wait := func(who string) (forget func()) {
 		return e.await(func() { told = append(told, who) })
@@ -52,8 +55,8 @@ func TestWhoWaitsForTheExitIsToldOnce(t *testing.T) {
 }
 
 func TestNobodyIsForgottenWhoComesWhileTheExitIsTold(t *testing.T) {
-	pretendExit(t).Store(true)
-	var e exitNotice
+	e, ends := newExitNotice()
+	ends.Store(true)
 	var told atomic.Int64
 	var waiting sync.WaitGroup
 	const many = 2000
@@ -71,10 +74,41 @@ func TestNobodyIsForgottenWhoComesWhileTheExitIsTold(t *testing.T) {
 	}
 }
 
+// Nobody says so where the current configuration has no handler and no admin API.
+func TestWhoWaitsForTheExitLooksByItself(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, ends := newExitNotice()
+		told, forgotten := 0, 0
+		e.await(func() { told++ })
+		forget := e.await(func() { forgotten++ })
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if told != 0 {
+			t.Error("it was told of no exit")
+		}
+		forget()
+		ends.Store(true)
+		time.Sleep(noticePause)
+		synctest.Wait()
+		if told != 1 || forgotten != 0 {
+			t.Errorf("told %d times, and %d times who had forgotten", told, forgotten)
+		}
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if told != 1 {
+			t.Errorf("told %d times", told)
+		}
+	})
+}
+
 // Somebody who is told may have others wait, or forget.
 func TestTheExitIsToldWithoutALock(t *testing.T) {
-	pretendExit(t).Store(true)
-	var e exitNotice
+	synctest.Test(t, theExitIsToldWithoutALock)
+}
+
+func theExitIsToldWithoutALock(t *testing.T) {
+	e, ends := newExitNotice()
+	ends.Store(true)
 	later := false
 	var forget func()
 	e.await(func() {

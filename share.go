@@ -122,7 +122,7 @@ func (sh *sharing) findOrBegin(x *exchange, next caddyhttp.Handler) *runReader {
 	r := sh.h.newRun(sharedRun, f)
 	r.host, r.path = printable(x.r.Host, 255), printable(share.key.received.Path, 1024)
 	r.stays = func() time.Duration {
-		if r.stage == runEnded || sh.h.isReplaced() || exiting() {
+		if r.stage == runEnded || sh.h.isReplaced() || exit.exiting() {
 			return 0
 		}
 		return sh.linger

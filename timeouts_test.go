@@ -1027,3 +1027,47 @@ func TestOnlyAResumableStreamHasAMaximalAge(t *testing.T) {
 		})
 	}
 }
+
+// A limit that no clock reaches ends nobody, and has nobody look at the clock
+// again and again.
+func TestLimitsBeyondAllTimeEndNobody(t *testing.T) {
+	const longest = caddy.Duration(1<<63 - 1)
+	for _, limit := range []caddy.Duration{caddy.Duration(1752000 * time.Hour), longest - 1, longest} {
+		for drain, beat := range map[bool]caddy.Duration{false: -1, true: limit} {
+			synctest.Test(t, func(t *testing.T) {
+				// A bubble's clock begins before that of the process.
+				time.Sleep(40 * 365 * 24 * time.Hour)
+				config := &caddysse.Handler{
+					Heartbeat:       &caddysse.Heartbeat{Interval: beat, Prelude: -1},
+					Retry:           &caddysse.Retry{Min: 1e6, Max: limit},
+					UpstreamTimeout: limit,
+					WriteTimeout:    limit,
+					MaxDuration:     &caddysse.MaxDuration{Duration: limit, Jitter: limit},
+					Drain:           &caddysse.Drain{Reload: limit, Exit: limit},
+				}
+				h := provision(t, config)
+				lives := func() *client {
+					return play(t, h, func(w http.ResponseWriter) {
+						for range 100 {
+							write(t, w, "data: 1\n\n")
+							time.Sleep(time.Minute)
+						}
+					})
+				}
+				if drain {
+					// One that it finds, and one that joins in.
+					go lives()
+					synctest.Wait()
+					stop := make(chan struct{})
+					defer close(stop)
+					go h.DrainOver(time.Duration(limit), stop)
+					synctest.Wait()
+				}
+				text := lives().body.String()
+				if _, events, _ := strings.Cut(text, "\n\n"); events != strings.Repeat("data: 1\n\n", 100) {
+					t.Errorf("limit %v, drain %v: got %d bytes, %.100q", time.Duration(limit), drain, len(text), text)
+				}
+			})
+		}
+	}
+}

@@ -198,7 +198,7 @@ func (x *exchange) awaitTry() bool {
 // isReplaced reports whether a reload has replaced the handler's configuration:
 // its upstreams' health checks have stopped, and what was down then stays down.
 func (h *Handler) isReplaced() bool {
-	return h.drain.replaced.Load() || h.ctx.Err() != nil && !exiting()
+	return h.drain.replaced.Load() || h.ctx.Err() != nil && !exit.exiting()
 }
 
 // try calls the handlers once more, for a stream that is open already.
