@@ -20,6 +20,10 @@ type fed struct {
 
 	greeting greeting // until the stream is open
 
+	// line are the frames from the first id on that this module adds; nil: as
+	// before. Parsers that take a blank line for an event do so after an id.
+	line *frames
+
 	source  *run
 	tried   int64  // how many tries of the run there were before
 	resumed bool   // the client's id was found

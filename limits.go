@@ -55,19 +55,14 @@ const (
 func (g *group) reserve(limits limits, client clientID) (reservation, limit) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	open := g.reserved + len(g.runs.idle)
-	for _, n := range g.open {
-		open += n
-	}
-	if limits.total > 0 && open >= limits.total {
-		idle := g.oldestIdleLocked()
-		if idle == nil {
-			return noPlace, limitTotal
-		}
-		defer func() { go idle.giveWay() }() // which wants the group's lock
-	}
-	if limits.perClient > 0 && client.isKnown() && g.clients[client] >= limits.perClient {
+	full := limits.total > 0 && g.openLocked() >= limits.total
+	switch {
+	case full && len(g.runs.idle) == 0:
+		return noPlace, limitTotal
+	case limits.perClient > 0 && client.isKnown() && g.clients[client] >= limits.perClient:
 		return noPlace, limitPerClient
+	case full:
+		go g.oldestIdleLocked().giveWay() // which wants the group's lock
 	}
 	g.reserved++
 	if g.clients == nil {

@@ -76,9 +76,23 @@ func (g *group) removeRun(r *run) {
 func (g *group) addIdle(r *run) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if !slices.Contains(g.runs.idle, r) {
-		g.runs.idle = append(g.runs.idle, r)
+	if slices.Contains(g.runs.idle, r) {
+		return
 	}
+	g.runs.idle = append(g.runs.idle, r)
+	if total := r.h.limits.total; total > 0 && g.openLocked() > total {
+		// The place of its last client has been taken already.
+		go g.oldestIdleLocked().giveWay()
+	}
+}
+
+// openLocked is how many streams, places and runs without a client there are.
+func (g *group) openLocked() int {
+	open := g.reserved + len(g.runs.idle)
+	for _, n := range g.open {
+		open += n
+	}
+	return open
 }
 
 func (g *group) dropIdle(r *run) {

@@ -564,7 +564,7 @@ func TestAnIDLikeOursFromTheUpstreamIsTheUpstreams(t *testing.T) {
 	c := startCaddy(t, sharedSite(up, ""))
 	cl := c.client("h1")
 	const inner = "sse1-AbCdEfGhIjKlMnOpQrStUg"
-	first, call := open(t, cl, up, "/", "Accept: text/event-stream")
+	first, call := open(t, cl, up, "/", "Accept: text/event-stream", notEventSource)
 	call.start("text/event-stream")
 	one := first.headers(t).follow()
 	call.send("event: sse\ndata:\nid: " + inner + ".0\n\n" + eventOf(inner, 1))
@@ -769,4 +769,33 @@ func TestAClientStartsWithTheLastEvents(t *testing.T) {
 	two.expect(t, eventOf(token, 4)+eventOf(token, 5))
 	call.end()
 	two.expectEnd(t)
+}
+
+func TestHeartbeatsAfterAnAddedIDAreLinesButToAnEventSource(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		sse 100ms {
+			share
+		}
+		reverse_proxy `+up.addr)
+	cl := c.client("h1")
+	first, call := open(t, cl, up, "/", "Accept: text/event-stream", notEventSource)
+	call.start("text/event-stream")
+	one := first.headers(t).follow()
+	two := cl.get(t, "/", asEventSource...).follow()
+	call.send(plainEvent(1))
+	beats := func(f *follower, frame string) {
+		t.Helper()
+		got, _ := f.wait(func(unread string) bool {
+			_, after, found := strings.Cut(unread, ".1\n\n")
+			return found && strings.Count(after, ":heartbeat\n") >= 2
+		})
+		if _, after, _ := strings.Cut(got, ".1\n\n"); strings.Trim(strings.ReplaceAll(after, frame, "*"), "*") != "" {
+			t.Errorf("%q", after)
+		}
+	}
+	beats(one, ":heartbeat\n")
+	beats(two, ":heartbeat\n\n")
+	call.end()
 }

@@ -129,6 +129,9 @@ func (x *exchange) earlyStartIn() time.Duration {
 func (x *exchange) callShared() (out outcome, shared bool) {
 	reader := x.rare.reader
 	x.rare.fed = &fed{run: reader.run.token().short(), source: reader.run, tried: reader.run.tried.Load(), greeting: x.newGreeting()}
+	if x.h.spared != nil && x.frames == &x.h.frames && !x.kind.eventSource {
+		x.rare.fed.line = &x.h.spared.line
+	}
 	feed := &x.rare.feed
 	feed.ctx, feed.cancel = context.WithCancelCause(x.r.Context())
 	if !x.awaitAnswer(feed.ctx, reader) {

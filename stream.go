@@ -429,6 +429,12 @@ func (s *stream) followLocked(p []byte) (lead, body []byte, n int) {
 		lead, body = s.splicer.Splice(&s.frames.Frames, p)
 	}
 	s.bytes += uint64(n)
+	if s.fed != nil && s.fed.line != nil && s.splicer.HasOwnIDs() {
+		if !s.fed.source.feed.ownIDs.Load() {
+			s.frames = s.fed.line
+		}
+		s.fed.line = nil
+	}
 	if s.body == eventStreamBody && s.splicer.Opaque() {
 		if s.refuseLocked() {
 			return nil, nil, n
