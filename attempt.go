@@ -165,8 +165,9 @@ func (a *attempt) upstream() string {
 }
 
 const (
-	proxyPlaceholders   = "http.reverse_proxy."
-	upstreamPlaceholder = proxyPlaceholders + "upstream.hostport"
+	proxyPlaceholders    = "http.reverse_proxy."
+	upstreamPlaceholders = proxyPlaceholders + "upstream."
+	upstreamPlaceholder  = upstreamPlaceholders + "hostport"
 )
 
 // clientsPlaceholder gives handlers after sse what handlers before it have set.
@@ -208,12 +209,14 @@ func (x *exchange) handOut() {
 	if x.attempt.context.isolated != nil {
 		x.attempt.context.isolated.handBack()
 	}
-	if t := x.tries(); t != nil && !t.over {
-		return // the next try needs what a proxy before sse has left
-	}
 	if _, proxied := x.attempt.context.set.Get(upstreamPlaceholder); proxied {
 		// What a proxy before sse (forward_auth) left would hide it.
-		x.replacer.DeleteByPrefix(proxyPlaceholders)
+		hiding := proxyPlaceholders
+		if t := x.tries(); t != nil && !t.over {
+			// The next try may need the rest, such as the name of a user.
+			hiding = upstreamPlaceholders
+		}
+		x.replacer.DeleteByPrefix(hiding)
 	}
 }
 

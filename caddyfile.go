@@ -60,7 +60,8 @@ var subdirectives = map[string]subdirective{
 	"reconnect_on":           {"<status...>", 1, math.MaxInt, setReconnectOn},
 
 	"upstream_retry": {"<window> [live]", 1, 2, setUpstreamRetry},
-	"share":          {"[<header|placeholder>...]", 0, math.MaxInt, setShare},
+
+	"share": {"[<header|placeholder>...]", 0, math.MaxInt, setShare},
 }
 
 // blocks are the subdirectives that take a block, with the grammar of it.
@@ -93,6 +94,7 @@ var blocks = map[string]map[string]subdirective{
 //		reconnect_on           <status...>
 //
 //		upstream_retry <window> [live]
+//
 //		share [<header|placeholder>...] {
 //			join    live|last <n>
 //			history <size> [<total>]

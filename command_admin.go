@@ -186,6 +186,19 @@ func (c adminClient) open(ctx context.Context, method, uri string) (response *ht
 	return response, err
 }
 
+// refusal says what an answer of open that is no success means, and closes it.
+func (c adminClient) refusal(ctx context.Context, answer *http.Response) error {
+	late := time.AfterFunc(c.patience, func() { answer.Body.Close() })
+	defer late.Stop()
+	defer answer.Body.Close()
+	said, err := io.ReadAll(io.LimitReader(answer.Body, maxAdminAnswer))
+	if err != nil {
+		return fmt.Errorf("reading the answer of the admin API at %s: %w", c.address, err)
+	}
+	host := strings.TrimPrefix(answer.Request.Header.Get("Origin"), "http://") // as it was called
+	return c.explain(ctx, host, answer.StatusCode, said)
+}
+
 // begin is send for an answer that must begin in time, but not end.
 func (c adminClient) begin(ctx context.Context, host, method, uri string) (*http.Response, error) {
 	ctx, cancel := context.WithCancel(ctx)

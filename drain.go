@@ -25,7 +25,7 @@ const (
 
 	// lastWords is how long the process waits for the streams that it ends when
 	// its grace period is over.
-	lastWords = time.Second
+	lastWords = 500 * time.Millisecond
 )
 
 // lastWordsUntil is the end of that: servers are stopped one after the other.
@@ -116,14 +116,14 @@ func newDrain(config *Drain) *drain {
 // the handler's server begins to stop.
 func (h *Handler) drainStreams() {
 	exit.notify()
-	if !exiting() {
+	if !exit.exiting() {
 		h.drain.replaced.Store(true)
 	}
 	h.setGrace()
 	stop := make(chan struct{})
 	forget := exit.await(func() { close(stop) })
 	defer forget()
-	if !exiting() {
+	if !exit.exiting() {
 		if h.sharing != nil {
 			h.sharing.replace()
 		}
@@ -139,7 +139,7 @@ func (h *Handler) drainStreams() {
 	}
 	// The process exits, maybe in the middle of a reload's window: who is left
 	// has the time of an exit.
-	if exiting() && h.drain.exit > 0 {
+	if exit.exiting() && h.drain.exit > 0 {
 		h.drainOver(h.drain.exit, nil)
 	}
 }
@@ -166,7 +166,7 @@ func (g *group) beginDrain(at instant) (earliest instant) {
 func (s *stream) spared() time.Duration {
 	after := s.h.drain.after
 	opened := s.arrived + instant(s.opened)
-	if after == 0 || opened < after || exiting() {
+	if after == 0 || opened < after || exit.exiting() {
 		return 0
 	}
 	return max(drainedOnceIn-time.Duration(now()-opened), 0)
@@ -185,7 +185,7 @@ func (h *Handler) setGrace() {
 		return
 	}
 	h.drain.graceEnds.Store(int64(now().plus(grace)))
-	if exiting() {
+	if exit.exiting() {
 		time.AfterFunc(grace, func() { endStreams(h.liveStreams()) })
 	}
 }
@@ -298,7 +298,7 @@ func awaitDrains() {
 // endWhatIsLeft ends every stream of the process when it exits and the grace
 // period is over, so that the end of each is told.
 func endWhatIsLeft(context.Context) error {
-	if exiting() {
+	if exit.exiting() {
 		endStreams(live.streams())
 		endRuns()
 	}

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/url"
+	"time"
 )
 
 // The commands, for tests that have a real Caddy to talk to.
@@ -23,6 +24,9 @@ func ForgetDrains() {
 		g.mu.Unlock()
 	}
 }
+
+// DrainOver is what it does at a reload, with another window.
+func (h *Handler) DrainOver(window time.Duration, stop <-chan struct{}) { h.drainOver(window, stop) }
 
 // RegisterMetrics puts the module's metrics on a registry.
 var RegisterMetrics = registerMetrics
@@ -52,7 +56,10 @@ func SortKeys() (names []string) {
 
 // SetExiting lets the process seem to end, or not, until undo is called.
 func SetExiting(is bool) (undo func()) {
-	before := exiting
-	exiting = func() bool { return is }
-	return func() { exiting = before }
+	before := exit.exiting
+	exit.exiting = func() bool { return is }
+	return func() { exit.exiting = before }
 }
+
+// EndHandler ends a handler's streams as the end of the grace period does.
+func EndHandler(h *Handler) { endStreams(h.liveStreams()) }

@@ -86,10 +86,10 @@ func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived in
 	}
 	x.replacer, _ = r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	if x.replacer != nil {
+		x.outer = *x.replacer
 		if h.ClientKey != "" {
 			x.rememberKey(x.replacer.ReplaceAll(h.ClientKey, ""))
 		}
-		x.outer = *x.replacer
 		x.replacer.Map(x.placeholder)
 	}
 	return x

@@ -927,6 +927,7 @@ func TestWhereTwoHandlersMeetTheInnerOneOwnsTheStream(t *testing.T) {
 				caddyhttp.ResponseWriterWrapper
 			}{caddyhttp.ResponseWriterWrapper{ResponseWriter: w}}
 		},
+		"through one that says nothing of what it is around": func(w http.ResponseWriter) http.ResponseWriter { return opaqueWriter{w} },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -56,8 +56,8 @@ type Handler struct {
 	// Default: `deny`.
 	Compression string `json:"compression,omitempty"`
 
-	// The reconnection time told to the client before anything else in the
-	// stream. One that the upstream sends comes later and so wins.
+	// The reconnection time told to the client of a resumable stream before
+	// anything else in it. One that the upstream sends comes later and so wins.
 	// Default: none is told.
 	Retry *Retry `json:"retry,omitempty"`
 
@@ -110,8 +110,8 @@ type Handler struct {
 	// or log.
 	ClientKey string `json:"client_key,omitempty"`
 
-	// Statuses that an EventSource would take for final. A resumable request
-	// gets an empty stream with a reconnection time instead, whether the status
+	// Statuses that an EventSource would take for final. It gets an empty stream
+	// with a reconnection time instead (a Retry-After comes on top), whether the status
 	// comes from the upstream, from an error of another handler or from the
 	// limits above. 401 and 403 can't be listed, nor can anything that is not an
 	// error.
@@ -120,6 +120,7 @@ type Handler struct {
 	// Asks the upstream of a resumable stream again when it breaks off, while the
 	// client stays. Default: off.
 	UpstreamRetry *UpstreamRetry `json:"upstream_retry,omitempty"`
+
 	// One upstream stream for all clients that ask for the same. Default: off.
 	Share *Share `json:"share,omitempty"`
 
@@ -141,10 +142,10 @@ type Handler struct {
 
 // Heartbeat says when a silent stream gets a frame, and what the frame is.
 type Heartbeat struct {
-	// A frame goes out before the client has heard nothing for this long; bytes
-	// of the upstream, comments too, restart the clock. The wait is drawn for
-	// each frame from the last quarter below the interval, so that streams that
-	// were opened together do not tick together. Default: 15s. -1: off.
+	// The longest time for which the client hears nothing, except where no frame
+	// may go. Bytes of the upstream restart the clock, comments too. Waits vary
+	// between 75 % and 100 % of the interval, so that streams that opened together
+	// do not tick together. Default: 15s. -1: off.
 	Interval caddy.Duration `json:"interval,omitempty"`
 
 	// The text of the comment, without the colon. No line break, no NUL. Takes
@@ -172,7 +173,7 @@ type Heartbeat struct {
 	// Default: empty.
 	Data string `json:"data,omitempty"`
 
-	// The first frame of a stream comes after this much silence behind the
+	// The first frame of a stream comes after this much silence after the
 	// response headers (or after the interval, where that is shorter), so that
 	// intermediaries let the headers go. Default: 1s, or off where the interval
 	// is off. -1: off.
@@ -186,8 +187,9 @@ type EarlyStart struct {
 	// How long to wait for the upstream's headers. -1: off.
 	Delay caddy.Duration `json:"delay,omitempty"`
 
-	// Do so for every request, not only for those whose Accept names
-	// text/event-stream and no other type.
+	// Do so for every request but OPTIONS and HEAD, not only for those whose
+	// Accept names text/event-stream and no other type, or whose JSON body has
+	// "stream": true at its top level.
 	Any bool `json:"any,omitempty"`
 }
 

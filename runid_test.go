@@ -22,7 +22,7 @@ func TestARunIDIsReadAsItWasWritten(t *testing.T) {
 			t.Errorf("%s is read as %v, %v", id, got, ok)
 		}
 	}
-	if newRunToken() == newRunToken() {
+	if one, other := newRunToken(), newRunToken(); one == other {
 		t.Error("two runs have one token")
 	}
 	id, ok := parseRunID("sse1-" + someToken + ".12")

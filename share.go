@@ -79,8 +79,7 @@ func (x *exchange) mayShare() bool {
 	if x.h.sharing == nil || asksForUpgrade(x.r.Header) {
 		return false
 	}
-	kind := kindOf(x.r, x.accept, x.h.Resumable)
-	return kind.resumable && hasNoBody(x.r)
+	return x.kind.resumable && hasNoBody(x.r)
 }
 
 // hasNoBody reports whether a request has no body. Over HTTP/3 its length is not
@@ -123,7 +122,7 @@ func (sh *sharing) findOrBegin(x *exchange, next caddyhttp.Handler) *runReader {
 	r := sh.h.newRun(sharedRun, f)
 	r.host, r.path = printable(x.r.Host, 255), printable(share.key.received.Path, 1024)
 	r.stays = func() time.Duration {
-		if r.stage == runEnded || sh.h.isReplaced() || exiting() {
+		if r.stage == runEnded || sh.h.isReplaced() || exit.exiting() {
 			return 0
 		}
 		return sh.linger

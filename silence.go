@@ -38,8 +38,7 @@ func (r *run) watchSilenceLocked() {
 	pulse := max(min(timeout/4, maxPulse), minPulse)
 	r.silence.stop()
 	r.silence = silence{looked: now()}
-	var look func()
-	look = func() {
+	r.silence.timer = time.AfterFunc(min(pulse, timeout), func() {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		if r.stage != runOpen {
@@ -54,6 +53,5 @@ func (r *run) watchSilenceLocked() {
 			return
 		}
 		go r.isSilent()
-	}
-	r.silence.timer = time.AfterFunc(min(pulse, timeout), look)
+	})
 }

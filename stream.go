@@ -436,7 +436,7 @@ func (s *stream) followLocked(p []byte) (lead, body []byte, n int) {
 		s.fed.line = nil
 	}
 	if s.body == eventStreamBody && s.splicer.Opaque() {
-		if s.refuseLocked("the upstream's answer is no event stream") {
+		if s.refuseLocked() {
 			return nil, nil, n
 		}
 		s.body = otherBody

@@ -33,22 +33,28 @@ var (
 // ownWriteTimeouts takes a stream out of the server's write timeouts, and out of
 // deadlines that handlers have set.
 func (s *stream) ownWriteTimeouts() {
-	_, idle := caddyhttp.IdleTimeoutsFromContext(s.ctx)
-	var inner *http.ResponseController
+	reader, idle := caddyhttp.IdleTimeoutsFromContext(s.ctx)
+	var inner [2]*http.ResponseController
 	if idle != nil {
-		inner = idle.Ctrl
+		inner[0] = idle.Ctrl
 		idle.Ctrl, idle.Logger = noDeadlines, noLog
 	}
-	// Where deadlines are not supported there is none to clear.
-	err := connectionWriter(s.w).SetWriteDeadline(time.Time{})
-	if err != nil && inner != nil {
-		// A writer in between does not say what it is around. What has just been
-		// switched off knows the way.
-		if s.rare == nil {
-			s.rare = new(rareStream)
+	if reader != nil {
+		inner[1] = reader.Ctrl
+	}
+	if connectionWriter(s.w).SetWriteDeadline(time.Time{}) == nil {
+		return
+	}
+	// A writer in between does not say what it is around. What Caddy sets its own
+	// timeouts with knows the way. Where nobody does, there is no deadline to clear.
+	for _, control := range inner {
+		if control != nil && control.SetWriteDeadline(time.Time{}) == nil {
+			if s.rare == nil {
+				s.rare = new(rareStream)
+			}
+			s.rare.control = control
+			return
 		}
-		s.rare.control = inner
-		_ = inner.SetWriteDeadline(time.Time{})
 	}
 }
 
@@ -164,6 +170,12 @@ func (u *uploads) SetReadDeadline(deadline time.Time) error {
 		return nil
 	}
 	return u.next.SetReadDeadline(deadline)
+}
+
+// SetWriteDeadline is for who comes this way because there is no other (see
+// stream.ownWriteTimeouts).
+func (u *uploads) SetWriteDeadline(deadline time.Time) error {
+	return u.next.SetWriteDeadline(deadline)
 }
 
 // suspend takes a stream out of the server's read timeouts, which would show up

@@ -1,10 +1,12 @@
 package caddysse
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"sync/atomic"
 	"time"
@@ -43,6 +45,8 @@ type tries struct {
 	why     reason        // the upstream broke off
 	until   instant       // when the stream gives up, while it retries
 	id      string        // where the upstream is to go on; empty: no position
+	inside  bool          // the handlers have not left an upstream that was given up
+	noBody  bool          // a later body has turned out to be no event stream
 	gaveUp  error         // why it has given up; nil: it has not
 }
 
@@ -60,9 +64,12 @@ var tryResults = [...]string{resumedTry: "resumed", failedTry: "failed", refused
 
 func (r tryResult) String() string { return tryResults[r] }
 
-var errTriesOver = errors.New("upstream_retry: the upstream has not come back within the window")
-
-var errConfigReplaced = errors.New("upstream_retry: the configuration has been replaced")
+// Why a stream gives up, where no answer of the upstream says so.
+var (
+	errTriesOver      = errors.New("upstream_retry: the upstream has not come back within the window")
+	errHandlersStay   = errors.New("upstream_retry: the handlers have not left")
+	errConfigReplaced = errors.New("upstream_retry: the configuration has been replaced")
+)
 
 // tries returns what the request keeps for tries; nil: its upstream is not asked
 // again.
@@ -171,7 +178,7 @@ func (x *exchange) awaitTry() bool {
 	}
 	over, _ := t.waits.end()
 	s.facts.Lock()
-	t.until = instant(sum(time.Duration(now()), time.Until(over)))
+	t.until, t.inside = instant(sum(time.Duration(now()), time.Until(over))), false
 	s.h.agenda.hasten(s, t.until)
 	s.facts.Unlock()
 	turn := s.h.group.tries.enter(wait)
@@ -191,7 +198,7 @@ func (x *exchange) awaitTry() bool {
 // isReplaced reports whether a reload has replaced the handler's configuration:
 // its upstreams' health checks have stopped, and what was down then stays down.
 func (h *Handler) isReplaced() bool {
-	return h.drain.replaced.Load() || h.ctx.Err() != nil && !exiting()
+	return h.drain.replaced.Load() || h.ctx.Err() != nil && !exit.exiting()
 }
 
 // try calls the handlers once more, for a stream that is open already.
@@ -251,6 +258,7 @@ func (x *exchange) triesAgain() bool {
 func (x *exchange) answeredAgain(status int, header http.Header) {
 	s, t := x.stream, x.rare.tries
 	switch {
+	case t.ctx.Err() != nil: // it is the proxy that answers, for a stream that ends
 	case status == http.StatusBadGateway, status == http.StatusServiceUnavailable, status == http.StatusGatewayTimeout:
 		t.after = statedRetryAfter(header.Get("Retry-After"))
 		x.attempt.cancel(errStreamEnded)
@@ -282,10 +290,10 @@ func (x *exchange) noteEvents() {
 		return
 	}
 	s.facts.Lock()
-	events, json := s.splicer.Scanner().Events(), t.gaveUp != nil
+	events, noBody := s.splicer.Scanner().Events(), t.noBody
 	s.facts.Unlock()
 	switch {
-	case json:
+	case noBody:
 		x.finishTry(refusedTry)
 	case events > t.events:
 		x.finishTry(resumedTry)
@@ -321,180 +329,20 @@ func (lr *laterResponse) ReadFrom(r io.Reader) (int64, error) {
 	return io.Copy(writerOnly{lr}, r)
 }
 
+// Hijack is refused: the connection has a stream.
+func (lr *laterResponse) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	return nil, nil, http.ErrNotSupported
+}
+
 func (lr *laterResponse) FlushError() error {
 	lr.begin()
 	return lr.response.FlushError()
 }
 
-// isBreak reports whether the reason is one after which an upstream is asked
-// again.
-func isBreak(why reason) bool { return why == upstreamError || why == upstreamTimeout }
-
-// triesLocked returns what the stream's request keeps for tries, nil for most. It
-// wants facts to be locked.
-func (s *stream) triesLocked() *tries {
-	if s.rare == nil {
-		return nil
-	}
-	return s.rare.tries
-}
-
-// toldReconnection notes the reconnection time that is ours; 0: none was told.
-func (s *stream) toldReconnection(told time.Duration) {
-	s.facts.Lock()
-	defer s.facts.Unlock()
-	if t := s.triesLocked(); t != nil {
-		t.told = told
-	}
-}
-
-// retriesLocked returns how many tries there were, -1 where there can be none. It
-// wants facts to be locked.
-func (s *stream) retriesLocked() int {
-	if t := s.triesLocked(); t != nil {
-		return t.count
-	}
-	if s.fed != nil && s.h.UpstreamRetry.window() > 0 {
-		return s.fed.retries()
-	}
-	return -1
-}
-
-// brokeOff reports whether the upstream has broken off where it can go on, and
-// lets the stream wait for that: the handlers have left.
-func (s *stream) brokeOff(out outcome) bool {
-	s.mu.Lock()
-	defer s.unlock()
-	isBug := out.panicked != nil && !isAbort(out.panicked)
-	if !s.started || s.errLocked() != nil || s.ctx.Err() != nil || !out.left || isBug {
-		return false
-	}
-	switch s.at() {
-	case stageRetrying:
-		return true
-	case stageOpen:
-		isClean := out.panicked == nil && out.err == nil
-		return !isClean && s.breakLocked(upstreamError)
-	}
-	return false
-}
-
-// breakLocked lets a stream wait for its upstream, which has broken off or is
-// given up, if it is where that can go on. It wants mu to be locked.
-func (s *stream) breakLocked(why reason) bool {
-	s.facts.Lock()
-	t := s.triesLocked()
-	if t == nil || s.at() != stageOpen || s.body != eventStreamBody || !s.splicer.MayResume() ||
-		t.body != nil && t.body.found.Load() {
-		s.facts.Unlock()
-		return false
-	}
-	id, ok := t.positionLocked(s)
-	if !ok && !t.live {
-		s.facts.Unlock()
-		return false
-	}
-	s.stage.Store(uint32(stageRetrying))
-	t.why, t.id = why, id
-	// Handlers that do not leave cannot be called again.
-	t.until = now() + instant(leavePatience)
-	torn := s.splicer.Resume(nil)
-	s.facts.Unlock()
-	t.attempt.cancel(errStreamEnded)
-	if len(torn) > 0 {
-		s.watchWrite()
-		if s.sendLocked(s.age(), torn, nil) != nil {
-			s.cancel(errStreamEnded)
-			return true
-		}
-	}
-	s.scheduleLocked()
-	return true
-}
-
-// positionLocked returns where the upstream is to go on. ok is false where it
-// can't be told. It wants the stream's facts to be locked.
-func (t *tries) positionLocked(s *stream) (id string, ok bool) {
-	p := positionOf(t.entered.Header.Get("Last-Event-ID"))
-	if id, committed := s.splicer.Scanner().LastEventID(); committed {
-		p.commit(id)
-	}
-	return p.value()
-}
-
-// reopen lets the upstream's bytes pass again: it goes on.
-func (s *stream) reopen(upstream string) {
-	s.mu.Lock()
-	defer s.unlock()
-	age := s.age()
-	s.facts.Lock()
-	if s.at() != stageRetrying {
-		s.facts.Unlock()
-		return
-	}
-	s.stage.Store(uint32(stageOpen))
-	s.client.upstream = upstream
-	s.longestGap = max(s.longestGap, age-s.lastBytes)
-	s.lastBytes = age
-	s.facts.Unlock()
-	s.scheduleLocked()
-}
-
-// giveUp ends a stream that retries: its upstream does not come back.
-func (s *stream) giveUp(err error) {
-	s.facts.Lock()
-	retries := s.at() == stageRetrying
-	if retries {
-		s.giveUpLocked(err)
-	}
-	s.facts.Unlock()
-	if retries {
-		s.cutAtBoundary()
-	}
-}
-
-// giveUpLocked wants facts to be locked. Whoever holds mu cuts the stream on
-// giving it back.
-func (s *stream) giveUpLocked(err error) {
-	t := s.triesLocked()
-	t.gaveUp = err
-	s.why = t.why
-	s.moveLocked(stageEnding, endPatience)
-}
-
-// refuseLocked gives up on a later body that is no event stream. It returns false
-// where the body is the first one. It wants facts to be locked.
-func (s *stream) refuseLocked(message string) bool {
-	t := s.triesLocked()
-	if t == nil || t.count == 0 {
-		return false
-	}
-	if s.at() == stageOpen {
-		s.giveUpLocked(errors.New("upstream_retry: " + message))
-	}
-	return true
-}
-
-// gaveUpLocked returns why the stream has given up on its upstream; nil: it has
-// not. It wants facts to be locked.
-func (s *stream) gaveUpLocked() error {
-	if t := s.triesLocked(); t != nil {
-		return t.gaveUp
-	}
-	return nil
-}
-
-// gaveUpCleanly reports whether the stream has given up on its upstream, and its
-// client comes back after a clean end.
-func (s *stream) gaveUpCleanly() bool {
-	s.facts.Lock()
-	defer s.facts.Unlock()
-	return s.gaveUpLocked() != nil && s.rare.tries.eventSource && !s.broken
-}
-
 // Interface guards
 var (
 	_ http.ResponseWriter             = (*laterResponse)(nil)
+	_ http.Hijacker                   = (*laterResponse)(nil)
 	_ io.ReaderFrom                   = (*laterResponse)(nil)
 	_ interface{ FlushError() error } = (*laterResponse)(nil)
 )

@@ -72,6 +72,7 @@ func retrying() *caddysse.Handler {
 
 func (tr *trial) run() *trial {
 	tr.panicked, tr.err = serveRecovering(tr.h, tr.c, tr.r, tr.answer)
+	synctest.Wait() // what happens at the same time has happened
 	return tr
 }
 
@@ -571,6 +572,30 @@ func TestAStreamThatRetriesCanEndAtAnyMoment(t *testing.T) {
 			})
 		}
 	}
+}
+
+// What handlers still say for a try that was given up is no answer of the
+// upstream.
+func TestAnAnswerAfterTheWindowIsNoRefusal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tr := newTrial(t, retrying(), breaks("id: 1\n\n"), func(w http.ResponseWriter, r *http.Request) error {
+			<-r.Context().Done()
+			return says(500)(w, r)
+		}).run()
+		tr.expect("id: 1\n\n", "upstream_error", false, 2, 0, 1, 0)
+	})
+}
+
+func TestALaterTryCannotTakeTheConnectionAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tr := newTrial(t, retrying(), breaks("id: 1\n\n"), func(w http.ResponseWriter, r *http.Request) error {
+			if _, _, err := http.NewResponseController(w).Hijack(); !errors.Is(err, http.ErrNotSupported) {
+				t.Errorf("hijacking: %v", err)
+			}
+			return sends("data: 1\n\n")(w, r)
+		}).run()
+		tr.expect("id: 1\n\ndata: 1\n\n", "upstream_closed", false, 2, 1, 0, 0)
+	})
 }
 
 func TestAReplacedConfigurationMakesNoTry(t *testing.T) {

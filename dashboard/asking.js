@@ -11,7 +11,7 @@ const columns = [
 	{key: "events", label: "Events", show: whole.format, number: true},
 	{key: "bytes", label: "Bytes", show: size, number: true},
 	{key: "heartbeats", label: "Heartbeats", show: whole.format, number: true},
-	{key: "upstream", label: "Upstream"},
+	{key: "upstream", label: "Upstream", wide: true},
 	{key: "user_agent", label: "User agent", wide: true},
 ];
 const moreOrders = [

@@ -20,7 +20,7 @@ function show(latest) {
 	for (const [id, [total, delta, format]] of Object.entries(figures)) {
 		say($(id), (format || whole.format)(total));
 		const perSecond = (format || rate)(seconds ? delta / seconds : 0);
-		say($(id + "-rate"), id === "open" ? (delta > 0 ? "+" : "") + whole.format(delta) : perSecond + " a second");
+		say($(id + "-rate"), id === "open" ? change(delta) : perSecond + "/s");
 	}
 	document.title = whole.format(totals.open) + " open · Streams";
 	charts.forEach((chart) => chart.draw(now));
@@ -28,6 +28,16 @@ function show(latest) {
 	showNames(latest.names);
 	showStreams(latest);
 	if (dialog.open) showDetails();
+}
+
+function change(delta) {
+	return delta === 0 ? "no change" : (delta > 0 ? "+" : "−") + whole.format(Math.abs(delta));
+}
+
+// showEmpty shows, in place of a table without rows, the note that says so.
+function showEmpty(id, empty) {
+	$(id).closest("table").hidden = empty;
+	$("no-" + id).hidden = !empty;
 }
 
 // table keeps the rows of a small table as they should be.
@@ -50,12 +60,12 @@ function showReasons(closed) {
 	}
 	const rows = Object.entries(closed).filter(([, n]) => n > 0).sort((a, b) => b[1] - a[1]);
 	table($("reasons"), rows.map(([reason, n]) => [reason, whole.format(n), whole.format(lately[reason] || 0)]));
-	$("no-reasons").hidden = rows.length > 0;
+	showEmpty("reasons", rows.length === 0);
 }
 
 function showNames(names) {
 	table($("names"), names.map((n) => [n.name, whole.format(n.open), whole.format(n.opened), whole.format(n.events), size(n.bytes)]));
-	$("no-names").hidden = names.length > 0;
+	showEmpty("names", names.length === 0);
 	const choice = $("name"), known = new Set([...choice.options].map((option) => option.value));
 	const wanted = names.map((n) => n.name);
 	if (asked.name && !wanted.includes(asked.name)) wanted.push(asked.name);

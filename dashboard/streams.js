@@ -9,14 +9,13 @@ function makeRow(stream) {
 		if (column.number) cell.classList.add("number");
 		if (column.wide) cell.classList.add("wide");
 		row.append(cell);
-		return cell;
+		return column.head ? cell.appendChild(element("button", "", {type: "button", class: "text"})) : cell;
 	});
-	const act = element("td", undefined, {role: "cell", class: "act"});
-	const button = element("button", "Show, end…", {type: "button"});
-	button.addEventListener("click", () => openDetails(made.stream));
-	act.append(button);
-	row.append(act);
+	const act = row.appendChild(element("td", undefined, {role: "cell", class: "act"}));
+	const button = act.appendChild(element("button", "End…", {type: "button"}));
 	const made = {row, cells, button, stream};
+	row.querySelector("button.text").addEventListener("click", () => openDetails(made.stream, $("close")));
+	button.addEventListener("click", () => openDetails(made.stream, $("end")));
 	return made;
 }
 
@@ -30,13 +29,13 @@ function fillRow(made, stream) {
 		made.cells[i].textContent = text;
 		if (!column.number) made.cells[i].title = text;
 	});
-	made.button.setAttribute("aria-label", `Show or end the stream of ${stream.client_ip} at ${stream.path}`);
+	made.button.setAttribute("aria-label", `End the stream of ${stream.client_ip} at ${stream.path}`);
 }
 
 // The rows of a list that somebody points at, or is in with the keyboard, stay
 // where they are: nobody is to end a stream that has just taken another's place.
 let pointedAt = false;
-const holds = () => rows.size > 0 && (pointedAt || $("streams").contains(document.activeElement));
+const holds = () => rows.size > 0 && (pointedAt || dialog.open || $("streams").contains(document.activeElement));
 
 function showStreams({streams, matching}) {
 	const body = $("streams"), held = holds();
@@ -65,6 +64,7 @@ function showStreams({streams, matching}) {
 	let text = matching === 0 ? "None matches." : whole.format(matching) + (matching === 1 ? " matches" : " match");
 	if (matching === 0 && snapshot.totals.open === 0) text = "None is open.";
 	if (matching > streams.length) text += `, the first ${streams.length} are shown`;
+	$("list").hidden = rows.size === 0;
 	say($("shown"), held ? text + ". The list holds still while the pointer or the focus is in it." : text);
 }
 
@@ -104,14 +104,14 @@ function showGaps(streams) {
 		if (!row) {
 			row = body.appendChild(element("tr"));
 			const button = element("button", "", {type: "button", class: "text"});
-			button.addEventListener("click", () => openDetails(gaps[i]));
+			button.addEventListener("click", () => openDetails(gaps[i], $("close")));
 			row.append(element("th", "", {scope: "row"}), element("td"));
 			row.lastChild.append(button);
 		}
 		say(row.firstChild, span(stream.idle_seconds));
 		say(row.lastChild.firstChild, `${stream.client_ip} ${stream.path}`);
 	});
-	$("no-gaps").hidden = streams.length > 0;
+	showEmpty("gaps", streams.length === 0);
 }
 
 setInterval(lookForGaps, gapsEvery);
@@ -121,14 +121,14 @@ setInterval(lookForGaps, gapsEvery);
 const dialog = $("details");
 let chosen;
 
-function openDetails(stream) {
+function openDetails(stream, first) {
 	chosen = stream;
 	$("fields").replaceChildren();
 	say($("outcome"), "");
 	$("end").disabled = false;
 	showDetails();
 	dialog.showModal();
-	$("close").focus();
+	first.focus();
 }
 
 function showDetails() {
