@@ -136,13 +136,17 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		}
 		inner := make(map[string]bool)
 		for nesting := d.Nesting(); block != nil && d.NextBlock(nesting); {
-			if err := h.unmarshalSubdirective(d, d.Val(), block, inner); err != nil {
+			setting := d.Val()
+			if err := h.unmarshalSubdirective(d, setting, block, inner); err != nil {
 				return err
 			}
 			if d.NextBlock(d.Nesting()) {
-				return d.Errf("sse: %s: it takes no block", name)
+				return d.Errf("sse: %s: %s takes no block", name, setting)
 			}
 		}
+	}
+	if err := h.Share.validate(h.Resumable); err != nil {
+		return d.WrapErr(err)
 	}
 	// Only the whole of them tells whether a comment is ever sent.
 	if err := h.Heartbeat.validate(); err != nil {
