@@ -12,6 +12,8 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
@@ -244,7 +246,7 @@ func (r *run) stop(why reason) bool {
 		return ended
 	}
 	r.stage, r.why = runEnding, why
-	r.headLocked(runAnswer{kind: answerFailure, err: errRunEnded})
+	r.headLocked(runAnswer{kind: answerFailure, err: caddyhttp.Error(http.StatusServiceUnavailable, errRunEnded)})
 	readers := r.readersLocked()
 	r.mu.Unlock()
 	r.forget()
@@ -284,7 +286,7 @@ func (r *run) finish(end runEnd) {
 		limit.Stop()
 	}
 	r.silence.stop()
-	r.headLocked(runAnswer{kind: answerFailure, err: cmp.Or(end.err, errNoAnswer)})
+	r.headLocked(runAnswer{kind: answerFailure, err: caddyhttp.Error(http.StatusBadGateway, cmp.Or(end.err, errNoAnswer))})
 	r.group().dropIdle(r)
 	r.mu.Unlock()
 	if r.use == sharedRun {

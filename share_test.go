@@ -799,3 +799,36 @@ func TestHeartbeatsAfterAnAddedIDAreLinesButToAnEventSource(t *testing.T) {
 	beats(two, ":heartbeat\n\n")
 	call.end()
 }
+
+func TestARunTakesTheRoutesThatItsClientsWouldTake(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		route {
+			@seen header X-Seen *
+			handle @seen {
+				header X-Handled yes
+			}
+			sse {
+				heartbeat off
+				share
+			}
+			handle {
+				reverse_proxy `+up.addr+`
+			}
+			respond "nobody else" 404
+		}`)
+	cl := c.client("h1")
+	first, call := open(t, cl, up, "/", asEventSource...)
+	call.start("text/event-stream")
+	one := first.headers(t).follow()
+	one.expectFirst(t, 0)
+	// This one has been handled by the group already, so its next handler is the
+	// last.
+	second := cl.get(t, "/", append(asEventSource, "X-Seen: 1")...)
+	if body, err := second.text(); second.StatusCode != 404 || body != "nobody else" || err != nil {
+		t.Errorf("%s: %q, %v", second.Status, body, err)
+	}
+	call.end()
+	one.expectEnd(t)
+}

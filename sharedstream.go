@@ -78,11 +78,6 @@ func (x *exchange) lastEventID() string {
 	return x.r.Header.Get(lastEventIDHeader)
 }
 
-// broughtOurs reports whether that is one of those that this module adds.
-func (x *exchange) broughtOurs() bool {
-	return isRunID(x.rare.brought) && x.r.Header.Get(lastEventIDHeader) != x.rare.brought
-}
-
 // upstreamsID is the upstream's id that the client came back with in the header,
 // empty for none. One in the query is part of the key.
 func (x *exchange) upstreamsID() string {
@@ -107,6 +102,7 @@ func (x *exchange) joinRun(next caddyhttp.Handler) bool {
 	if x.rare.reader == nil {
 		x.rare.reader = x.h.sharing.findOrBegin(x, next)
 	}
+	x.rare.share = nil // a quiet client need not hold it
 	return x.rare.reader != nil
 }
 
@@ -203,7 +199,7 @@ func (x *exchange) passFailure(answer runAnswer) error {
 func (x *exchange) openShared(reader *runReader, answer runAnswer) runEnd {
 	p := x.placeIn(reader)
 	x.h.group.countPlace(p)
-	x.rare.fed.resumed, x.rare.fed.missed = p.found, p.missed
+	x.notePlace(p)
 	greeting := x.greeting(reader, p)
 	if x.stream != nil {
 		x.role = streaming
@@ -231,6 +227,16 @@ func (x *exchange) openShared(reader *runReader, answer runAnswer) runEnd {
 		}
 	}
 	return reader.followRun(x.rare.feed.ctx, x.stream)
+}
+
+// notePlace keeps what is told of the client's place. Its stream may have started
+// already.
+func (x *exchange) notePlace(p placing) {
+	if s := x.stream; s != nil {
+		s.facts.Lock()
+		defer s.facts.Unlock()
+	}
+	x.rare.fed.resumed, x.rare.fed.missed = p.found, p.missed
 }
 
 // placing is where a client starts.

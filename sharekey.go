@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/textproto"
@@ -79,6 +80,7 @@ type shareKey struct {
 	rewrittenURI   string
 	origin         []string
 	root           string
+	groups         []string   // of routes that the request has matched, sorted
 	headers        [][]string // values, in the order of the names
 	placeholders   []string
 }
@@ -104,6 +106,9 @@ func (n shareNames) key(r *http.Request) shareKey {
 	if k.trusted, _ = caddyhttp.GetVar(r.Context(), caddyhttp.TrustedProxyVarKey).(bool); k.trusted {
 		k.forwardedProto = lastValue(r.Header["X-Forwarded-Proto"])
 		k.forwardedHost = lastValue(r.Header["X-Forwarded-Host"])
+	}
+	if groups, ok := r.Context().Value(routeGroupsKey).(map[string]struct{}); ok {
+		k.groups = slices.Sorted(maps.Keys(groups))
 	}
 	for _, field := range n.headers {
 		k.headers = append(k.headers, slices.Clone(r.Header[field]))
@@ -156,6 +161,7 @@ func (k shareKey) sum() [sha256.Size]byte {
 		add(values...)
 	}
 	add(k.placeholders...)
+	add(k.groups...)
 	return sha256.Sum256(b)
 }
 
@@ -209,6 +215,10 @@ func (n shareNames) request(ctx context.Context, k shareKey, lastEventID string,
 	caddyhttp.SetVar(ctx, caddyhttp.ClientIPVarKey, nobody.IP.String())
 	if k.root != "" {
 		caddyhttp.SetVar(ctx, "root", k.root)
+	}
+	groups := ctx.Value(routeGroupsKey).(map[string]struct{}) // PrepareRequest has made it
+	for _, group := range k.groups {
+		groups[group] = struct{}{}
 	}
 	for i, name := range n.placeholders {
 		repl.Set(name, k.placeholders[i])
