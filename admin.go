@@ -62,6 +62,8 @@ func (a adminAPI) Routes() []caddy.AdminRoute {
 	return []caddy.AdminRoute{
 		{Pattern: streamsPath, Handler: caddy.AdminHandlerFunc(a.serveStreams)},
 		{Pattern: streamsPath + "/", Handler: caddy.AdminHandlerFunc(a.serveStream)},
+		{Pattern: runsPath, Handler: caddy.AdminHandlerFunc(a.serveRuns)},
+		{Pattern: runsPath + "/", Handler: caddy.AdminHandlerFunc(a.serveRun)},
 		{Pattern: handlersPath, Handler: caddy.AdminHandlerFunc(a.serveHandlers)},
 		{Pattern: watchPath, Handler: caddy.AdminHandlerFunc(a.watches.serve)},
 		{Pattern: dashboardPath, Handler: caddy.AdminHandlerFunc(a.serveDashboard)},

@@ -43,9 +43,10 @@ type attempt struct {
 
 // outcome is how an attempt ended.
 type outcome struct {
-	err      error // what the handlers left with
-	panicked any   // what they panicked with; http.ErrAbortHandler: a side broke off
-	left     bool  // they have left; if not, nobody waits for them any more
+	err      error  // what the handlers left with
+	panicked any    // what they panicked with; http.ErrAbortHandler: a side broke off
+	left     bool   // they have left; if not, nobody waits for them any more
+	run      runEnd // how the run ended that fed the stream, if one did
 }
 
 // attemptContext is the context of an attempt's request.
@@ -88,13 +89,27 @@ func (c *attemptContext) Value(key any) any {
 	return c.Context.Value(key)
 }
 
-// newAttempt makes the next attempt. w is what its handlers will answer to, if
+// newAttempt makes the first attempt. w is what its handlers will answer to, if
 // that has a header map of its own.
 func (x *exchange) newAttempt(w http.ResponseWriter) *attempt {
+	ctx := x.context()
+	if t := x.tries(); t != nil {
+		ctx = t.ctx
+	}
+	if w == nil {
+		return x.newAttemptOf(x.r, ctx, nil, nil)
+	}
+	return x.newAttemptOf(x.r, ctx, w, newIsolation(x.r))
+}
+
+// newAttemptOf makes an attempt of a request, which is copied where the attempt
+// is isolated.
+func (x *exchange) newAttemptOf(r *http.Request, ctx context.Context, w http.ResponseWriter, isolated *isolation) *attempt {
 	a := new(attempt)
 	c := &a.context
 	c.x = x
-	c.Context, a.cancel = context.WithCancelCause(x.r.Context())
+	c.isolated = isolated
+	c.Context, a.cancel = context.WithCancelCause(ctx)
 	a.request = new(http.Request)
 	*a.request = *detached
 	if w == nil {
@@ -104,22 +119,22 @@ func (x *exchange) newAttempt(w http.ResponseWriter) *attempt {
 	} else {
 		c.replacer = caddy.NewReplacer()
 		a.request = caddyhttp.PrepareRequest(a.request, c.replacer, w, nil)
-		c.isolated = newIsolation(x.r)
 	}
 	c.set = *c.replacer
 	c.replacer.Map(x.clientsPlaceholder)
 	// The Replacer has the pointer to the request, so it stays the same.
-	*a.request = *x.r.WithContext(c)
+	*a.request = *r.WithContext(c)
 	if c.isolated != nil {
-		a.request.URL = new(*x.r.URL)
-		a.request.Header = x.r.Header.Clone()
+		a.request.URL = new(*r.URL)
+		a.request.Header = r.Header.Clone()
 	}
 	if x.accept.eventStream {
 		if c.isolated == nil {
-			x.acceptEncoding.lend(x.r)
+			a.request.Header = maps.Clone(x.r.Header)
 		}
 		a.request.Header["Accept-Encoding"] = identity
 	}
+	x.shown.Store(a)
 	return a
 }
 
@@ -129,36 +144,6 @@ var detached = &http.Request{URL: new(url.URL)}
 // identity asks for a body that is text (RFC 9110, section 12.5.3): frames can
 // go into nothing else.
 var identity = []string{"identity"}
-
-// lentHeader remembers what the client's request said before its header map was
-// lent to an attempt. A copy for each attempt would be a third of what a quiet
-// stream may weigh.
-type lentHeader struct {
-	values []string
-	given  bool
-	lent   bool
-}
-
-func (l *lentHeader) lend(r *http.Request) {
-	l.values, l.given = r.Header["Accept-Encoding"]
-	l.lent = true
-}
-
-// replace gives the client's request a header map of its own again. The lent one
-// stays as it is: whoever still reads it belongs to the attempt.
-func (l *lentHeader) replace(r *http.Request) {
-	if !l.lent {
-		return
-	}
-	l.lent = false
-	header := maps.Clone(r.Header)
-	if l.given {
-		header["Accept-Encoding"] = l.values
-	} else {
-		delete(header, "Accept-Encoding")
-	}
-	r.Header = header
-}
 
 // call lets the handlers answer on a goroutine of their own.
 func (a *attempt) call(next caddyhttp.Handler, w http.ResponseWriter) (out outcome) {
@@ -180,8 +165,9 @@ func (a *attempt) upstream() string {
 }
 
 const (
-	proxyPlaceholders   = "http.reverse_proxy."
-	upstreamPlaceholder = proxyPlaceholders + "upstream.hostport"
+	proxyPlaceholders    = "http.reverse_proxy."
+	upstreamPlaceholders = proxyPlaceholders + "upstream."
+	upstreamPlaceholder  = upstreamPlaceholders + "hostport"
 )
 
 // clientsPlaceholder gives handlers after sse what handlers before it have set.
@@ -190,7 +176,7 @@ func (x *exchange) clientsPlaceholder(key string) (any, bool) {
 	if x.replacer == nil || strings.HasPrefix(key, "http.request.") || strings.HasPrefix(key, "http.vars.") {
 		return nil, false
 	}
-	return x.replacer.Get(key)
+	return x.outer.Get(key)
 }
 
 // placeholder gives handlers before sse what handlers after it have set, and
@@ -202,10 +188,16 @@ func (x *exchange) placeholder(key string) (any, bool) {
 		}
 		return x.told.placeholder(key)
 	}
-	if x.attempt == nil {
+	// Handlers of an attempt that is over may ask, too.
+	a := x.shown.Load()
+	if a == nil || strings.HasPrefix(key, "http.request.") {
 		return nil, false
 	}
-	return x.attempt.context.set.Get(key)
+	c := &a.context
+	if x.relayed() && !x.rare.relay.waits || x.tries() != nil {
+		return c.set.Get(key) // handlers may be at work, and just add a way to find something (map)
+	}
+	return c.replacer.Get(key)
 }
 
 // handOut lets the client's side know what the handlers have set so far. It runs
@@ -219,7 +211,12 @@ func (x *exchange) handOut() {
 	}
 	if _, proxied := x.attempt.context.set.Get(upstreamPlaceholder); proxied {
 		// What a proxy before sse (forward_auth) left would hide it.
-		x.replacer.DeleteByPrefix(proxyPlaceholders)
+		hiding := proxyPlaceholders
+		if t := x.tries(); t != nil && !t.over {
+			// The next try may need the rest, such as the name of a user.
+			hiding = upstreamPlaceholders
+		}
+		x.replacer.DeleteByPrefix(hiding)
 	}
 }
 
@@ -260,8 +257,21 @@ func (i *isolation) value(key caddy.CtxKey) any {
 	return nil
 }
 
+// copy is the same for another attempt. It is not handed back: handlers of the
+// first attempt may still read the client's variables.
+func (i *isolation) copy() *isolation {
+	again := &isolation{vars: maps.Clone(i.vars), groups: maps.Clone(i.groups), original: i.original}
+	if i.original.URL != nil {
+		again.original.URL = new(*i.original.URL)
+	}
+	return again
+}
+
 // handBack gives the client's request the variables that the handlers have set.
 func (i *isolation) handBack() {
+	if i.clientsVars == nil {
+		return
+	}
 	for name, value := range i.vars {
 		i.clientsVars[name] = value
 	}

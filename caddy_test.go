@@ -38,7 +38,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
-	_ "github.com/caddy-sse/caddy-sse"
+	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
 // This file is the harness of the tests that drive a real Caddy over real
@@ -121,6 +121,7 @@ func startCaddy(t testing.TB, site string, options ...siteOption) *testCaddy {
 	t.Helper()
 	caddyInUse.Lock()
 	t.Cleanup(caddyInUse.Unlock)
+	caddysse.ForgetDrains()
 
 	// Not t.TempDir: a path to a Unix socket has to be short.
 	dir, err := os.MkdirTemp("", "caddy")
@@ -160,6 +161,7 @@ func (c *testCaddy) reload(site string, options ...siteOption) {
 	if options == nil {
 		options = c.options
 	}
+	caddysse.ForgetDrains() // tests reload more often than anybody else
 	replaced := testListeners.open()
 	if err := c.load(site, options); err != nil {
 		c.t.Fatal(err)
@@ -475,8 +477,21 @@ func (cl *testClient) request(t testing.TB, method, path string, body io.Reader,
 		name, value, _ := strings.Cut(field, ":")
 		req.Header.Add(name, strings.TrimSpace(value))
 	}
+	likeEventSource(req)
 	return req
 }
+
+// likeEventSource makes a GET that accepts event streams only what an EventSource
+// sends, unless it has a Cache-Control already (see notEventSource).
+func likeEventSource(r *http.Request) {
+	if r.Method == http.MethodGet && r.Header.Get("Accept") == "text/event-stream" && r.Header["Cache-Control"] == nil {
+		r.Header.Set("Cache-Control", "no-cache")
+	}
+}
+
+// notEventSource is a header of a client that accepts event streams only and is
+// no EventSource.
+const notEventSource = "Cache-Control: max-age=0"
 
 // begin sends a request and does not wait for the response headers.
 func (cl *testClient) begin(req *http.Request) *exchange {

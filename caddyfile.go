@@ -58,6 +58,15 @@ var subdirectives = map[string]subdirective{
 	"max_streams":            {"<n>", 1, 1, setMaxStreams},
 	"max_streams_per_client": {"<n> [<key>]", 1, 2, setMaxStreamsPerClient},
 	"reconnect_on":           {"<status...>", 1, math.MaxInt, setReconnectOn},
+
+	"upstream_retry": {"<window> [live]", 1, 2, setUpstreamRetry},
+
+	"share": {"[<header|placeholder>...]", 0, math.MaxInt, setShare},
+}
+
+// blocks are the subdirectives that take a block, with the grammar of it.
+var blocks = map[string]map[string]subdirective{
+	"share": shareSubdirectives,
 }
 
 // UnmarshalCaddyfile sets up the handler from Caddyfile tokens. Syntax:
@@ -83,6 +92,16 @@ var subdirectives = map[string]subdirective{
 //		max_streams            <n>
 //		max_streams_per_client <n> [<key>]
 //		reconnect_on           <status...>
+//
+//		upstream_retry <window> [live]
+//
+//		share [<header|placeholder>...] {
+//			join    live|last <n>
+//			history <size> [<total>]
+//			linger  <duration>
+//			run_for <duration>
+//			lost    <event>|off
+//		}
 //	}
 //
 // What can be checked is checked here, where the line is known.
@@ -105,34 +124,52 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	}
 	for d.NextBlock(0) {
 		name := d.Val()
-		sub, known := subdirectives[name]
-		if !known {
-			return d.Errf("sse: unknown subdirective %q; there are %s", name, strings.Join(slices.Sorted(maps.Keys(subdirectives)), ", "))
-		}
-		if given[name] {
-			return d.Errf("sse: %s is set twice; keep one of the two", name)
-		}
-		given[name] = true
 		if name == "heartbeat" {
 			heartbeat = *d
 		}
-		args := d.RemainingArgs()
-		if len(args) < sub.minArgs || len(args) > sub.maxArgs {
-			return d.Errf("sse: %s: wrong number of arguments (%d); usage: %s %s", name, len(args), name, sub.usage)
+		if err := h.unmarshalSubdirective(d, name, subdirectives, given); err != nil {
+			return err
 		}
-		if slices.Contains(args, "") {
-			return d.Errf("sse: %s: \"\" is an empty argument; leave it out for the default", name)
-		}
-		if err := sub.set(h, args); err != nil {
-			return d.WrapErr(err)
-		}
-		if d.NextBlock(d.Nesting()) {
+		block := blocks[name]
+		if block == nil && d.NextBlock(d.Nesting()) {
 			return d.Errf("sse: %s takes no block", name)
+		}
+		inner := make(map[string]bool)
+		for nesting := d.Nesting(); block != nil && d.NextBlock(nesting); {
+			if err := h.unmarshalSubdirective(d, d.Val(), block, inner); err != nil {
+				return err
+			}
+			if d.NextBlock(d.Nesting()) {
+				return d.Errf("sse: %s: it takes no block", name)
+			}
 		}
 	}
 	// Only the whole of them tells whether a comment is ever sent.
 	if err := h.Heartbeat.validate(); err != nil {
 		return heartbeat.WrapErr(err)
+	}
+	return nil
+}
+
+// unmarshalSubdirective reads one line of a block.
+func (h *Handler) unmarshalSubdirective(d *caddyfile.Dispenser, name string, grammar map[string]subdirective, given map[string]bool) error {
+	sub, known := grammar[name]
+	if !known {
+		return d.Errf("sse: unknown subdirective %q; there are %s", name, strings.Join(slices.Sorted(maps.Keys(grammar)), ", "))
+	}
+	if given[name] {
+		return d.Errf("sse: %s is set twice; keep one of the two", name)
+	}
+	given[name] = true
+	args := d.RemainingArgs()
+	if len(args) < sub.minArgs || len(args) > sub.maxArgs {
+		return d.Errf("sse: %s: wrong number of arguments (%d); usage: %s %s", name, len(args), name, sub.usage)
+	}
+	if slices.Contains(args, "") {
+		return d.Errf("sse: %s: \"\" is an empty argument; leave it out for the default", name)
+	}
+	if err := sub.set(h, args); err != nil {
+		return d.WrapErr(err)
 	}
 	return nil
 }
@@ -294,6 +331,20 @@ func setReconnectOn(h *Handler, args []string) error {
 	return validateReconnectOn(h.ReconnectOn)
 }
 
+func setUpstreamRetry(h *Handler, args []string) (err error) {
+	h.UpstreamRetry = new(UpstreamRetry)
+	if h.UpstreamRetry.Window, err = parseDuration("upstream_retry", args[0]); err != nil {
+		return err
+	}
+	if len(args) > 1 {
+		if args[1] != "live" {
+			return fmt.Errorf("sse: upstream_retry: %q is unknown here; the one word that may follow the window is live", args[1])
+		}
+		h.UpstreamRetry.Live = true
+	}
+	return nil
+}
+
 func (h *Handler) heartbeat() *Heartbeat {
 	if h.Heartbeat == nil {
 		h.Heartbeat = new(Heartbeat)
@@ -315,6 +366,15 @@ func parseSize(setting, value string) (int, error) {
 	n, err := humanize.ParseBytes(value)
 	if err != nil || n == 0 || n > math.MaxInt32 {
 		return 0, fmt.Errorf("sse: %s: %q is not a positive size such as 4096, 4KiB or 64KB%s", setting, value, tooLate(value))
+	}
+	return int(n), nil
+}
+
+// parseTotal is parseSize for what many have together.
+func parseTotal(setting, value string) (int, error) {
+	n, err := humanize.ParseBytes(value)
+	if err != nil || n == 0 || n > math.MaxInt {
+		return 0, fmt.Errorf("sse: %s: %q is not a positive size such as 64MiB or 1GB%s", setting, value, tooLate(value))
 	}
 	return int(n), nil
 }

@@ -106,6 +106,8 @@ func TestACaddyfileBecomesTheDocumentedJSON(t *testing.T) {
 		{"sse {\nname {env.SSE_TEST_NAME}\ncache_control {file./etc/hostname}\nheartbeat 1s \"{a} {system.os}\"\n}", `{"name": "{env.SSE_TEST_NAME}", "cache_control": "{file./etc/hostname}", "heartbeat": {"interval": 1000000000, "comment": "{a} {system.os}"}}`},
 		{"sse {\nmax_streams_per_client 5\n}", `{"max_streams_per_client": 5}`},
 		{"sse {\nreconnect_on 502\n}", `{"reconnect_on": [502]}`},
+		{"sse {\nupstream_retry 1m\n}", `{"upstream_retry": {"window": 60000000000}}`},
+		{"sse {\nupstream_retry 90s live\n}", `{"upstream_retry": {"window": 90000000000, "live": true}}`},
 		{"sse {\nreconnect_on 502 503 429 400 404 500 599\n}", `{"reconnect_on": [502, 503, 429, 400, 404, 500, 599]}`},
 		{
 			"sse {\nname chat\nheartbeat 15s hb\nheartbeat_style event ping x\nprelude 1s\ncache_control no-cache\ncompression deny\nretry 2s 5s\n}",
@@ -343,6 +345,11 @@ func TestACaddyfileThatCannotBeKeptToIsAnErrorWithFileAndLine(t *testing.T) {
 		{"sse {\nheartbeat 1s\nprelude 1s\nheartbeat 2s\n}", 5, []string{"heartbeat", "twice"}},
 		{"sse {\ndrain 1s\ndrain off\n}", 4, []string{"drain", "twice"}},
 		{"sse {\nreconnect_on 502\nreconnect_on 503\n}", 4, []string{"reconnect_on", "twice"}},
+		{"sse {\nupstream_retry\n}", 3, []string{"upstream_retry", "usage: upstream_retry <window> [live]"}},
+		{"sse {\nupstream_retry 0s\n}", 3, []string{"upstream_retry", "not a positive duration"}},
+		{"sse {\nupstream_retry off\n}", 3, []string{"upstream_retry", `"off"`, "not a duration"}},
+		{"sse {\nupstream_retry 1m dead\n}", 3, []string{"upstream_retry", `"dead"`, "live"}},
+		{"sse {\nupstream_retry 1m live live\n}", 3, []string{"upstream_retry", "arguments"}},
 		{"sse 1s {\nheartbeat 2s\n}", 3, []string{"heartbeat", "twice"}},
 		{"sse {\nname a\nname a\n}", 4, []string{"name", "twice"}},
 		{"sse {\nretry 1s\nretry 1s\n}", 4, []string{"retry", "twice"}},
@@ -403,6 +410,8 @@ func TestJSONThatIsAccepted(t *testing.T) {
 		`{"drain": {"reload": 0, "exit": 0}}`,
 		`{"max_streams": 1000, "max_streams_per_client": 5, "reconnect_on": [502, 503]}`,
 		`{"max_streams": 0, "max_streams_per_client": 0, "reconnect_on": []}`,
+		`{"upstream_retry": {"window": "1m", "live": true}}`,
+		`{"upstream_retry": {"window": -1}}`,
 		`{"max_streams": -1, "max_streams_per_client": -1}`,
 	} {
 		if _, err := load(t, config); err != nil {
@@ -473,6 +482,8 @@ func TestJSONThatCannotBeKeptToIsAnErrorThatSaysWhy(t *testing.T) {
 		{`{"drain": {"exit": "-1s"}}`, []string{"drain", "exit", "-1s", "positive"}},
 		{`{"max_streams": -2}`, []string{"max_streams", "-2"}},
 		{`{"max_streams_per_client": -2}`, []string{"max_streams_per_client", "-2"}},
+		{`{"upstream_retry": {"window": -2}}`, []string{"upstream_retry", "not a positive duration"}},
+		{`{"upstream_retry": {"live": true}}`, []string{"upstream_retry", "live", "window"}},
 		{`{"reconnect_on": [502, 204]}`, []string{"reconnect_on", "204", "stop"}},
 		{`{"reconnect_on": [401]}`, []string{"reconnect_on", "401"}},
 		{`{"reconnect_on": [403]}`, []string{"reconnect_on", "403"}},

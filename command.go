@@ -22,7 +22,7 @@ Works with Server-Sent Events streams that pass through the sse handler.`,
 
 // addCommands makes cmd the parent of every subcommand of `caddy sse`.
 func addCommands(cmd *cobra.Command) {
-	cmd.AddCommand(listCommand(), closeCommand(), dashboardCommand(), topCommand(), demoCommand())
+	cmd.AddCommand(listCommand(), runsCommand(), closeCommand(), dashboardCommand(), topCommand(), checkCommand(), demoCommand())
 	// Without these, cobra prints help for a word that it does not know, and the
 	// exit status is 0.
 	cmd.Args = cobra.ArbitraryArgs

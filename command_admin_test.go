@@ -33,7 +33,7 @@ func sseCommand(args ...string) *cobra.Command {
 func TestAnUnknownSubcommandIsAnError(t *testing.T) {
 	for args, says := range map[string]string{
 		"clsoe":       `unknown command "clsoe" for "caddy sse"; did you mean close?`,
-		"kill x":      `unknown command "kill" for "caddy sse"; there are close, dashboard, demo, list, top`,
+		"kill x":      `unknown command "kill" for "caddy sse"; there are check, close, dashboard, demo, list, runs, top`,
 		"clsoe --all": `unknown command "clsoe"`,
 		"--bogus":     "unknown flag: --bogus",
 	} {

@@ -10,25 +10,36 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 )
 
-// caddyfiles are the code blocks of a document that are Caddyfiles.
-var caddyfiles = regexp.MustCompile("(?ms)^( *)```caddyfile\n(.*?)^ *```$")
-
-func TestEveryCaddyfileOfTheDocsAdapts(t *testing.T) {
-	var documents []string
+// documents are the pages for users.
+func documents(t *testing.T) []string {
+	t.Helper()
+	var all []string
 	for _, pattern := range []string{"*.md", "docs/*.md", "examples/*/*.md"} {
 		found, err := filepath.Glob(pattern)
 		if err != nil {
 			t.Fatal(err)
 		}
-		documents = append(documents, found...)
+		all = append(all, found...)
 	}
+	return all
+}
+
+func readDocument(t *testing.T, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// caddyfiles are the code blocks of a document that are Caddyfiles.
+var caddyfiles = regexp.MustCompile("(?ms)^( *)```caddyfile\n(.*?)^ *```$")
+
+func TestEveryCaddyfileOfTheDocsAdapts(t *testing.T) {
 	seen := 0
-	for _, document := range documents {
-		text, err := os.ReadFile(document)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, block := range caddyfiles.FindAllStringSubmatch(string(text), -1) {
+	for _, document := range documents(t) {
+		for _, block := range caddyfiles.FindAllStringSubmatch(readDocument(t, document), -1) {
 			config := block[2]
 			if strings.Contains(config, "[<matcher>]") {
 				continue // the grammar
@@ -43,7 +54,86 @@ func TestEveryCaddyfileOfTheDocsAdapts(t *testing.T) {
 		}
 	}
 	if seen < 15 {
-		t.Errorf("only %d Caddyfiles in %q", seen, documents)
+		t.Errorf("only %d Caddyfiles", seen)
+	}
+}
+
+var (
+	codeBlocks = regexp.MustCompile("(?ms)^ *```.*?^ *```$")
+	headings   = regexp.MustCompile(`(?m)^#+ (.*)$`)
+	links      = regexp.MustCompile(`\]\(([^)\s]*)\)`)
+	noAnchor   = regexp.MustCompile(`[^\p{L}\p{N} _-]`)
+)
+
+// anchors are what the headings of a page can be linked by, as GitHub names them.
+func anchors(text string) map[string]bool {
+	all := make(map[string]bool)
+	for _, heading := range headings.FindAllStringSubmatch(codeBlocks.ReplaceAllString(text, ""), -1) {
+		name := noAnchor.ReplaceAllString(strings.ToLower(heading[1]), "")
+		all[strings.ReplaceAll(name, " ", "-")] = true
+	}
+	return all
+}
+
+func TestEveryLinkOfTheDocsLeadsSomewhere(t *testing.T) {
+	seen := 0
+	for _, document := range documents(t) {
+		text := readDocument(t, document)
+		for _, link := range links.FindAllStringSubmatch(codeBlocks.ReplaceAllString(text, ""), -1) {
+			file, anchor, _ := strings.Cut(link[1], "#")
+			if strings.Contains(file, "://") {
+				continue
+			}
+			seen++
+			target := document
+			if file != "" {
+				target = filepath.Join(filepath.Dir(document), file)
+			}
+			if _, err := os.Stat(target); err != nil {
+				t.Errorf("%s links to %s: %v", document, link[1], err)
+			} else if anchor != "" && !anchors(readDocument(t, target))[anchor] {
+				t.Errorf("%s links to %s, which has no such heading", document, link[1])
+			}
+		}
+	}
+	if seen < 50 {
+		t.Errorf("only %d links", seen)
+	}
+}
+
+// Docker is not at hand everywhere. The Dockerfile's one step that could go wrong
+// is the build, which CI runs word for word.
+func TestTheDockerfileOfTheDocsBuildsAsCIDoes(t *testing.T) {
+	version := regexp.MustCompile(`github\.com/caddyserver/caddy/v2 v(\S+)`).FindStringSubmatch(readDocument(t, "go.mod"))
+	if version == nil {
+		t.Fatal("no version of Caddy in go.mod")
+	}
+	ci := strings.ReplaceAll(readDocument(t, ".ci/run"), "\\\n\t", "")
+	build := regexp.MustCompile(`(?m)xcaddy" (build .*)$`).FindStringSubmatch(ci)
+	if build == nil {
+		t.Fatal("no xcaddy build in .ci/run")
+	}
+	const output = "/usr/bin/caddy"
+	command := "xcaddy " + strings.NewReplacer(`"$caddy_version"`, "v"+version[1], `"$caddy"`, output).Replace(build[1])
+
+	dockerfiles := regexp.MustCompile("(?ms)^```dockerfile\n(.*?)^```$").FindAllStringSubmatch(readDocument(t, "docs/deployment.md"), -1)
+	if len(dockerfiles) != 1 {
+		t.Fatalf("%d Dockerfiles", len(dockerfiles))
+	}
+	for _, line := range []string{
+		"FROM caddy:" + version[1] + "-builder AS builder\n",
+		"RUN " + command + "\n",
+		"FROM caddy:" + version[1] + "\n",
+		"COPY --from=builder " + output + " " + output + "\n",
+	} {
+		if !strings.Contains(dockerfiles[0][1], line) {
+			t.Errorf("it lacks %q:\n%s", line, dockerfiles[0][1])
+		}
+	}
+
+	without, _, _ := strings.Cut(command, " --output")
+	if !strings.Contains(readDocument(t, "README.md"), "\n"+without+"\n") {
+		t.Errorf("README.md has another build than %q", without)
 	}
 }
 

@@ -1,6 +1,7 @@
 package caddysse
 
 import (
+	"cmp"
 	"context"
 	"math/rand/v2"
 	"slices"
@@ -15,9 +16,16 @@ const (
 	// exitWatch is how often an exit looks at the streams that it waits for.
 	exitWatch = 50 * time.Millisecond
 
+	// drainedOnceIn is how often a client is ended at most when one reload follows
+	// another.
+	drainedOnceIn = time.Minute
+
+	// drainsMatter is how long a drain counts as an earlier one.
+	drainsMatter = 2 * time.Minute
+
 	// lastWords is how long the process waits for the streams that it ends when
 	// its grace period is over.
-	lastWords = time.Second
+	lastWords = 500 * time.Millisecond
 )
 
 // lastWordsUntil is the end of that: servers are stopped one after the other.
@@ -31,12 +39,20 @@ type drain struct {
 	// until is when the window ends, an instant; 0: the handler is in use.
 	until atomic.Int64
 
+	// replaced says that a reload has replaced the handler's configuration: its
+	// upstreams are not asked again.
+	replaced atomic.Bool
+
 	// graceEnds is when Caddy's grace period ends, an instant; 0: it does not.
 	graceEnds atomic.Int64
 
 	// requests are those that the handler is busy with: streams, and what may
 	// become one.
 	requests atomic.Int64
+
+	// after is when the earliest of the drains of the same name began that still
+	// matter to this one, an instant; 0: there is none. It is set before until.
+	after instant
 
 	// left is sent to when the last of them has left; nil: nobody waits for that.
 	left atomic.Pointer[chan struct{}]
@@ -100,13 +116,20 @@ func newDrain(config *Drain) *drain {
 // the handler's server begins to stop.
 func (h *Handler) drainStreams() {
 	exit.notify()
+	if !exit.exiting() {
+		h.drain.replaced.Store(true)
+	}
 	h.setGrace()
 	stop := make(chan struct{})
 	forget := exit.await(func() { close(stop) })
 	defer forget()
-	if !exiting() {
+	if !exit.exiting() {
+		if h.sharing != nil {
+			h.sharing.replace()
+		}
 		switch {
 		case h.drain.reload > 0:
+			h.drain.after = h.group.beginDrain(now())
 			if h.drainOver(h.drain.reload, stop) {
 				return
 			}
@@ -116,9 +139,37 @@ func (h *Handler) drainStreams() {
 	}
 	// The process exits, maybe in the middle of a reload's window: who is left
 	// has the time of an exit.
-	if exiting() && h.drain.exit > 0 {
+	if exit.exiting() && h.drain.exit > 0 {
 		h.drainOver(h.drain.exit, nil)
 	}
+}
+
+// beginDrain takes note of a drain on reload, and returns when the earliest of
+// those before it began that still matters; 0: none does.
+func (g *group) beginDrain(at instant) (earliest instant) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.drains = slices.DeleteFunc(g.drains, func(began instant) bool { return at-began >= instant(drainsMatter) })
+	// What begins within a second is one reload: each server has a drain of its own.
+	if len(g.drains) > 0 && at-g.drains[0] >= instant(time.Second) {
+		earliest = g.drains[0]
+	}
+	if len(g.drains) == 0 || at-g.drains[len(g.drains)-1] >= instant(time.Second) {
+		g.drains = append(g.drains, at)
+	}
+	return earliest
+}
+
+// spared returns for how much longer a reload lets a stream run because its
+// client was ended by an earlier one, and may have been for this very stream to
+// open.
+func (s *stream) spared() time.Duration {
+	after := s.h.drain.after
+	opened := s.arrived + instant(s.opened)
+	if after == 0 || opened < after || exit.exiting() {
+		return 0
+	}
+	return max(drainedOnceIn-time.Duration(now()-opened), 0)
 }
 
 // setGrace takes note of when Caddy's grace period ends. At an exit, what is left
@@ -133,31 +184,44 @@ func (h *Handler) setGrace() {
 	if grace <= 0 {
 		return
 	}
-	h.drain.graceEnds.Store(int64(now()) + int64(grace))
-	if exiting() {
+	h.drain.graceEnds.Store(int64(now().plus(grace)))
+	if exit.exiting() {
 		time.AfterFunc(grace, func() { endStreams(h.liveStreams()) })
 	}
 }
 
 // drainOver drains over a window, or returns false as soon as stop is closed.
+// Streams that are spared get their own time, which may be after it.
 func (h *Handler) drainOver(window time.Duration, stop <-chan struct{}) bool {
 	start := now()
-	h.drain.until.Store(int64(sum(time.Duration(start), window)))
-	over := time.NewTimer(window)
-	defer over.Stop()
+	end := start.plus(window)
+	h.drain.until.Store(int64(end))
 	streams := h.drainable()
+	type turn struct {
+		s   *stream
+		due time.Duration // from start
+	}
+	turns := make([]turn, len(streams))
 	phase := rand.Float64() // so that many handlers with few streams don't begin together
 	for i, s := range streams {
-		due := time.Duration(float64(window) * (float64(i) + phase) / float64(len(streams)))
+		turns[i] = turn{s, time.Duration(float64(window) * (float64(i) + phase) / float64(len(streams)))}
+		if spared := s.spared(); spared > 0 {
+			turns[i].due = spared
+		}
+	}
+	slices.SortStableFunc(turns, func(a, b turn) int { return cmp.Compare(a.due, b.due) })
+	for _, turn := range turns {
 		select {
-		case <-time.After(due - time.Duration(now()-start)):
+		case <-time.After(turn.due - time.Duration(now()-start)):
 		case <-stop:
 			return false
 		}
-		s.endDrained()
+		turn.s.endDrained()
 	}
 	// Who opens a stream from now on ends it in time (joinDrain), but would not
 	// notice that the process exits.
+	over := time.NewTimer(time.Duration(end) - time.Duration(now()))
+	defer over.Stop()
 	h.drain.awaitIdle(over.C, stop)
 	select {
 	case <-stop:
@@ -193,7 +257,11 @@ func (s *stream) joinDrain() {
 		return
 	}
 	left := max(time.Duration(until-now()), 0)
-	time.AfterFunc(rand.N(sum(left, 1)), s.endDrained)
+	wait := rand.N(sum(left, 1))
+	if spared := s.spared(); spared > 0 {
+		wait = spared
+	}
+	time.AfterFunc(wait, s.endDrained)
 }
 
 // endDrained ends a stream whose turn in a window has come, unless its body has
@@ -217,7 +285,7 @@ func awaitDrains() {
 		var last time.Duration
 		for _, s := range live.streams() {
 			if s.h.drain.exit > 0 && s.resumes() {
-				last = max(last, exitWatch+s.h.drain.exit+endPatience+writePatience)
+				last = max(last, sum(s.h.drain.exit, exitWatch, endPatience, writePatience))
 			}
 		}
 		if time.Duration(now()-start) >= last {
@@ -230,8 +298,9 @@ func awaitDrains() {
 // endWhatIsLeft ends every stream of the process when it exits and the grace
 // period is over, so that the end of each is told.
 func endWhatIsLeft(context.Context) error {
-	if exiting() {
+	if exit.exiting() {
 		endStreams(live.streams())
+		endRuns()
 	}
 	return nil
 }

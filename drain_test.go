@@ -1,6 +1,7 @@
 package caddysse_test
 
 import (
+	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
@@ -139,6 +140,7 @@ func TestADrainLetsOthersRunOn(t *testing.T) {
 	up := newUpstream(t)
 	c := startCaddy(t, drainSite(up.addr, "drain 1ms"), withAdmin())
 	type request struct{ name, method, accept, contentType, encoding string }
+	const mcp = "Mcp-Session-Id: 1"
 	var streams []*opened
 	for _, proto := range clientProtocols {
 		for _, r := range []request{
@@ -148,9 +150,15 @@ func TestADrainLetsOthersRunOn(t *testing.T) {
 			{"zero", "GET", acceptStream + ";q=0", eventStream, ""},
 			{"encoded", "GET", acceptStream, eventStream, "Content-Encoding: gzip"},
 			{"json", "GET", acceptStream, eventStream, ""},
+			{"datastar", "GET", "Accept: text/event-stream, text/html, application/json", eventStream, ""},
+			{"mcp", "GET", acceptStream, eventStream, ""},
 		} {
 			cl := c.client(proto)
-			o := &opened{path: "/" + r.name + proto, exchange: cl.begin(cl.request(t, r.method, "/"+r.name+proto, nil, r.accept))}
+			header := []string{r.accept}
+			if r.name == "mcp" {
+				header = append(header, mcp)
+			}
+			o := &opened{path: "/" + r.name + proto, exchange: cl.begin(cl.request(t, r.method, "/"+r.name+proto, nil, header...))}
 			o.call = up.accept(t)
 			o.call.start(r.contentType, slices.DeleteFunc([]string{r.encoding}, func(s string) bool { return s == "" })...)
 			o.body = o.headers(t).follow()
@@ -456,4 +464,126 @@ func TestADrainEndsAStreamWhoseClientReadsNothing(t *testing.T) {
 		}
 		res.leave()
 	}
+}
+
+func TestReloadsInARowEndAClientOnceAMinute(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		config := silent()
+		config.Drain = &caddysse.Drain{Reload: caddy.Duration(10 * time.Second)}
+		var group sync.WaitGroup
+		start := time.Now()
+		// open opens a stream and returns when it has ended.
+		open := func(h *caddysse.Handler) (ended *time.Duration) {
+			ended = new(time.Duration)
+			group.Go(func() {
+				_ = serve(h, newClient(t), get(eventStream), func(w http.ResponseWriter, r *http.Request) error {
+					w.Header().Set("Content-Type", eventStream)
+					w.WriteHeader(200)
+					<-r.Context().Done()
+					return nil
+				})
+				*ended = time.Since(start)
+			})
+			synctest.Wait()
+			return ended
+		}
+		sameName := func() *caddysse.Handler {
+			text, _ := json.Marshal(config)
+			h, err := load(t, string(text))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return h
+		}
+
+		first := provision(t, config) // forgets the drains of other tests
+		ofFirst := open(first)
+		time.Sleep(5 * time.Second)
+		group.Go(first.DrainStreams) // at 5 s
+		time.Sleep(11 * time.Second)
+		second := sameName()
+		ofSecond := open(second) // at 16 s
+		time.Sleep(4 * time.Second)
+		group.Go(second.DrainStreams) // at 20 s
+		time.Sleep(10 * time.Second)
+		third := sameName()
+		ofThird := open(third) // at 30 s
+		time.Sleep(96 * time.Second)
+		group.Go(third.DrainStreams) // at 126 s: the first drain has passed, this stream is old
+		group.Wait()
+
+		for name, test := range map[string]struct{ ended, from, to time.Duration }{
+			"before any drain":           {*ofFirst, 5 * time.Second, 15 * time.Second},
+			"after one, young":           {*ofSecond, 76 * time.Second, 76 * time.Second},
+			"after two, older than that": {*ofThird, 126 * time.Second, 136 * time.Second},
+		} {
+			if test.ended < test.from || test.ended > test.to {
+				t.Errorf("%s: ended at %v, want %v to %v", name, test.ended, test.from, test.to)
+			}
+		}
+	})
+}
+
+// TestAnEarlyEndIsCleanToAnEventSourceAndAnAbortForEverybodyElse: SDKs that read
+// a finite answer take a clean end for the end of the answer.
+func TestAnEarlyEndIsCleanToAnEventSourceAndAnAbortForEverybodyElse(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	site := drainSite(up.addr, "drain 1ms")
+	c := startCaddy(t, site, withAdmin())
+	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+		eventSource := c.open(t, cl, up, "/source"+cl.proto, acceptStream)
+		sdk := c.open(t, cl, up, "/sdk"+cl.proto, acceptStream, notEventSource)
+		for _, o := range []*opened{eventSource, sdk} {
+			o.call.send("data: 1\n\n")
+			o.body.expect(t, "data: 1\n\n")
+		}
+		c.reload(site)
+		eventSource.body.expectEnd(t)
+		sdk.body.expectAbort(t)
+		for _, o := range []*opened{eventSource, sdk} {
+			expectEnd(t, c.closedLine(t, o.path), "drained", "info")
+		}
+
+		// Who is not drained can be ended by hand.
+		datastar := c.open(t, cl, up, "/datastar"+cl.proto, "Accept: text/event-stream, text/html, application/json")
+		c.adminJSON(t, "DELETE", "/sse/streams?path="+datastar.path, 202)
+		datastar.body.expectAbort(t)
+		expectEnd(t, c.closedLine(t, datastar.path), "admin", "info")
+	})
+}
+
+func TestResumableSaysWhoIsDrained(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	site := func(generation int) string {
+		return fmt.Sprintf(`
+		header X-Generation %d
+		handle /always/* {
+			sse 1h {
+				prelude off
+				drain 1ms
+				resumable always
+			}
+			reverse_proxy %[2]s
+		}
+		handle /never/* {
+			sse 1h {
+				prelude off
+				drain 1ms
+				resumable never
+			}
+			reverse_proxy %[2]s
+		}`, generation, up.addr)
+	}
+	c := startCaddy(t, site(1), withAdmin())
+	always := c.open(t, c.client("h1"), up, "/always/1", "Accept: */*")
+	never := c.open(t, c.client("h1"), up, "/never/1", acceptStream)
+	c.reload(site(2))
+	always.body.expectAbort(t)
+	expectEnd(t, c.closedLine(t, always.path), "drained", "info")
+	never.call.send("data: 1\n\n")
+	never.body.expect(t, "data: 1\n\n")
+	never.call.end()
+	never.body.expectEnd(t)
 }

@@ -7,9 +7,12 @@ import (
 	"io"
 	"net/http"
 	"strconv"
+	"strings"
 	"sync/atomic"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/caddy-sse/caddy-sse/internal/jsonflag"
 )
 
 // upload is the body of a request. It knows when it has been read to its end.
@@ -26,22 +29,65 @@ func (u *upload) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// mayStartEarly reports whether a stream may start before its upstream answers.
-// A request for another protocol never does: its answer is no stream.
+// mayStartEarly reports whether a stream may start before its upstream answers,
+// perhaps once the request's body has asked for one. A request for another
+// protocol never does, nor does OPTIONS: its answer is no stream.
 func (x *exchange) mayStartEarly() bool {
 	early := x.h.EarlyStart
-	if early == nil || early.Delay <= 0 || asksForUpgrade(x.r.Header) {
+	if early == nil || early.Delay <= 0 || x.r.Method == http.MethodOptions || asksForUpgrade(x.r.Header) {
 		return false
 	}
-	return early.Any || x.accept.only
+	return early.Any || x.accept.only || isJSON(x.r)
+}
+
+// isJSON reports whether a request has a body that is JSON (RFC 8259; RFC 6839,
+// section 3.1).
+func isJSON(r *http.Request) bool {
+	if r.ContentLength == 0 || r.Body == nil {
+		return false
+	}
+	essence := strings.ToLower(mediaType(r.Header["Content-Type"]))
+	return essence == "application/json" || strings.HasSuffix(essence, "+json")
+}
+
+// askingBody is a JSON body that may ask for a stream. It tells so once, when the
+// upstream has read that far, and holds nothing up.
+type askingBody struct {
+	io.ReadCloser
+	scan  jsonflag.Scanner
+	asked chan struct{} // closed when it does
+}
+
+func (b *askingBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if !b.scan.Settled() {
+		if b.scan.Scan(p[:n]); b.scan.AsksForStream() {
+			close(b.asked)
+		}
+	}
+	return n, err
+}
+
+// awaitAsking returns a channel that is closed when the client has asked for a
+// stream: at once, or when its body does.
+func (x *exchange) awaitAsking() <-chan struct{} {
+	asked := make(chan struct{})
+	if x.h.EarlyStart.Any || x.accept.only {
+		close(asked)
+	} else {
+		x.attempt.request.Body = &askingBody{ReadCloser: x.attempt.request.Body, asked: asked}
+	}
+	return asked
 }
 
 // asksForUpgrade reports whether a request wants another protocol. One that
 // only offers HTTP/2 (h2c) is answered over HTTP/1.1 all the same.
 func asksForUpgrade(header http.Header) bool {
 	for _, value := range header["Upgrade"] {
-		if value != "" && !hasToken(value, "h2c") {
-			return true
+		for protocol := range strings.SplitSeq(value, ",") {
+			if protocol = strings.TrimSpace(protocol); protocol != "" && !strings.EqualFold(protocol, "h2c") {
+				return true
+			}
 		}
 	}
 	return false
@@ -126,7 +172,7 @@ func (x *exchange) unanswered(out outcome) (after outcome) {
 	}()
 	s := x.stream
 	s.facts.Lock()
-	s.client.upstream = x.attempt.upstream()
+	s.client.upstream = x.upstream()
 	s.facts.Unlock()
 	status := statusOf(out.err)
 	if out.panicked != nil || !out.left {
@@ -161,16 +207,28 @@ func (s *stream) failEarly(status int, message string) {
 	s.upstreamStatus = uint16(status)
 	s.facts.Unlock()
 	collector.earlyStartFailures.WithLabelValues(s.h.Name, strconv.Itoa(status)).Inc()
-	data, err := json.Marshal(struct {
-		Status  int    `json:"status"`
-		Message string `json:"message"`
-	}{http.StatusBadGateway, message})
-	if err != nil {
-		panic(err) // two plain fields
-	}
-	text := fmt.Appendf(nil, "event: error\ndata: %s\n\n", data)
-	if s.sendLocked(s.age(), s.splicer.Block(&s.h.frames.Frames, nil, text), nil) == nil {
+	text := errorEvent(http.StatusBadGateway, "upstream_error", message)
+	if s.sendLocked(s.age(), s.splicer.Block(&s.frames.Frames, nil, text), nil) == nil {
 		s.told = true
 	}
 	s.cutLocked()
+}
+
+// errorEvent is an event that tells an error. The SDKs of OpenAI and Anthropic
+// look for the member error, whatever the event's name, and raise.
+func errorEvent(status int, kind, message string) []byte {
+	type failure struct {
+		Type    string `json:"type"`
+		Code    int    `json:"code"`
+		Message string `json:"message"`
+	}
+	data, err := json.Marshal(struct {
+		Status  int     `json:"status"`
+		Message string  `json:"message"`
+		Error   failure `json:"error"`
+	}{status, message, failure{kind, status, message}})
+	if err != nil {
+		panic(err) // plain fields
+	}
+	return fmt.Appendf(nil, "event: error\ndata: %s\n\n", data)
 }

@@ -84,7 +84,8 @@ func TestASilentUpstreamsStreamStartsWithoutIt(t *testing.T) {
 // errorEvent is what a client gets for an upstream that answers too late with
 // what is no stream.
 func errorEvent(message string) string {
-	return `event: error` + "\n" + `data: {"status":502,"message":"` + message + `"}` + "\n\n"
+	return `event: error` + "\n" + `data: {"status":502,"message":"` + message +
+		`","error":{"type":"upstream_error","code":502,"message":"` + message + `"}}` + "\n\n"
 }
 
 func TestALateAnswerThatIsNoStreamBecomesAnErrorEvent(t *testing.T) {
@@ -398,7 +399,7 @@ func TestTheEndOfAWaitingStreamIsNoFailureOfItsUpstream(t *testing.T) {
 	for _, end := range []string{"admin", "max_duration", "upstream_timeout"} {
 		var more []string
 		if end != "admin" {
-			more = append(more, end+" 400ms") // several preludes
+			more = append(more, end+" 250ms") // two preludes and more
 		}
 		site := strings.Replace(earlySite(up.addr, more...), "reverse_proxy "+up.addr, `
 			reverse_proxy `+up.addr+` {
@@ -443,6 +444,11 @@ func TestWhichRequestsStartEarly(t *testing.T) {
 		{"HEAD", "text/event-stream", "", false, false},
 		{"CONNECT", "text/event-stream", "", false, false},
 		{"GET", "text/event-stream", "websocket", false, false},
+		{"GET", "text/event-stream", "h2c", true, true},
+		{"GET", "text/event-stream", "H2C", true, true},
+		{"GET", "text/event-stream", " , h2c ,", true, true},
+		{"GET", "text/event-stream", "h2c, websocket", false, false},
+		{"GET", "text/event-stream", "h2c/1, IRC/6.9", false, false},
 	} {
 		for _, anyRequest := range []bool{false, true} {
 			synctest.Test(t, func(t *testing.T) {
@@ -634,4 +640,82 @@ func TestARequestBodyThatIsNotReadDoesNotHarmItsConnection(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestABodyThatAsksForAStreamStartsEarly(t *testing.T) {
+	for _, test := range []struct {
+		name, contentType string
+		pieces            []string      // of the body, a second apart
+		started           time.Duration // 0: not before the upstream answers, after ten
+	}{
+		{"true", "application/json", []string{`{"model":"m","stream":true}`}, 5 * time.Second},
+		{"false", "application/json", []string{`{"model":"m","stream":false}`}, 0},
+		{"nested", "application/json", []string{`{"options":{"stream":true}}`}, 0},
+		{"another JSON type", "application/vnd.api+json; charset=utf-8", []string{`{"stream": true}`}, 5 * time.Second},
+		{"no JSON type", "text/plain", []string{`{"stream":true}`}, 0},
+		{"no type", "", []string{`{"stream":true}`}, 0},
+		{"in pieces", "application/json", []string{`{"messages":[`, `"x"],"str`, `eam":tr`, `ue}`}, 5 * time.Second},
+		{"after the delay", "application/json", []string{`{"a":"`, "b", "c", "d", "e", "f", "g", `","stream":true}`}, 7 * time.Second},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			config := silent()
+			config.EarlyStart = &caddysse.EarlyStart{Delay: caddy.Duration(5 * time.Second)}
+			h := provision(t, config)
+			body, sending := io.Pipe()
+			defer body.Close()
+			go func() {
+				for i, piece := range test.pieces {
+					if i > 0 {
+						time.Sleep(time.Second)
+					}
+					_, _ = io.WriteString(sending, piece)
+				}
+				sending.Close()
+			}()
+			r := get()
+			r.Method, r.Body, r.ContentLength = http.MethodPost, body, -1
+			if test.contentType != "" {
+				r.Header.Set("Content-Type", test.contentType)
+			}
+			c := newClient(t)
+			got := ""
+			began := time.Now()
+			err := serve(h, c, r, func(w http.ResponseWriter, r *http.Request) error {
+				text, err := io.ReadAll(r.Body)
+				got = string(text)
+				time.Sleep(10*time.Second - time.Since(began))
+				w.Header().Set("Content-Type", eventStream)
+				w.WriteHeader(200)
+				return err
+			})
+			if err != nil || got != strings.Join(test.pieces, "") {
+				t.Errorf("%s: the upstream got %q, %v", test.name, got, err)
+			}
+			want := test.started
+			if want == 0 {
+				want = 10 * time.Second
+			}
+			if at := c.log[0].at; at != want {
+				t.Errorf("%s: the headers came after %v, want %v", test.name, at, want)
+			}
+		})
+	}
+}
+
+func TestOPTIONSNeverStartsEarly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		config := silent()
+		config.EarlyStart = &caddysse.EarlyStart{Delay: caddy.Duration(time.Second), Any: true}
+		r := get(eventStream)
+		r.Method = http.MethodOptions
+		c := newClient(t)
+		_ = serve(provision(t, config), c, r, func(w http.ResponseWriter, _ *http.Request) error {
+			quiet(5 * time.Second)
+			w.WriteHeader(204)
+			return nil
+		})
+		if c.status != 204 {
+			t.Errorf("the status is %d", c.status)
+		}
+	})
 }

@@ -15,12 +15,14 @@ import (
 // counts any other failure of a request against the upstream.
 var errStreamEnded = fmt.Errorf("sse: the stream has ended: %w", context.Canceled)
 
-// stage is where a stream is in its life. A stream only moves on.
+// stage is where a stream is in its life. A stream only moves on, but for one
+// that retries: it is open again when its upstream has come back.
 type stage uint8
 
 const (
 	stageWaiting   stage = iota // started early: the upstream has not answered
 	stageOpen                   // bytes pass
+	stageRetrying               // the upstream broke off, and is asked again
 	stageEnding                 // an early end was asked for; it comes at the next event boundary
 	stageHurried                // it comes as soon as nothing is being written, wherever that is
 	stageBreaking               // the write in its way is being broken off
@@ -175,7 +177,11 @@ func (s *stream) breakWriteLocked() (done bool) {
 // abandon lets the client go without the handlers, which do not leave.
 func (s *stream) abandon() {
 	s.facts.Lock()
-	if s.moveLocked(stageAbandoned, 0) && s.abandoned == nil && s.breakWriteLocked() && s.proto == http1 {
+	switch moved := s.moveLocked(stageAbandoned, 0); {
+	case !moved:
+	case s.abandoned != nil:
+		s.broken = true // its request goes on, and ends with an abort
+	case s.breakWriteLocked() && s.proto == http1:
 		peer.HangUp(peer.Accepted(s.ctx))
 	}
 	s.facts.Unlock()
@@ -202,6 +208,12 @@ func (s *stream) accountWithoutHandlers() {
 	if s.abandoned != nil && asked {
 		s.abandoned()
 	}
+	// Somebody may be writing, to a client that takes nothing any more.
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	if !s.gone && s.h.writeTimeout > 0 {
+		s.h.agenda.hasten(s, s.arrived+instant(sum(s.age(), s.h.writeTimeout)))
+	}
 }
 
 // tickEnding is tick for a stream that is to end: its stage may be over.
@@ -212,7 +224,7 @@ func (s *stream) tickEnding() {
 		s.callIn(left)
 	}
 	s.facts.Unlock()
-	if left > 0 {
+	if left > 0 && at < stageAbandoned {
 		return
 	}
 	switch at {
@@ -226,6 +238,12 @@ func (s *stream) tickEnding() {
 		s.breakOff()
 	case stageCut:
 		s.abandon()
+	case stageClosed:
+		if s.moved.Load() != 0 {
+			s.facts.Lock()
+			s.breakWriteLocked()
+			s.facts.Unlock()
+		}
 	}
 }
 
@@ -233,15 +251,31 @@ func (s *stream) tickEnding() {
 func (s *stream) aborts(why reason) bool {
 	switch why {
 	case upstreamError:
-		return !s.told
+		return !s.told && !s.gaveUpCleanly() && !(s.kind.eventSource && s.fed.endedSoftly())
+	case lagged, takenOver:
+		return s.broken || !s.kind.eventSource
 	case writeTimeout, deadClient, serverClosed:
 		return true
-	case upstreamTimeout:
-		return s.broken || !s.resumable || s.body != eventStreamBody
-	case drained, maxDuration, endedByAdmin:
-		return s.broken || s.body != eventStreamBody
+	case upstreamTimeout, drained, maxDuration, endedByAdmin:
+		return s.broken || !s.kind.eventSource || s.body != eventStreamBody
 	}
 	return false
+}
+
+// arrivalPatience is how long the last bytes of a stream over HTTP/3 have to reach
+// the client before it is aborted.
+const arrivalPatience = 200 * time.Millisecond
+
+// letArrive waits for the last bytes before an abort that takes back what has not
+// arrived: QUIC's reset of a stream does (RFC 9000, section 3.2).
+func (s *stream) letArrive() {
+	if s.proto != http3 {
+		return
+	}
+	select {
+	case <-time.After(s.lastHeard + arrivalPatience - s.age()):
+	case <-s.ctx.Done():
+	}
 }
 
 // close waits until nobody writes, and lets nobody write again.
@@ -256,7 +290,7 @@ func (s *stream) close() {
 	s.gone = true
 	s.h.agenda.drop(s)
 	s.facts.Unlock()
-	if rest := s.splicer.Rest(&s.h.frames.Frames); rest != nil && err == nil {
+	if rest := s.splicer.Rest(&s.frames.Frames); rest != nil && err == nil {
 		// The body was a piece of a BOM, which makes it no BOM.
 		s.boundLastWrite()
 		_ = s.sendLocked(s.age(), rest, nil)
@@ -267,9 +301,11 @@ func (s *stream) close() {
 // for.
 func (s *stream) verdict(out outcome) (reason, error) {
 	s.facts.Lock()
-	why, over := s.why, s.isCut() || s.broken
+	why, over, gaveUp := s.why, s.isCut() || s.broken, s.gaveUpLocked()
 	s.facts.Unlock()
 	switch {
+	case gaveUp != nil:
+		return why, gaveUp
 	case why == upstreamError:
 		return upstreamError, errUnusable(out.err)
 	case over && why != notEnded:
@@ -278,6 +314,8 @@ func (s *stream) verdict(out outcome) (reason, error) {
 		return writeTimeout, nil
 	case s.failed != notEnded, s.ctx.Err() != nil:
 		return clientClosed, nil
+	case out.run.reason != notEnded:
+		return out.run.reason, out.run.err
 	case isAbort(out.panicked):
 		return upstreamError, errors.New("the upstream broke off")
 	case out.panicked != nil:

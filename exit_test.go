@@ -342,17 +342,21 @@ func TestCaddyExitsWithinTheExitWindowWithManyStreamsOpen(t *testing.T) {
 func TestCaddyExitsInTheMiddleOfAReloadsWindow(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstreamFunc(t, eventThenSilence)
-	for name, current := range map[string]string{
-		"with sse":            drainSite(up.addr, "drain 1m 500ms\nname other"),
-		"without sse":         "respond hello",
-		"without any servers": "",
+	for name, current := range map[string]struct{ site, global string }{
+		"with sse":                     {drainSite(up.addr, "drain 1m 500ms\nname other"), ""},
+		"without sse":                  {"respond hello", ""},
+		"without any servers":          {"", ""},
+		"with sse, without admin":      {drainSite(up.addr, "drain 1m 500ms\nname other"), "admin off"},
+		"without sse and admin":        {"respond hello", "admin off"},
+		"without any servers or admin": {"", "admin off"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			c := startCaddyProcess(t, drainSite(up.addr, "drain 1m 1s"), "")
 			first := c.followMany(30)
 			c.reload(drainSite(up.addr, "drain 2m 1s\nname second"), "")
 			second := c.followMany(30)
-			c.reload(current, "")
+			c.reload(current.site, current.global)
 			took := c.stop("SIGTERM")
 			if took > exitLimit {
 				t.Errorf("it took %v", took)
@@ -376,6 +380,7 @@ func TestAtExitRequestScopedStreamsHaveCaddysGracePeriod(t *testing.T) {
 	for _, how := range []string{"SIGTERM", "caddy stop"} {
 		for _, reloaded := range []bool{false, true} {
 			t.Run(fmt.Sprint(how, " reloaded ", reloaded), func(t *testing.T) {
+				t.Parallel()
 				const global = "grace_period 2s"
 				c := startCaddyProcess(t, drainSite(up.addr, "drain 1m 500ms"), global)
 				post := func(path, proto string) *follower {

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/url"
+	"time"
 )
 
 // The commands, for tests that have a real Caddy to talk to.
@@ -14,6 +15,18 @@ var (
 
 // DrainStreams is what the handler does when its server begins to stop.
 func (h *Handler) DrainStreams() { h.drainStreams() }
+
+// ForgetDrains lets no drain of an earlier test count.
+func ForgetDrains() {
+	for _, g := range live.all() {
+		g.mu.Lock()
+		g.drains = nil
+		g.mu.Unlock()
+	}
+}
+
+// DrainOver is what it does at a reload, with another window.
+func (h *Handler) DrainOver(window time.Duration, stop <-chan struct{}) { h.drainOver(window, stop) }
 
 // RegisterMetrics puts the module's metrics on a registry.
 var RegisterMetrics = registerMetrics
@@ -40,3 +53,13 @@ func SortKeys() (names []string) {
 	}
 	return names
 }
+
+// SetExiting lets the process seem to end, or not, until undo is called.
+func SetExiting(is bool) (undo func()) {
+	before := exit.exiting
+	exit.exiting = func() bool { return is }
+	return func() { exit.exiting = before }
+}
+
+// EndHandler ends a handler's streams as the end of the grace period does.
+func EndHandler(h *Handler) { endStreams(h.liveStreams()) }

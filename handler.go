@@ -23,19 +23,21 @@ type exchange struct {
 	arrived instant
 
 	replacer *caddy.Replacer // the client's
+	outer    caddy.Replacer  // the same, but does not ask the attempt's
 	attempt  *attempt
-	response response // what the attempt's handlers answer to
+	shown    atomic.Pointer[attempt] // whose placeholders handlers before sse see
+	response response                // what the attempt's handlers answer to
 	stream   *stream
 	told     *report // of the stream, when it has ended
 
-	role           role
-	headed         bool   // what is no stream has got its final header
-	ip             string // the client's, as it was when the request came
-	resumable      bool
-	startedEarly   bool
-	accept         accept
-	acceptEncoding lentHeader
-	place          *place // nil: none has been taken
+	role         role
+	headed       bool   // what is no stream has got its final header
+	ip           string // the client's, as it was when the request came
+	kind         kind
+	frames       *frames // what its client can take
+	startedEarly bool
+	accept       accept
+	place        *place // nil: none has been taken
 
 	rare *rare // nil for most
 }
@@ -48,8 +50,18 @@ type rare struct {
 	refusal    error       // of a stream too many
 	id         uuid.UUID   // the request's, where it had to be known before the stream
 	idle       *caddyhttp.IdleTimeoutWriter
+	lent       caddyhttp.IdleDeadline // what idle and the server's writer had in common last
 	relay      *relay
 	abandon    chan struct{}
+	tries      *tries  // nil: its upstream is not asked again
+	key        keyHash // the client's, for the limit; zero: its address counts
+
+	given   *http.Request // with the ids of ours that handlers after sse do not see
+	brought string        // the id that the client came back with
+	share   *shareRequest
+	reader  *runReader
+	feed    feedContext
+	fed     *fed
 }
 
 // role is what the answer to a request has turned out to be.
@@ -67,9 +79,17 @@ const (
 func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived instant) *exchange {
 	x := &exchange{h: h, w: w, r: r, arrived: arrived, accept: acceptOf(r.Header), ip: clientIP(r)}
 	x.response.x = x
-	x.resumable = x.accept.eventStream && r.Method == http.MethodGet
+	x.kind = kindOf(r, x.accept, h.Resumable)
+	x.frames = h.framesFor(r.Header)
+	if h.sharing != nil {
+		x.takeID()
+	}
 	x.replacer, _ = r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	if x.replacer != nil {
+		x.outer = *x.replacer
+		if h.ClientKey != "" {
+			x.rememberKey(x.replacer.ReplaceAll(h.ClientKey, ""))
+		}
 		x.replacer.Map(x.placeholder)
 	}
 	return x
@@ -92,6 +112,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 			return next.ServeHTTP(w, r)
 		}
 	}
+	if outer, ok := r.Context().Value(runKey{}).(runWriter); ok {
+		outer.yield()
+		return errRunEnded // each client comes by itself
+	}
 	h.drain.enter()
 	defer h.drain.leave()
 
@@ -112,10 +136,24 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		out.err = next.ServeHTTP(w, x.attempt.request)
 		return nil
 	}
+	if x.mayShare() {
+		x.findRun()
+		defer x.leaveRun()
+	}
 	if out.err = x.enter(); out.err != nil {
 		return nil
 	}
-	if x.mayStartEarly() {
+	if x.joinRun(next) {
+		var shared bool
+		if out, shared = x.callShared(); shared {
+			return nil
+		}
+	}
+	if x.prepareTries() {
+		out = x.callAgain(next)
+		return nil
+	}
+	if x.mayStartEarly() || x.startedEarly {
 		out = x.callRelayed(next)
 		return nil
 	}
@@ -131,7 +169,7 @@ func (x *exchange) enter() error {
 	}
 	switch {
 	case x.h.limits == limits{}:
-	case x.resumable:
+	case x.kind.resumable:
 		return x.takePlace()
 	default:
 		// The upstream will have set its headers before the answer can be
@@ -163,6 +201,10 @@ func (x *exchange) decide(status int, header http.Header) {
 	x.handOut()
 	if x.stream != nil {
 		x.role = streaming
+		if x.triesAgain() {
+			x.answeredAgain(status, header)
+			return
+		}
 		x.stream.answered(status, header, x.attempt.upstream())
 		return
 	}
@@ -230,12 +272,11 @@ func (x *exchange) relayed() bool { return x.rare != nil && x.rare.relay != nil 
 // leave does what comes after the handlers. Where a panic is on its way that is
 // not ours, it goes on after this.
 func (x *exchange) leave(out outcome) error {
-	x.handOut()
-	x.lendIdleTimeouts()
-	if x.stream == nil {
-		// Handlers of an error get the request as it came.
-		x.acceptEncoding.replace(x.r)
-	} else {
+	if out.left {
+		x.handOut()
+		x.lendIdleTimeouts()
+	}
+	if x.stream != nil {
 		if x.role == undecided {
 			out = x.unanswered(out)
 		}
@@ -298,6 +339,7 @@ func (x *exchange) conclude(out outcome) error {
 	case out.panicked != nil && !isAbort(out.panicked):
 		panic(out.panicked) // somebody's bug, and not ours to hide
 	case s.aborts(r.end.reason):
+		s.letArrive()
 		panic(http.ErrAbortHandler)
 	}
 	s.boundLastWrite() // of an encoder, and of the server, which completes the response

@@ -88,6 +88,7 @@ func load(t testing.TB, config string) (*caddysse.Handler, error) {
 
 func provision(t testing.TB, config *caddysse.Handler) *caddysse.Handler {
 	t.Helper()
+	caddysse.ForgetDrains()
 	text, err := json.Marshal(config)
 	if err != nil {
 		t.Fatal(err)
@@ -189,6 +190,7 @@ func get(accept ...string) *http.Request {
 	if len(accept) > 0 {
 		r.Header["Accept"] = accept
 	}
+	likeEventSource(r)
 	return r
 }
 
@@ -925,6 +927,7 @@ func TestWhereTwoHandlersMeetTheInnerOneOwnsTheStream(t *testing.T) {
 				caddyhttp.ResponseWriterWrapper
 			}{caddyhttp.ResponseWriterWrapper{ResponseWriter: w}}
 		},
+		"through one that says nothing of what it is around": func(w http.ResponseWriter) http.ResponseWriter { return opaqueWriter{w} },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

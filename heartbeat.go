@@ -36,7 +36,7 @@ func newFrames(hb *Heartbeat, retry *Retry) frames {
 		hb = new(Heartbeat)
 	}
 	f := frames{
-		Frames:   eventstream.Frames{Comment: hb.Comment, Event: hb.Event, Data: hb.Data},
+		Frames:   eventstream.Frames{Comment: hb.Comment, Event: hb.Event, Data: hb.Data, Pad: max(hb.Pad, 0)},
 		interval: time.Duration(hb.Interval),
 		prelude:  time.Duration(hb.Prelude),
 	}
@@ -96,11 +96,14 @@ func (f *frames) retryBlock() []byte {
 	return splicer.Block(&f.Frames, nil, nil)
 }
 
-// oweRetry has a stream's client told its reconnection time.
-func (f *frames) oweRetry(splicer *eventstream.Splicer) {
+// oweRetry has a stream's client told its reconnection time, and returns that; 0
+// where none is told.
+func (f *frames) oweRetry(splicer *eventstream.Splicer) (told time.Duration) {
 	if f.retryMin > 0 {
-		splicer.OweRetry(f.reconnectionTime())
+		told = f.reconnectionTime()
+		splicer.OweRetry(told)
 	}
+	return told
 }
 
 // tick is called by the agenda when something may be due.
@@ -113,10 +116,11 @@ func (s *stream) tick() {
 	free := s.mu.TryLock()
 	s.facts.Lock()
 	left, why := s.untilEndLocked(s.age(), !free)
+	retrying := s.at() == stageRetrying
 	if left > 0 && !free && s.isLiveLocked() {
 		// A write is on its way and restarts the clock; if it is stuck, a frame
-		// would be stuck behind it.
-		s.callIn(min(left, max(s.h.frames.reserve, time.Millisecond)))
+		// would be stuck, too.
+		s.callIn(min(left, max(s.frames.reserve, time.Millisecond)))
 	}
 	s.facts.Unlock()
 	switch {
@@ -126,11 +130,20 @@ func (s *stream) tick() {
 		}
 		s.endNow(why)
 		return
-	case left <= 0:
+	case left <= 0 && retrying && isBreak(why):
 		if free {
 			s.unlock()
 		}
-		s.end(why)
+		s.giveUpWaiting()
+		return
+	case left <= 0:
+		retries := free && why == upstreamTimeout && s.breakLocked(why)
+		if free {
+			s.unlock()
+		}
+		if !retries {
+			s.end(why)
+		}
 		return
 	case !free:
 		return
@@ -145,8 +158,8 @@ func (s *stream) tick() {
 		if s.failed != notEnded {
 			return
 		}
-		if s.wait = s.h.frames.wait(); s.splicer.Overdue() && s.wait > 0 {
-			s.wait += s.age() - s.lastHeard
+		if s.wait = s.frames.wait(); s.splicer.Overdue() && s.wait > 0 {
+			s.wait = sum(s.wait, s.age()-s.lastHeard)
 		}
 	}
 	s.scheduleLocked()
@@ -155,14 +168,14 @@ func (s *stream) tick() {
 // beatLocked sends a frame, or notes that it is due and can't go here.
 func (s *stream) beatLocked() {
 	ends := s.endsSilenceLocked()
-	frame, ok := s.splicer.Frame(&s.h.frames.Frames, nil)
+	frame, ok := s.splicer.Frame(&s.frames.Frames, nil)
 	if ok {
 		if err := s.sendLocked(s.age(), frame, nil); err != nil {
 			s.cancel(fmt.Errorf("%w: %w", errStreamEnded, err))
 			return
 		}
 		if ends {
-			s.wait = s.h.frames.wait()
+			s.wait = s.frames.wait()
 		}
 	}
 	s.facts.Lock()

@@ -776,3 +776,60 @@ func TestEachStreamHasAReconnectionTimeOfItsOwn(t *testing.T) {
 		t.Errorf("%d streams were told %d times, %d of them short and %d long", streams, len(told), low, high)
 	}
 }
+
+func TestClientsWithAQuirkGetWhatTheyCanTake(t *testing.T) {
+	const none, line, block = "", ":heartbeat\n", ":heartbeat\n\n"
+	for _, test := range []struct {
+		style, field, value, want string
+	}{
+		{"", "User-Agent", "OpenAI/Python 3.57.0", line},
+		{"auto", "User-Agent", "AsyncOpenAI/Python 3.57.0", line},
+		{"auto", "X-Goog-Api-Client", "google-genai-sdk/1.77.0 gl-go/go1.26", none},
+		{"auto", "User-Agent", "Mozilla/5.0", block},
+		{"block", "User-Agent", "OpenAI/Python 3.57.0", block},
+		{"line", "User-Agent", "google-genai-sdk/3.6.0 gl-python/3.11", line},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			h := provision(t, &caddysse.Handler{Heartbeat: &caddysse.Heartbeat{Style: test.style}})
+			r := get()
+			r.Method = http.MethodPost
+			r.Header.Set(test.field, test.value)
+			c := newClient(t)
+			_ = serve(h, c, r, stream(func(http.ResponseWriter) { quiet(2 * time.Second) }))
+			if got := c.body.String(); got != test.want {
+				t.Errorf("style %q, %s: %s: got %q, want %q", test.style, test.field, test.value, got, test.want)
+			}
+		})
+	}
+}
+
+func TestACommentIsFilledUp(t *testing.T) {
+	for style, want := range map[string]string{
+		"block": ":heartbeat" + strings.Repeat(" ", 88) + "\n\n",
+		"line":  ":heartbeat" + strings.Repeat(" ", 89) + "\n",
+		"auto":  ":heartbeat" + strings.Repeat(" ", 88) + "\n\n",
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			h := provision(t, &caddysse.Handler{Heartbeat: &caddysse.Heartbeat{Style: style, Pad: 100}})
+			c := play(t, h, func(http.ResponseWriter) { quiet(2 * time.Second) })
+			if got := c.body.String(); got != want {
+				t.Errorf("%s: got %q", style, got)
+			}
+		})
+	}
+}
+
+func TestOnlyAResumableStreamIsToldAReconnectionTime(t *testing.T) {
+	for method, want := range map[string]string{"GET": "retry: 1000\n\ndata: 1\n\n", "POST": "data: 1\n\n"} {
+		synctest.Test(t, func(t *testing.T) {
+			h := provision(t, &caddysse.Handler{Retry: &caddysse.Retry{Min: caddy.Duration(time.Second)}})
+			r := get(eventStream)
+			r.Method = method
+			c := newClient(t)
+			_ = serve(h, c, r, stream(func(w http.ResponseWriter) { write(t, w, "data: 1\n\n") }))
+			if got := c.body.String(); got != want {
+				t.Errorf("%s: got %q, want %q", method, got, want)
+			}
+		})
+	}
+}

@@ -31,6 +31,8 @@ const (
 	maxDuration            // old enough
 	drained                // reload or exit
 	endedByAdmin           // ended through the admin API
+	takenOver              // its client has come back on another connection
+	lagged                 // it could not keep up with a shared stream
 	serverClosed           // the process exits and its grace period is over
 	reasonCount
 )
@@ -45,6 +47,8 @@ var reasonNames = [reasonCount]string{
 	maxDuration:     "max_duration",
 	drained:         "drained",
 	endedByAdmin:    "admin",
+	takenOver:       "taken_over",
+	lagged:          "lagged",
 	serverClosed:    "server_closed",
 }
 
@@ -57,6 +61,8 @@ func (at stage) state() string {
 		return "waiting"
 	case at == stageOpen:
 		return "open"
+	case at == stageRetrying:
+		return "retrying"
 	}
 	return "ending"
 }
@@ -98,9 +104,9 @@ func (x *exchange) newClient() client {
 		ip:        x.ip,
 		host:      printable(x.r.Host, 255),
 		userAgent: printable(x.r.UserAgent(), 256),
-		upstream:  x.attempt.upstream(),
+		upstream:  x.upstream(),
 	}
-	if given := x.r.Header.Get("Last-Event-ID"); given != "" {
+	if given := x.lastEventID(); given != "" {
 		id := printableID(given)
 		c.lastEventID = &id
 	}
@@ -176,12 +182,12 @@ func isPrintable(text string) bool {
 }
 
 // printableID is printable for a last event ID, which is told whole or not at
-// all.
+// all; one of ours is told without its secret.
 func printableID(id string) string {
 	if len(id) > eventstream.MaxIDLength {
 		return eventstream.TooLongID
 	}
-	return printable(id, eventstream.MaxIDLength)
+	return printable(shortID(id), eventstream.MaxIDLength)
 }
 
 // report is a stream at one moment: what logs, events, the access log, the
@@ -200,6 +206,7 @@ type report struct {
 	idle      time.Duration // since the upstream's last bytes
 	counts    counts
 	end       end
+	fed       *fedReport // nil: by the handlers themselves
 
 	lastEventID string // the last one of the stream, else the request's
 }
@@ -212,7 +219,8 @@ type end struct {
 	timeToHeaders    time.Duration // from the request
 	timeToFirstEvent time.Duration // from the request; 0: there was none
 	longestGap       time.Duration // between bytes of the upstream
-	incompleteEvent  bool          // clients drop what is behind the last blank line
+	retries          int           // how often the upstream was asked again; -1: it would not be
+	incompleteEvent  bool          // clients drop what is after the last blank line
 	invalidUTF8      bool          // clients read something else
 	err              error
 }
@@ -247,7 +255,7 @@ func (s *stream) reportLocked() report {
 		name:      s.h.Name,
 		state:     s.at().state(),
 		proto:     s.proto,
-		resumable: s.resumable,
+		resumable: s.kind.resumable,
 		openedAt:  time.Now().Add(s.opened - age),
 		duration:  age - s.opened,
 		idle:      age - s.lastBytes,
@@ -258,9 +266,13 @@ func (s *stream) reportLocked() report {
 			timeToHeaders:    s.opened,
 			timeToFirstEvent: s.firstEvent,
 			longestGap:       s.longestGap,
+			retries:          s.retriesLocked(),
 			incompleteEvent:  scanner.Incomplete(),
 			invalidUTF8:      !scanner.ValidUTF8() || scanner.TruncatedUTF8(),
 		},
+	}
+	if s.fed != nil {
+		r.fed = s.fed.report()
 	}
 	r.lastEventID = s.lastEventIDLocked()
 	return r
@@ -408,6 +420,14 @@ func (r closedFields) addFigures(enc zapcore.ObjectEncoder) {
 	enc.AddUint64("heartbeats", r.counts.heartbeats)
 	enc.AddUint64("heartbeats_deferred", r.counts.deferred)
 	enc.AddString("last_event_id", r.lastEventID)
+	if r.end.retries >= 0 {
+		enc.AddInt("retries", r.end.retries)
+	}
+	if r.fed != nil {
+		enc.AddString("run", r.fed.run)
+		enc.AddBool("resumed", r.fed.resumed)
+		enc.AddUint64("missed", r.fed.missed)
+	}
 	if r.end.incompleteEvent {
 		enc.AddBool("incomplete_event", true)
 	}

@@ -11,12 +11,14 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode/utf8"
 
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
@@ -553,8 +555,9 @@ func closedFields(t testing.TB, c *client, config *caddysse.Handler, r *http.Req
 		t.Fatal(err)
 	}
 	told.TakeAll()
-	if err := serve(h.(*caddysse.Handler), c, r, answer); err != nil {
-		t.Fatal(err)
+	panicked, err := serveRecovering(h.(*caddysse.Handler), c, r, answer)
+	if err != nil || panicked != nil && panicked != http.ErrAbortHandler {
+		t.Fatal(panicked, err)
 	}
 	lines := told.FilterMessage("stream closed").TakeAll()
 	if len(lines) != 1 {
@@ -671,6 +674,57 @@ func TestNothingAClientSendsForgesALineOrBreaksATerminal(t *testing.T) {
 	}
 }
 
+// What a client says is cut before it is copied, and the copy does not hold on to
+// the rest.
+func TestWhatAClientSaysWeighsNoMoreThanWhatIsTold(t *testing.T) {
+	for name, text := range map[string]string{
+		"bytes that are no text": strings.Repeat("\x80", 15_000),
+		"long runes":             strings.Repeat("\U0001F600", 4_000),
+		"control characters":     strings.Repeat("\x1b", 15_000),
+		"plain text":             strings.Repeat("x", 15_000),
+		"half a rune":            strings.Repeat("x", 254) + "\u00fc" + strings.Repeat("\xc3", 15_000),
+	} {
+		for what, of := range map[string]func(r *http.Request){
+			"User-Agent":    func(r *http.Request) { r.Header["User-Agent"] = []string{text} },
+			"Host":          func(r *http.Request) { r.Host = text },
+			"the path":      func(r *http.Request) { r.URL.Path = "/" + text },
+			"the method":    func(r *http.Request) { r.Method = text },
+			"Last-Event-ID": func(r *http.Request) { r.Header["Last-Event-Id"] = []string{text} },
+			"the upstream's name": func(r *http.Request) {
+				r.Header.Set("X-Upstream", text)
+			},
+			"an error": func(r *http.Request) { r.Header.Set("X-Error", text) },
+		} {
+			r := get(eventStream)
+			of(r)
+			var before, after runtime.MemStats
+			fields := closedFields(t, newClient(t), silent(), r, func(w http.ResponseWriter, r *http.Request) error {
+				repl := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+				if upstream := r.Header.Get("X-Upstream"); upstream != "" {
+					repl.Set("http.reverse_proxy.upstream.hostport", upstream)
+				}
+				w.Header().Set("Content-Type", eventStream)
+				runtime.ReadMemStats(&before)
+				w.WriteHeader(200)
+				runtime.ReadMemStats(&after)
+				if failure := r.Header.Get("X-Error"); failure != "" {
+					return errors.New(failure)
+				}
+				return nil
+			})
+			if grown := after.TotalAlloc - before.TotalAlloc; grown > 12<<10 {
+				t.Errorf("%s, %s: opening the stream took %d bytes", what, name, grown)
+			}
+			for field, limit := range map[string]int{"user_agent": 256, "host": 255, "path": 1024, "method": 32, "last_event_id": 1024, "upstream": 255, "error": 512} {
+				told, _ := fields[field].(string)
+				if len(told) > limit || !utf8.ValidString(told) {
+					t.Errorf("%s, %s: %s has %d bytes: %.40q", what, name, field, len(told), told)
+				}
+			}
+		}
+	}
+}
+
 func TestNothingSecretIsTold(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
@@ -771,7 +825,7 @@ func TestTheAccessLogHasTheFiguresOnEveryEnd(t *testing.T) {
 			t.Run(proto+" "+reason, func(t *testing.T) {
 				path := "/" + proto + "/" + reason
 				cl := c.client(proto)
-				e := cl.begin(cl.request(t, "GET", path, nil))
+				e := cl.begin(cl.request(t, "GET", path, nil, acceptStream))
 				call := up.accept(t)
 				call.start(eventStream)
 				body := e.headers(t).follow()

@@ -2,10 +2,12 @@ package caddysse
 
 import (
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"net/http"
 	"net/netip"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -50,30 +52,28 @@ const (
 )
 
 // reserve takes a place for a request, or tells which limit it meets.
-func (g *group) reserve(limits limits, ip string) (reservation, limit) {
+func (g *group) reserve(limits limits, client clientID) (reservation, limit) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	open := g.reserved
-	for _, n := range g.open {
-		open += n
-	}
-	if limits.total > 0 && open >= limits.total {
+	full := limits.total > 0 && g.openLocked() >= limits.total
+	switch {
+	case full && len(g.runs.idle) == 0:
 		return noPlace, limitTotal
-	}
-	key := clientKey(ip)
-	if limits.perClient > 0 && key.IsValid() && g.clients[key] >= limits.perClient {
+	case limits.perClient > 0 && client.isKnown() && g.clients[client] >= limits.perClient:
 		return noPlace, limitPerClient
+	case full:
+		go g.oldestIdleLocked().giveWay() // which wants the group's lock
 	}
 	g.reserved++
 	if g.clients == nil {
 		return namesPlace, ""
 	}
-	g.countClientLocked(ip, +1)
+	g.countClientLocked(client, +1)
 	return clientsPlace, ""
 }
 
 // release gives back a place that no stream came of.
-func (g *group) release(r reservation, ip string) {
+func (g *group) release(r reservation, client clientID) {
 	if r == noPlace {
 		return
 	}
@@ -81,7 +81,7 @@ func (g *group) release(r reservation, ip string) {
 	defer g.mu.Unlock()
 	g.reserved--
 	if r == clientsPlace {
-		g.countClientLocked(ip, -1)
+		g.countClientLocked(client, -1)
 	}
 }
 
@@ -93,26 +93,68 @@ func (g *group) countClients() {
 	if g.clients != nil {
 		return
 	}
-	g.clients = make(map[netip.Prefix]int)
+	g.clients = make(map[clientID]int)
 	for s := g.oldest; s != nil; s = s.next {
-		g.countClientLocked(s.client.ip, +1)
+		g.countClientLocked(s.clientID(), +1)
 	}
 }
 
-func (g *group) countClientLocked(ip string, n int) {
-	key := clientKey(ip)
-	if g.clients == nil || !key.IsValid() {
+func (g *group) countClientLocked(client clientID, n int) {
+	if g.clients == nil || !client.isKnown() {
 		return
 	}
-	if g.clients[key] += n; g.clients[key] == 0 {
-		delete(g.clients, key)
+	if g.clients[client] += n; g.clients[client] == 0 {
+		delete(g.clients, client)
 	}
 }
 
-// clientKey is what counts as one client: an IPv4 address, or the /64 that an
-// IPv6 host can choose its addresses from. It is not valid where there is no
-// address, as on a Unix socket: nothing tells those clients apart.
-func clientKey(ip string) netip.Prefix {
+// clientID is what counts as one client: a key of the site's choice, or an
+// address.
+type clientID struct {
+	key  keyHash
+	addr netip.Prefix
+}
+
+// keyHash stands for a key, which may be long, and a secret; zero: there is none.
+type keyHash [16]byte
+
+func newClientID(key keyHash, ip string) clientID {
+	if key != (keyHash{}) {
+		return clientID{key: key}
+	}
+	return clientID{addr: clientAddr(ip)}
+}
+
+// isKnown is false where nothing tells clients apart, as on a Unix socket.
+func (c clientID) isKnown() bool { return c != clientID{} }
+
+// rememberKey takes note of what the client is, as it was when the request came.
+func (x *exchange) rememberKey(key string) {
+	if strings.TrimSpace(key) != "" {
+		hash := sha256.Sum256([]byte(key))
+		x.rarely().key = keyHash(hash[:])
+	}
+}
+
+func (x *exchange) clientID() clientID {
+	if x.rare == nil {
+		return newClientID(keyHash{}, x.ip)
+	}
+	return newClientID(x.rare.key, x.ip)
+}
+
+func (s *stream) clientID() clientID {
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	if s.rare == nil {
+		return newClientID(keyHash{}, s.client.ip)
+	}
+	return newClientID(s.rare.key, s.client.ip)
+}
+
+// clientAddr is an IPv4 address, or the /64 that an IPv6 host can choose its
+// addresses from. It is not valid where there is none.
+func clientAddr(ip string) netip.Prefix {
 	addr, err := netip.ParseAddr(ip)
 	if err != nil {
 		return netip.Prefix{}
@@ -131,7 +173,7 @@ func clientKey(ip string) netip.Prefix {
 // no stream comes of it; or a stream takes it over.
 type place struct {
 	group  *group
-	ip     string
+	client clientID
 	kind   reservation
 	gone   atomic.Bool // given back, or taken over
 	forget func() bool // that it would be given back when the client leaves
@@ -140,7 +182,7 @@ type place struct {
 // giveBack gives the place back, unless it has gone.
 func (p *place) giveBack() {
 	if p != nil && p.gone.CompareAndSwap(false, true) {
-		p.group.release(p.kind, p.ip)
+		p.group.release(p.kind, p.client)
 	}
 }
 
@@ -155,11 +197,12 @@ func (p *place) use() reservation {
 
 // reserve takes a place for the request, or says which limit it meets.
 func (x *exchange) reserve() (*place, limit) {
-	kind, met := x.h.group.reserve(x.h.limits, x.ip)
+	client := x.clientID()
+	kind, met := x.h.group.reserve(x.h.limits, client)
 	if kind == noPlace {
 		return nil, met
 	}
-	p := &place{group: x.h.group, ip: x.ip, kind: kind}
+	p := &place{group: x.h.group, client: client, kind: kind}
 	p.forget = context.AfterFunc(x.r.Context(), p.giveBack)
 	return p, ""
 }

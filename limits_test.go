@@ -1,6 +1,7 @@
 package caddysse_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -413,5 +414,180 @@ func TestAPlaceIsFreeAsSoonAsTheAnswerIsNoStream(t *testing.T) {
 		return nil
 	}); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestAClientCanBeWhatTheSiteSaysItIs(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		sse 1h {
+			name keyed
+			prelude off
+			max_streams_per_client 1 {header.X-User}
+		}
+		reverse_proxy `+up.addr, withAdmin())
+	cl := c.client("h1")
+	user := func(name string) []string { return []string{acceptStream, "X-User: " + name} }
+	a := c.open(t, cl, up, "/a", user("a")...)
+	c.open(t, cl, up, "/b", user("b")...)
+	c.open(t, cl, up, "/nobody", acceptStream) // the address counts
+	expectRefusal(t, cl.begin(cl.request(t, "GET", "/a2", nil, user("a")...)), 429)
+	expectRefusal(t, cl.begin(cl.request(t, "GET", "/nobody2", nil, user(" ")...)), 429)
+	for _, line := range c.ourLines() {
+		if strings.Contains(fmt.Sprint(line), "X-User") {
+			t.Errorf("told: %v", line)
+		}
+	}
+	a.exchange.leave()
+	c.waitForStreams(t, 2)
+	c.open(t, cl, up, "/a3", user("a")...)
+}
+
+// A page that asks for fragments and streams alike takes no place before it is
+// known which of them it gets.
+func TestARequestThatAcceptsMoreThanStreamsReservesNoPlace(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		sse 1h {
+			name htmx
+			prelude off
+			max_streams_per_client 1
+		}
+		reverse_proxy `+up.addr, withAdmin())
+	cl := c.client("h1")
+	const htmx = "Accept: text/html, text/event-stream"
+	c.open(t, cl, up, "/stream", htmx)
+	e := cl.begin(cl.request(t, "GET", "/fragment", nil, htmx))
+	call := up.accept(t)
+	call.start("text/html")
+	call.send("<p>")
+	call.end()
+	if res := e.headers(t); res.StatusCode != 200 {
+		t.Errorf("the fragment is %s", res.Status)
+	}
+}
+
+// The key of a client is what it was when the request came.
+func TestWhoChangesTheClientsAddressInsideLeaksNoPlace(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	for _, early := range []string{"", "early_start 1h any"} {
+		t.Run(early, func(t *testing.T) {
+			c := startCaddy(t, `route {
+				sse {
+					name moved
+					max_streams_per_client 2
+					`+early+`
+				}
+				vars client_ip 192.0.2.1
+				reverse_proxy `+up.addr+`
+			}`, withAdmin())
+			overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+				for i := range 6 {
+					method, path := []string{"GET", "POST"}[i%2], fmt.Sprint("/", cl.proto, i)
+					e := cl.begin(cl.request(t, method, path, nil, acceptStream))
+					call := up.accept(t)
+					call.start(eventStream)
+					res := e.headers(t)
+					if res.StatusCode != 200 {
+						t.Fatalf("request %d got %s", i, res.Status)
+					}
+					call.end()
+					res.follow().expectEnd(t)
+					if line := c.closedLine(t, path); line["client_ip"] != "127.0.0.1" {
+						t.Errorf("told: %v", line)
+					}
+				}
+			})
+			c.waitForStreams(t, 0)
+		})
+	}
+}
+
+// hush is a handler that does not heed its context, as FastCGI's while its
+// script is silent. It answers with a stream after a first release, and leaves
+// after a second.
+type hush struct{ called, answer, leave, left chan struct{} }
+
+func newHush() *hush {
+	return &hush{make(chan struct{}), make(chan struct{}), make(chan struct{}), make(chan struct{})}
+}
+
+func (h *hush) serve(w http.ResponseWriter, r *http.Request) error {
+	defer close(h.left)
+	close(h.called)
+	<-h.answer
+	w.Header().Set("Content-Type", eventStream)
+	_, _ = io.WriteString(w, "data: 1\n\n")
+	<-h.leave
+	return nil
+}
+
+// A client that has left holds no place, whatever its handlers do.
+func TestAPlaceDoesNotWaitForHandlersThatDoNotHeedTheirContext(t *testing.T) {
+	for _, early := range []time.Duration{0, time.Second, time.Hour} {
+		for _, phase := range []string{"reserved", "open"} {
+			synctest.Test(t, func(t *testing.T) {
+				config := silent()
+				config.Name = "deaf"
+				config.MaxStreams, config.MaxStreamsPerClient = 1, 1
+				if early > 0 {
+					config.EarlyStart = &caddysse.EarlyStart{Delay: caddy.Duration(early)}
+				}
+				h := provision(t, config)
+				deaf := newHush()
+				ctx, leave := context.WithCancel(t.Context())
+				defer leave()
+				r := get("text/event-stream").WithContext(ctx)
+				r.RemoteAddr = "192.0.2.1:1"
+				over := make(chan struct{})
+				go func() {
+					defer close(over)
+					_, _ = serveRecovering(h, newClient(t), r, deaf.serve)
+				}()
+				<-deaf.called
+				time.Sleep(10 * time.Second)
+				if phase == "open" {
+					close(deaf.answer)
+				}
+				synctest.Wait()
+
+				again := func() bool {
+					r := get("text/event-stream")
+					r.RemoteAddr = "192.0.2.1:2"
+					c := newClient(t)
+					_, err := serveRecovering(h, c, r, stream(func(http.ResponseWriter) {}))
+					return err == nil && isStream(c)
+				}
+				if again() {
+					t.Errorf("early %v, %s: it has held no place", early, phase)
+				}
+				leave()
+				synctest.Wait()
+				for range 3 {
+					if !again() {
+						t.Errorf("early %v, %s: its place is not free", early, phase)
+					}
+				}
+				if list := callAdmin(t, "/sse/streams?name=deaf").Body.String(); !strings.Contains(list, `"total":0`) {
+					t.Errorf("early %v, %s: still listed: %s", early, phase, list)
+				}
+				// What it says later changes nothing.
+				if phase != "open" {
+					close(deaf.answer)
+				}
+				close(deaf.leave)
+				<-deaf.left
+				<-over
+				synctest.Wait()
+				for range 2 {
+					if !again() {
+						t.Errorf("early %v, %s: a place is lost in the end", early, phase)
+					}
+				}
+			})
+		}
 	}
 }

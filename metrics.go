@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -24,10 +23,13 @@ func registerMetrics(registry *prometheus.Registry) error {
 type metrics struct {
 	streams, opened, closed, events, bytes, heartbeats, deferred *prometheus.Desc
 
+	runs, resumes, journalBytes *prometheus.Desc
+
 	refused            *prometheus.CounterVec
 	unprotected        *prometheus.CounterVec
 	reconnects         *prometheus.CounterVec
 	earlyStartFailures *prometheus.CounterVec
+	retries            *prometheus.CounterVec
 
 	duration         *prometheus.HistogramVec
 	timeToHeaders    *prometheus.HistogramVec
@@ -60,10 +62,16 @@ func newMetrics() *metrics {
 		heartbeats: desc("heartbeats_total", "Heartbeats that were sent, preludes included."),
 		deferred:   desc("heartbeats_deferred_total", "Heartbeats that were due where the format allows none."),
 
+		runs: desc("runs", "Upstream streams that are kept apart from clients: with a client, without one, shared, "+
+			"or ended and kept for clients that have not come back.", "state"),
+		resumes:      desc("resumes_total", "Clients that came back with an event ID, by what became of it.", "result"),
+		journalBytes: desc("journal_bytes", "What the journals of runs hold, overhead included."),
+
 		refused:            counter("streams_refused_total", "Requests that met a limit, by the limit.", "limit"),
 		unprotected:        counter("streams_unprotected_total", "Streams whose body is no text that heartbeats may go into, by cause.", "cause"),
 		reconnects:         counter("reconnects_answered_total", "Errors that were answered with a reconnection time, by the error's status.", "status"),
 		earlyStartFailures: counter("early_start_failures_total", "Streams that had started when their upstream turned out to have none, by its status.", "status"),
+		retries:            counter("upstream_retries_total", "Tries to go on with a stream whose upstream broke off, by what came of them.", "result"),
 
 		duration: histogram("stream_duration_seconds", "How long streams were open.",
 			[]float64{1, 5, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 43200, 86400}),
@@ -75,14 +83,14 @@ func newMetrics() *metrics {
 // vectors are the parts that collect themselves.
 func (m *metrics) vectors() []prometheus.Collector {
 	return []prometheus.Collector{
-		m.refused, m.unprotected, m.reconnects, m.earlyStartFailures,
+		m.refused, m.unprotected, m.reconnects, m.earlyStartFailures, m.retries,
 		m.duration, m.timeToHeaders, m.timeToFirstEvent,
 	}
 }
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(descs chan<- *prometheus.Desc) {
-	for _, desc := range []*prometheus.Desc{m.streams, m.opened, m.closed, m.events, m.bytes, m.heartbeats, m.deferred} {
+	for _, desc := range []*prometheus.Desc{m.streams, m.opened, m.closed, m.events, m.bytes, m.heartbeats, m.deferred, m.runs, m.resumes, m.journalBytes} {
 		descs <- desc
 	}
 	for _, vector := range m.vectors() {
@@ -108,16 +116,32 @@ func (m *metrics) Collect(out chan<- prometheus.Metric) {
 		counter(m.bytes, t.counts.bytes)
 		counter(m.heartbeats, t.counts.heartbeats)
 		counter(m.deferred, t.counts.deferred)
+		m.collectRuns(g, out)
 	}
 	for _, vector := range m.vectors() {
 		vector.Collect(out)
 	}
 }
 
+func (m *metrics) collectRuns(g *group, out chan<- prometheus.Metric) {
+	gauge := func(desc *prometheus.Desc, n int, label ...string) {
+		out <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, float64(n), append([]string{g.name}, label...)...)
+	}
+	t := g.runTotals()
+	for state := range runStateCount {
+		gauge(m.runs, t.states[state], runStateNames[state])
+	}
+	for result := range resumeResultCount {
+		out <- prometheus.MustNewConstMetric(m.resumes, prometheus.CounterValue, float64(t.resumes[result]),
+			g.name, resumeResultNames[result])
+	}
+	gauge(m.journalBytes, t.journals)
+}
+
 // expect makes every series that a handler can add to, at 0: a query for the
 // increase of a counter does not see the first of a series that begins with it.
 // The statuses of early starts that fail are not known before.
-func (m *metrics) expect(name string, reconnectOn []int) {
+func (m *metrics) expect(name string, reconnectOn []int, retries bool) {
 	for _, met := range []limit{limitTotal, limitPerClient} {
 		m.refused.WithLabelValues(name, string(met))
 	}
@@ -126,6 +150,11 @@ func (m *metrics) expect(name string, reconnectOn []int) {
 	}
 	for _, status := range reconnectOn {
 		m.reconnects.WithLabelValues(name, strconv.Itoa(status))
+	}
+	if retries {
+		for result := resumedTry; result <= refusedTry; result++ {
+			m.retries.WithLabelValues(name, result.String())
+		}
 	}
 	for _, times := range []*prometheus.HistogramVec{m.duration, m.timeToHeaders, m.timeToFirstEvent} {
 		times.WithLabelValues(name)
@@ -137,17 +166,15 @@ func (m *metrics) observeOpened(s *stream) {
 	m.timeToHeaders.WithLabelValues(s.h.Name).Observe(s.opened.Seconds())
 }
 
-// observeClosed takes the times of a stream that has ended.
+// observeClosed takes the age of a stream that has ended.
 func (m *metrics) observeClosed(r report) {
 	m.duration.WithLabelValues(r.name).Observe(r.duration.Seconds())
-	if r.end.timeToFirstEvent > 0 {
-		m.observeFirstEvent(r.name, r.end.timeToFirstEvent)
-	}
 }
 
-// observeFirstEvent takes the time that a stream's first event took.
-func (m *metrics) observeFirstEvent(name string, took time.Duration) {
-	m.timeToFirstEvent.WithLabelValues(name).Observe(took.Seconds())
+// observeFirstEvent takes the time that the first event took, when the client has
+// it: an alert on it can't wait for the end of the stream.
+func (m *metrics) observeFirstEvent(s *stream) {
+	m.timeToFirstEvent.WithLabelValues(s.h.Name).Observe(s.firstEvent.Seconds())
 }
 
 // Interface guards

@@ -97,8 +97,9 @@ func (s samples) expectNoneBackwards(t testing.TB, before samples) {
 	}
 }
 
-// What the contract has of metrics, but for those that only limits, early_start
-// and reconnect_on have: their tests are with these.
+// What the contract has of metrics, but for those that only limits, early_start,
+// reconnect_on, upstream_retry, share and resume have: their tests are with
+// these.
 var contractMetrics = map[string]struct {
 	kind   dto.MetricType
 	labels []string
@@ -168,7 +169,10 @@ func TestTheMetricsAreThoseOfTheContract(t *testing.T) {
 			}
 		}
 	}
-	others := []string{"caddy_sse_streams_refused_total", "caddy_sse_reconnects_answered_total", "caddy_sse_early_start_failures_total"}
+	others := []string{
+		"caddy_sse_streams_refused_total", "caddy_sse_reconnects_answered_total", "caddy_sse_early_start_failures_total",
+		"caddy_sse_upstream_retries_total", "caddy_sse_runs", "caddy_sse_resumes_total", "caddy_sse_journal_bytes",
+	}
 	for name := range s.families {
 		if _, ok := contractMetrics[name]; !ok && !slices.Contains(others, name) {
 			t.Errorf("%s is not in the contract", name)
@@ -438,5 +442,39 @@ func TestEverySeriesThatTheConfigurationNamesIsThereAtZero(t *testing.T) {
 		if value, there := s.values["caddy_sse_"+key]; !there || value != 0 {
 			t.Errorf("%s is %v, there: %t", key, value, there)
 		}
+	}
+}
+
+func TestTheFirstEventsTimeIsObservedWhileTheStreamIsOpen(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		sse 1h {
+			name "first event"
+			prelude off
+		}
+		reverse_proxy `+up.addr, withAdmin())
+	o := c.open(t, c.client("h1"), up, "/", acceptStream)
+	count := func() float64 {
+		return c.scrape(t).values[`caddy_sse_time_to_first_event_seconds{name="first event"}_count`]
+	}
+	if n := count(); n != 0 {
+		t.Errorf("%v before the first event", n)
+	}
+	for range 3 {
+		o.call.send("data: 1\n\n")
+		o.body.expect(t, "data: 1\n\n")
+	}
+	// It is observed right after the write that the client has seen.
+	for deadline := time.Now().Add(patience); count() != 1; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%v after three events", count())
+		}
+	}
+	o.call.end()
+	o.body.expectEnd(t)
+	c.closedLine(t, "/")
+	if n := count(); n != 1 {
+		t.Errorf("%v after the end", n)
 	}
 }

@@ -56,8 +56,8 @@ type Handler struct {
 	// Default: `deny`.
 	Compression string `json:"compression,omitempty"`
 
-	// The reconnection time told to the client before anything else in the
-	// stream. One that the upstream sends comes later and so wins.
+	// The reconnection time told to the client of a resumable stream before
+	// anything else in it. One that the upstream sends comes later and so wins.
 	// Default: none is told.
 	Retry *Retry `json:"retry,omitempty"`
 
@@ -110,12 +110,19 @@ type Handler struct {
 	// or log.
 	ClientKey string `json:"client_key,omitempty"`
 
-	// Statuses that an EventSource would take for final. A resumable request
-	// gets an empty stream with a reconnection time instead, whether the status
+	// Statuses that an EventSource would take for final. It gets an empty stream
+	// with a reconnection time instead (a Retry-After comes on top), whether the status
 	// comes from the upstream, from an error of another handler or from the
 	// limits above. 401 and 403 can't be listed, nor can anything that is not an
 	// error.
 	ReconnectOn []int `json:"reconnect_on,omitempty"`
+
+	// Asks the upstream of a resumable stream again when it breaks off, while the
+	// client stays. Default: off.
+	UpstreamRetry *UpstreamRetry `json:"upstream_retry,omitempty"`
+
+	// One upstream stream for all clients that ask for the same. Default: off.
+	Share *Share `json:"share,omitempty"`
 
 	ctx     caddy.Context
 	logger  *zap.Logger
@@ -125,18 +132,20 @@ type Handler struct {
 	agenda  *agenda
 	drain   *drain
 	frames  frames
+	spared  *sparedFrames // nil: every client gets the same
 	headers headerPolicy
 	limits  limits
+	sharing *sharing // nil: off
 
 	writeTimeout, upstreamTimeout, deadClientTimeout time.Duration // 0: off
 }
 
 // Heartbeat says when a silent stream gets a frame, and what the frame is.
 type Heartbeat struct {
-	// A frame goes out before the client has heard nothing for this long; bytes
-	// of the upstream, comments too, restart the clock. The wait is drawn for
-	// each frame from the last quarter below the interval, so that streams that
-	// were opened together do not tick together. Default: 15s. -1: off.
+	// The longest time for which the client hears nothing, except where no frame
+	// may go. Bytes of the upstream restart the clock, comments too. Waits vary
+	// between 75 % and 100 % of the interval, so that streams that opened together
+	// do not tick together. Default: 15s. -1: off.
 	Interval caddy.Duration `json:"interval,omitempty"`
 
 	// The text of the comment, without the colon. No line break, no NUL. Takes
@@ -164,7 +173,7 @@ type Heartbeat struct {
 	// Default: empty.
 	Data string `json:"data,omitempty"`
 
-	// The first frame of a stream comes after this much silence behind the
+	// The first frame of a stream comes after this much silence after the
 	// response headers (or after the interval, where that is shorter), so that
 	// intermediaries let the headers go. Default: 1s, or off where the interval
 	// is off. -1: off.
@@ -178,8 +187,9 @@ type EarlyStart struct {
 	// How long to wait for the upstream's headers. -1: off.
 	Delay caddy.Duration `json:"delay,omitempty"`
 
-	// Do so for every request, not only for those whose Accept names
-	// text/event-stream and no other type.
+	// Do so for every request but OPTIONS and HEAD, not only for those whose
+	// Accept names text/event-stream and no other type, or whose JSON body has
+	// "stream": true at its top level.
 	Any bool `json:"any,omitempty"`
 }
 
@@ -211,6 +221,37 @@ type Retry struct {
 
 	// The longest reconnection time. Default, and -1: min.
 	Max caddy.Duration `json:"max,omitempty"`
+}
+
+// UpstreamRetry says for how long an upstream that has broken off is asked again.
+// It is for resumable requests without a body whose stream has opened. When the
+// upstream aborts, its connection fails or it is silent for `upstream_timeout`, at
+// an event boundary, the client stays and gets heartbeats. The handlers after this
+// one run again, with `Last-Event-ID` set to the last ID of the upstream (HTML
+// Standard, section 9.2.4), and the stream goes on with what they send. A clean
+// end stays a clean end.
+//
+// The wait before the first try is the reconnection time that the stream was told,
+// else one second. It doubles up to 10 seconds while tries bring no event, varies
+// between half of it and all of it, and heeds `Retry-After`. All streams of a name
+// together make at most 64 tries a second. An answer that is no stream, other than
+// 502, 503 and 504, ends the stream.
+type UpstreamRetry struct {
+	// The tries of a stream end this long after the first one, unless one brings
+	// an event. -1: off.
+	Window caddy.Duration `json:"window,omitempty"`
+
+	// Ask again too where there is no ID to go on from, as the upstream sends
+	// none: what it sends meanwhile is lost, and the client is not told.
+	Live bool `json:"live,omitempty"`
+}
+
+// window is 0 where nothing is asked again.
+func (u *UpstreamRetry) window() time.Duration {
+	if u == nil {
+		return 0
+	}
+	return max(time.Duration(u.Window), 0)
 }
 
 // CaddyModule returns the Caddy module information.
@@ -248,6 +289,9 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		h.Name = defaultName
 	}
 	h.frames = newFrames(&texts.heartbeat, h.Retry)
+	if texts.heartbeat.Style == "" || texts.heartbeat.Style == styleAuto {
+		h.spared = newSparedFrames(texts.heartbeat, h.Retry)
+	}
 	h.headers = newHeaderPolicy(texts.cacheControl, h.Compression)
 	h.limits = limits{total: max(h.MaxStreams, 0), perClient: max(h.MaxStreamsPerClient, 0)}
 	h.writeTimeout = orDefault(h.WriteTimeout, defaultWriteTimeout)
@@ -260,7 +304,10 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	h.drain = newDrain(h.Drain)
 
 	h.group = live.group(h.Name)
-	collector.expect(h.Name, h.ReconnectOn)
+	if h.sharing, err = newSharing(h, h.Share); err != nil {
+		return err
+	}
+	collector.expect(h.Name, h.ReconnectOn, h.UpstreamRetry.window() > 0)
 	if h.limits.perClient > 0 {
 		h.group.countClients()
 	}

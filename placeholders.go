@@ -47,9 +47,6 @@ func (h *Handler) replaceGlobals() (texts, error) {
 	if h.Heartbeat != nil && h.Heartbeat.Event != "" && t.heartbeat.Event == "" {
 		return t, fmt.Errorf("sse: heartbeat_style: the event name %q is empty once its placeholders are replaced", h.Heartbeat.Event)
 	}
-	if t.heartbeat.Style == styleAuto {
-		t.heartbeat.Style = styleBlock
-	}
 	return t, nil
 }
 

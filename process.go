@@ -3,6 +3,7 @@ package caddysse
 import (
 	"context"
 	"sync"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
@@ -22,7 +23,7 @@ var (
 	collector = newMetrics()
 
 	// exit tells that the process is about to end.
-	exit exitNotice
+	exit = exitNotice{exiting: caddy.Exiting}
 )
 
 func init() {
@@ -34,16 +35,22 @@ func init() {
 	})
 }
 
-// exiting tells whether the process is about to end.
-var exiting = caddy.Exiting
-
 // exitNotice tells those who wait for it that the process is about to end. They
 // may belong to configurations that were replaced, whose servers are gone and
 // will not say so.
+//
+// The current configuration says so: its handlers, and its admin API. Where it has
+// neither, nothing does, while Caddy waits for the servers of all configurations.
+// So who waits looks by itself, too.
 type exitNotice struct {
+	exiting func() bool
+
 	mu      sync.Mutex
 	waiting map[*func()]struct{}
 }
+
+// noticePause is how often who waits looks.
+const noticePause = 250 * time.Millisecond
 
 // await has f called, once, when the process is about to end. Whoever calls
 // forget before that is not called.
@@ -55,6 +62,7 @@ func (e *exitNotice) await(f func()) (forget func()) {
 	}
 	key := &f
 	e.waiting[key] = struct{}{}
+	time.AfterFunc(noticePause, func() { e.look(key) })
 	return func() {
 		e.mu.Lock()
 		defer e.mu.Unlock()
@@ -62,9 +70,19 @@ func (e *exitNotice) await(f func()) (forget func()) {
 	}
 }
 
+// look tells of the exit if nobody else has, as long as it is waited for.
+func (e *exitNotice) look(key *func()) {
+	e.notify()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if _, waits := e.waiting[key]; waits {
+		time.AfterFunc(noticePause, func() { e.look(key) })
+	}
+}
+
 // notify is called where the process may be about to end.
 func (e *exitNotice) notify() {
-	if !exiting() {
+	if !e.exiting() {
 		return
 	}
 	e.mu.Lock()
@@ -74,6 +92,7 @@ func (e *exitNotice) notify() {
 	for f := range waiting {
 		(*f)()
 	}
+	endIdleRuns() // their clients would come back too late
 }
 
 // Handle implements caddyevents.Handler: Caddy says that it stops a

@@ -45,9 +45,37 @@ var quirks = []quirk{
 // shows in the other header alone.
 var quirkHeaders = []string{"User-Agent", "X-Goog-Api-Client"}
 
-// framesFor tells which frames the client of a request can take, as far as it is
+// sparedFrames are those of clients with a quirk.
+type sparedFrames struct {
+	line, none frames
+}
+
+// newSparedFrames makes them of what everybody else gets.
+func newSparedFrames(hb Heartbeat, retry *Retry) *sparedFrames {
+	spared := new(sparedFrames)
+	hb.Style = styleLine
+	spared.line = newFrames(&hb, retry)
+	hb.Interval, hb.Prelude = off, off
+	spared.none = newFrames(&hb, retry)
+	return spared
+}
+
+// framesFor returns the frames for the client of a request.
+func (h *Handler) framesFor(header http.Header) *frames {
+	if h.spared != nil {
+		switch quirkOf(header) {
+		case lineFrames:
+			return &h.spared.line
+		case noFrames:
+			return &h.spared.none
+		}
+	}
+	return &h.frames
+}
+
+// quirkOf tells which frames the client of a request can take, as far as it is
 // known. Where more than one entry fits, the most careful one counts.
-func framesFor(header http.Header) quirkFrames {
+func quirkOf(header http.Header) quirkFrames {
 	gets := anyFrames
 	for _, field := range quirkHeaders {
 		for _, value := range header[field] {

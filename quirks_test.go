@@ -43,7 +43,7 @@ func TestClientsThatFailOnCommentsAreKnownByWhatTheySay(t *testing.T) {
 		if test.googClient != nil {
 			header["X-Goog-Api-Client"] = test.googClient
 		}
-		if got := framesFor(header); got != test.want {
+		if got := quirkOf(header); got != test.want {
 			t.Errorf("%v: got %d, want %d", header, got, test.want)
 		}
 	}
@@ -72,7 +72,7 @@ func orNot(fixed string) string {
 
 func TestASearchForQuirksAllocatesNothing(t *testing.T) {
 	header := http.Header{"User-Agent": {strings.Repeat("x", 1000)}, "X-Goog-Api-Client": {"gl-python/3"}}
-	if allocs := testing.AllocsPerRun(100, func() { framesFor(header) }); allocs != 0 {
+	if allocs := testing.AllocsPerRun(100, func() { quirkOf(header) }); allocs != 0 {
 		t.Errorf("%v allocations", allocs)
 	}
 }

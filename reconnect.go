@@ -22,7 +22,7 @@ const (
 // wantsReconnect reports whether the status is answered with a reconnection
 // time.
 func (x *exchange) wantsReconnect(status int) bool {
-	return x.resumable && slices.Contains(x.h.ReconnectOn, status)
+	return x.kind.eventSource && slices.Contains(x.h.ReconnectOn, status)
 }
 
 // answerReconnect answers an error with an empty stream and a reconnection
@@ -40,12 +40,13 @@ func (x *exchange) answerReconnect(status int) {
 	x.h.headers.apply(header)
 	collector.reconnects.WithLabelValues(x.h.Name, strconv.Itoa(status)).Inc()
 
-	frames := x.h.frames
+	frames := *x.frames
 	if frames.retryMin == 0 {
 		frames.retryMin, frames.retryMax = defaultReconnectMin, defaultReconnectMax
 	}
-	frames.retryMin = max(frames.retryMin, after)
-	frames.retryMax = max(frames.retryMax, after)
+	// On top, and not instead: else all that were refused come back at once.
+	frames.retryMin = sum(frames.retryMin, after)
+	frames.retryMax = sum(frames.retryMax, after)
 	x.w.WriteHeader(http.StatusOK)
 	// A client that has left needs no answer.
 	_, _ = x.w.Write(frames.retryBlock())
@@ -64,13 +65,19 @@ func isOfErrorBody(field string) bool {
 	return strings.HasPrefix(field, "Content-") && !strings.HasPrefix(field, "Content-Security-Policy")
 }
 
-// retryAfter reads a Retry-After: seconds or a date (RFC 9110, section 10.2.3).
+// retryAfter reads a Retry-After, and keeps to as much of it as a page can wait.
 func retryAfter(value string) time.Duration {
+	return min(statedRetryAfter(value), longestRetryAfter)
+}
+
+// statedRetryAfter reads a Retry-After: seconds or a date (RFC 9110, section
+// 10.2.3).
+func statedRetryAfter(value string) time.Duration {
 	var after time.Duration
 	if seconds, err := strconv.ParseUint(value, 10, 31); err == nil {
 		after = time.Duration(seconds) * time.Second
 	} else if date, err := http.ParseTime(value); err == nil {
 		after = time.Until(date)
 	}
-	return min(max(after, 0), longestRetryAfter)
+	return max(after, 0)
 }

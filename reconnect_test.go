@@ -67,9 +67,9 @@ func TestAnEventSourceIsToldToComeBackFromAnUpstreamThatFails(t *testing.T) {
 			if err != nil {
 				t.Error(err)
 			}
-			shortest := 2 * time.Second
+			shortest, longest := 2*time.Second, 10*time.Second
 			if path == "/" {
-				shortest = 3 * time.Second // the upstream's Retry-After
+				shortest, longest = 5*time.Second, 13*time.Second // with the upstream's Retry-After on top
 				for field, want := range map[string]string{
 					"Access-Control-Allow-Origin": "https://app.example", "Content-Security-Policy": "default-src 'none'",
 					"Content-Language": "", "Content-Length": "", "Retry-After": "", "Etag": "",
@@ -79,7 +79,7 @@ func TestAnEventSourceIsToldToComeBackFromAnUpstreamThatFails(t *testing.T) {
 					}
 				}
 			}
-			if d := reconnectionTime(t, res.StatusCode, text); d < shortest || d > 10*time.Second {
+			if d := reconnectionTime(t, res.StatusCode, text); d < shortest || d > longest {
 				t.Errorf("the client is asked to come back in %v", d)
 			}
 			if res.Header.Get("Content-Type") != eventStream || res.Header.Get("Cache-Control") != "no-cache, no-store, no-transform" {
@@ -94,10 +94,21 @@ func TestAnEventSourceIsToldToComeBackFromAnUpstreamThatFails(t *testing.T) {
 			}
 		}
 		// Others get the answer as it is.
-		for _, accept := range []string{"", "Accept: */*", "Accept: text/event-stream;q=0"} {
+		for _, accept := range []string{
+			"", "Accept: */*", "Accept: text/event-stream;q=0",
+			"Accept: text/html, text/event-stream", "Accept: text/event-stream, text/html, application/json",
+			"an SDK", "MCP",
+		} {
 			req := cl.request(t, "GET", "/", nil)
-			if accept != "" {
+			switch accept {
+			case "":
+			case "an SDK":
+				req = cl.request(t, "GET", "/", nil, acceptStream, notEventSource)
+			case "MCP":
+				req = cl.request(t, "GET", "/", nil, acceptStream, "MCP-Protocol-Version: 2025-11-25")
+			default:
 				req.Header.Set("Accept", strings.TrimPrefix(accept, "Accept: "))
+				req.Header.Set("Cache-Control", "no-cache")
 			}
 			res := cl.do(t, req)
 			if text, _ := res.text(); res.StatusCode != 502 || text != "bad gateway\n" || res.Header.Get("Retry-After") != "3" {
@@ -135,8 +146,8 @@ func TestALimitsRefusalCanBeAReconnectionTime(t *testing.T) {
 				before := c.scrape(t)
 				res := cl.get(t, "/", acceptStream)
 				text, _ := res.text()
-				// The limits ask for five seconds.
-				if d := reconnectionTime(t, res.StatusCode, text); d < 5*time.Second || d > 6*time.Second {
+				// The limits ask for five seconds, on top.
+				if d := reconnectionTime(t, res.StatusCode, text); d < 6*time.Second || d > 11*time.Second {
 					t.Errorf("the client is asked to come back in %v", d)
 				}
 				after := c.scrape(t)
@@ -156,7 +167,7 @@ func TestALimitsRefusalCanBeAReconnectionTime(t *testing.T) {
 	}
 }
 
-func TestAReconnectionTimeIsRandomInItsRangeAndNotBelowARetryAfter(t *testing.T) {
+func TestAReconnectionTimeIsRandomInItsRangeOnTopOfARetryAfter(t *testing.T) {
 	const s = time.Second
 	for _, test := range []struct {
 		retry            *caddysse.Retry
@@ -166,17 +177,17 @@ func TestAReconnectionTimeIsRandomInItsRangeAndNotBelowARetryAfter(t *testing.T)
 		{nil, "", 2 * s, 10 * s},
 		{&caddysse.Retry{Min: caddy.Duration(s), Max: caddy.Duration(4 * s)}, "", s, 4 * s},
 		{&caddysse.Retry{Min: caddy.Duration(s)}, "", s, s},
-		{nil, "7", 7 * s, 10 * s},
-		{nil, "30", 30 * s, 30 * s},
-		{nil, "3600", 60 * s, 60 * s},
+		{nil, "7", 9 * s, 17 * s},
+		{nil, "3600", 62 * s, 70 * s},
+		{&caddysse.Retry{Min: caddy.Duration(s), Max: caddy.Duration(10 * s)}, "30", 31 * s, 40 * s},
 		{nil, "99999999999999999999", 2 * s, 10 * s},
 		{nil, "-5", 2 * s, 10 * s},
 		{nil, "soon", 2 * s, 10 * s},
 		{nil, "0", 2 * s, 10 * s},
-		{nil, time.Now().Add(45 * s).UTC().Format(http.TimeFormat), 40 * s, 45 * s},
-		{nil, time.Now().Add(time.Hour).UTC().Format(http.TimeFormat), 60 * s, 60 * s},
+		{nil, time.Now().Add(45 * s).UTC().Format(http.TimeFormat), 40 * s, 55 * s},
+		{nil, time.Now().Add(time.Hour).UTC().Format(http.TimeFormat), 62 * s, 70 * s},
 		{nil, time.Now().Add(-time.Hour).UTC().Format(http.TimeFormat), 2 * s, 10 * s},
-		{&caddysse.Retry{Min: caddy.Duration(90 * s)}, "3600", 90 * s, 90 * s},
+		{&caddysse.Retry{Min: caddy.Duration(90 * s)}, "3600", 150 * s, 150 * s},
 	} {
 		config := silent()
 		config.Retry, config.ReconnectOn = test.retry, []int{503}
@@ -203,7 +214,7 @@ func TestAReconnectionTimeIsRandomInItsRangeAndNotBelowARetryAfter(t *testing.T)
 			}
 			seen[d] = true
 		}
-		if test.after == "" && test.longer > test.shortest && len(seen) < 5 {
+		if test.longer > test.shortest && len(seen) < 5 {
 			t.Errorf("%+v: only %v", test, seen)
 		}
 	}

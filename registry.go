@@ -2,7 +2,6 @@ package caddysse
 
 import (
 	"cmp"
-	"net/netip"
 	"slices"
 	"sync"
 
@@ -30,8 +29,13 @@ type group struct {
 	closed      [reasonCount]uint64
 	closedTotal counts // what went by on streams that have closed
 
-	reserved int                  // places of requests that may become streams
-	clients  map[netip.Prefix]int // streams and places by client; nil without such a limit
+	drains []instant // when those on reload began that still matter, oldest first
+
+	tries    tryQueue         // to reach upstreams that broke off; has a lock of its own
+	reserved int              // places of requests that may become streams
+	clients  map[clientID]int // streams and places by client; nil without such a limit
+
+	runs runs
 }
 
 // group returns the group of a name and makes it where there is none.
@@ -98,7 +102,7 @@ func (g *group) add(s *stream, r reservation) {
 		g.reserved--
 	}
 	if r != clientsPlace {
-		g.countClientLocked(s.client.ip, +1)
+		g.countClientLocked(s.clientID(), +1)
 	}
 	g.opened[s.proto]++
 	g.open[s.proto]++
@@ -119,7 +123,7 @@ func (g *group) remove(s *stream, why reason, last counts) {
 	defer g.mu.Unlock()
 	g.open[s.proto]--
 	g.closed[why]++
-	g.countClientLocked(s.client.ip, -1)
+	g.countClientLocked(s.clientID(), -1)
 	g.closedTotal.add(last)
 	if s.previous == nil {
 		g.oldest = s.next

@@ -21,6 +21,7 @@ type relay struct {
 	calls chan func()   // to the request's goroutine
 	done  chan struct{} // the call has been served
 	over  chan struct{} // closed: nobody serves any more
+	waits bool          // the handlers wait for a call, or have left; the request's goroutine's
 }
 
 func newRelay() *relay {
@@ -52,7 +53,9 @@ func (r *relay) do(f func()) bool {
 
 // serve runs a call on the request's goroutine.
 func (r *relay) serve(call func()) {
+	r.waits = true
 	call()
+	r.waits = false
 	r.done <- struct{}{}
 }
 
@@ -151,16 +154,19 @@ func (x *exchange) callRelayed(next caddyhttp.Handler) outcome {
 	w := &relayedResponse{relay: relay, rw: &x.response, header: x.w.Header().Clone()}
 	x.attempt = x.newAttempt(w)
 	x.watchUpload()
+	x.watchBody()
 	x.fixID()
 	x.idleTimeoutsOfHandlers() // before a heartbeat can use the server's
+	asked := x.awaitAsking()
 
 	left := make(chan outcome, 1)
 	go func() {
 		out := x.attempt.call(next, w)
 		left <- out
 	}()
-	delay := time.NewTimer(time.Duration(x.h.EarlyStart.Delay))
+	delay := time.NewTimer(x.earlyStartIn())
 	defer delay.Stop()
+	isDue, isAsked := false, false
 	clientLeft := x.r.Context().Done()
 	var grace <-chan time.Time
 	for {
@@ -168,11 +174,20 @@ func (x *exchange) callRelayed(next caddyhttp.Handler) outcome {
 		case call := <-relay.calls:
 			relay.serve(call)
 		case out := <-left:
+			relay.waits = true
 			x.handOut()
 			x.takeTrailers(w.header)
 			return out
 		case <-delay.C:
-			x.startEarly()
+			isDue = true
+			if isAsked {
+				x.startEarly()
+			}
+		case <-asked:
+			isAsked, asked = true, nil
+			if isDue {
+				x.startEarly()
+			}
 		case <-clientLeft:
 			clientLeft = nil
 			timer := time.NewTimer(leaveGrace)

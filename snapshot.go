@@ -225,7 +225,7 @@ var sortKeys = []sortKey{
 		restore: func(r *report, text string) { r.upstream = text },
 	},
 	{name: "resumable", number: func(seen *sighting) int64 {
-		if seen.s.resumable {
+		if seen.s.kind.resumable {
 			return 1
 		}
 		return 0

@@ -91,6 +91,7 @@ func TestASnapshotTellsWhatHasGoneBySinceTheOneBefore(t *testing.T) {
 	}
 	before := all()
 
+	time.Sleep(2 * time.Millisecond) // a snapshot tells milliseconds
 	end := writeOnce(t, one, prepared(w), "data: 22\n\ndata: 3\n\n")
 	writeOnce(t, two, prepared(w), "data: 4\n\n")
 	end()

@@ -46,8 +46,9 @@ type stream struct {
 	// Inside it only the agenda's lock may be taken.
 	facts sync.Mutex
 
-	w http.ResponseWriter
-	h *Handler // the settings and the totals
+	w      http.ResponseWriter
+	h      *Handler // the settings and the totals
+	frames *frames  // what its client can take
 
 	arrived   instant       // when the request came; ages count from here
 	lastHeard time.Duration // age at which the client heard something last; mu
@@ -69,7 +70,7 @@ type stream struct {
 	why       reason        // of an early end that has been asked for; facts
 	gone      bool          // the handlers have left, and the ResponseWriter with them; changes with both locked
 	broken    bool          // a write was broken off by an early end; facts
-	resumable bool          // its client comes back by itself, so it may be ended on purpose
+	kind      kind          // does its client come back by itself?
 	started   bool          // it is among the live ones
 	headed    bool          // the headers have gone out; facts
 	proto     proto
@@ -91,6 +92,7 @@ type stream struct {
 	ctx    context.Context         // the client's request's
 	cancel context.CancelCauseFunc // ends the upstream's half
 	rare   *rareStream             // nil for most; facts, once the stream has started
+	fed    *fed                    // by a run; nil: by the handlers themselves
 
 	// Neighbours among the live streams of the same name, guarded by the
 	// group's lock.
@@ -106,26 +108,44 @@ type stream struct {
 
 // rareStream is what few streams need.
 type rareStream struct {
+	key      keyHash                  // what the client is to the limit, if not its address
 	panicked any                      // on a goroutine where no server would recover it
 	control  *http.ResponseController // of the connection, where writers in between hide it
+	tries    *tries                   // nil: the upstream is not asked again; set before the stream starts
 }
 
 // newStream makes the stream of a request. It has not started yet.
 func (x *exchange) newStream(status int) *stream {
 	s := &stream{
-		h:         x.h,
-		w:         x.w,
-		arrived:   x.arrived,
-		ctx:       x.r.Context(),
-		cancel:    x.attempt.cancel,
-		client:    x.newClient(),
-		status:    uint16(status),
-		proto:     protoOf(x.r),
-		resumable: x.resumable,
+		h:       x.h,
+		w:       x.w,
+		arrived: x.arrived,
+		ctx:     x.r.Context(),
+		cancel:  x.cancelFeed(),
+		client:  x.newClient(),
+		status:  uint16(status),
+		proto:   protoOf(x.r),
+		kind:    x.kind,
+		frames:  x.frames,
 	}
 	s.stage.Store(uint32(stageOpen))
+	if x.rare != nil && x.rare.fed != nil {
+		s.fed = x.rare.fed
+		s.fed.greeting.owe(s)
+	}
 	if x.rare != nil {
 		s.id = x.rare.id
+		if x.rare.key != (keyHash{}) {
+			s.rare = &rareStream{key: x.rare.key}
+		}
+		if t := x.rare.tries; t != nil {
+			t.attempt = x.attempt
+			if s.rare == nil {
+				s.rare = new(rareStream)
+			}
+			s.rare.tries = t
+			s.cancel = t.cancel
+		}
 		if abandon := x.rare.abandon; abandon != nil {
 			s.abandoned = sync.OnceFunc(func() { close(abandon) })
 		}
@@ -140,6 +160,9 @@ type instant time.Duration
 var clockStart = time.Now()
 
 func now() instant { return instant(time.Since(clockStart)) }
+
+// plus is the moment after a wait; one too late to be told is the last there is.
+func (i instant) plus(wait time.Duration) instant { return instant(sum(time.Duration(i), wait)) }
 
 // age is the time since the request came.
 func (s *stream) age() time.Duration { return time.Duration(now() - s.arrived) }
@@ -210,10 +233,12 @@ func (s *stream) open() {
 		return
 	}
 	if s.body == eventStreamBody {
-		s.h.frames.oweRetry(&s.splicer)
-		s.wait = s.h.frames.prelude
-		if s.wait == 0 {
-			s.wait = s.h.frames.wait()
+		if s.kind.resumable && s.fed == nil {
+			s.toldReconnection(s.frames.oweRetry(&s.splicer))
+		}
+		s.wait = s.frames.prelude
+		if s.wait == 0 || s.splicer.Spoken() {
+			s.wait = s.frames.wait()
 		}
 	}
 	s.scheduleLocked()
@@ -225,6 +250,11 @@ func (s *stream) sendHeadersLocked() error {
 	defer s.rests()
 	s.w.WriteHeader(int(s.status))
 	s.unflushed = true
+	if s.fed != nil {
+		if err := s.sendFirstLocked(); err != nil {
+			return err
+		}
+	}
 	return s.flushLocked()
 }
 
@@ -236,7 +266,7 @@ func (s *stream) scheduleLocked() {
 	wait, _ := s.untilEndLocked(age, false)
 	if s.isLiveLocked() {
 		if s.wait > 0 && s.body == eventStreamBody {
-			wait = min(wait, s.lastHeard+s.wait-age)
+			wait = min(wait, sum(s.lastHeard, s.wait)-age)
 		}
 	} else {
 		wait = time.Duration(s.due - now())
@@ -249,7 +279,7 @@ func (s *stream) scheduleLocked() {
 // watchWrite has tick called when a write that begins now has taken too long.
 func (s *stream) watchWrite() {
 	if timeout := s.h.writeTimeout; timeout > 0 {
-		s.h.agenda.hasten(s, now()+instant(timeout))
+		s.h.agenda.hasten(s, now().plus(timeout))
 	}
 }
 
@@ -262,7 +292,7 @@ func (s *stream) rests() { s.moved.Store(0) }
 // callIn has tick called. It wants facts to be locked, so that the deadline of a
 // stage that begins at the same time is not lost.
 func (s *stream) callIn(wait time.Duration) {
-	s.h.agenda.set(s, s.arrived+instant(sum(s.age(), wait)))
+	s.h.agenda.set(s, now().plus(wait))
 }
 
 // untilEndLocked returns how long it is at least until the stream's own limits
@@ -270,13 +300,21 @@ func (s *stream) callIn(wait time.Duration) {
 // silent. It wants facts to be locked.
 func (s *stream) untilEndLocked(age time.Duration, writing bool) (wait time.Duration, why reason) {
 	wait = never
+	retrying := s.at() == stageRetrying
+	if t := s.triesLocked(); retrying {
+		wait, why = time.Duration(t.until-now()), t.why
+	}
 	if timeout := s.h.writeTimeout; timeout > 0 {
-		wait, why = timeout, writeTimeout
+		left := timeout
 		if moved := time.Duration(s.moved.Load()); writing && moved > 0 {
-			wait = sum(moved, timeout) - age
+			left = sum(moved, timeout) - age
+		}
+		if left < wait {
+			wait, why = left, writeTimeout
 		}
 	}
-	if timeout := s.h.upstreamTimeout; timeout > 0 && s.headed && !writing {
+	isRuns := s.fed != nil && s.at() != stageWaiting // the run has its own
+	if timeout := s.h.upstreamTimeout; timeout > 0 && s.headed && !writing && !retrying && !isRuns {
 		silentSince := s.arrived + instant(s.lastBytes)
 		if left := sum(s.lastBytes, timeout, s.h.agenda.stoppedSince(silentSince)) - age; left < wait {
 			wait, why = left, upstreamTimeout
@@ -307,7 +345,7 @@ func (s *stream) resumes() bool {
 
 // resumesLocked wants facts to be locked.
 func (s *stream) resumesLocked() bool {
-	return s.resumable && s.body == eventStreamBody
+	return s.kind.resumable && s.body == eventStreamBody
 }
 
 // unlock gives mu back. An end that was asked for meanwhile could not get it
@@ -324,24 +362,36 @@ func (s *stream) unlock() {
 // on: those of a BOM, which must not follow anything, or an LF that the client
 // has already.
 func (s *stream) write(p []byte) (int, error) {
+	if _, err := s.pass(p); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// pass is write, and returns how much of p the stream has had use for: less than
+// all where it ends early.
+func (s *stream) pass(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.unlock()
+	if s.at() == stageRetrying {
+		return 0, errStreamEnded // of an attempt that is over
+	}
 	if err := s.errLocked(); err != nil || len(p) == 0 {
 		return 0, err
 	}
 	events, ends := s.splicer.Scanner().Events(), s.endsSilenceLocked()
-	lead, body := s.followLocked(p)
+	lead, body, n := s.followLocked(p)
 	if len(lead) == 0 && len(body) == 0 {
 		if s.splicer.Overdue() {
 			s.beatLocked() // the silence is still on, and here a frame may go
 		}
-		return len(p), s.errLocked()
+		return n, s.errLocked()
 	}
 	if err := s.sendLocked(s.lastBytes, lead, body); err != nil {
 		return 0, err
 	}
 	if ends {
-		s.wait = s.h.frames.wait()
+		s.wait = s.frames.wait()
 	}
 	first, slow := events == 0 && s.splicer.Scanner().Events() > 0, s.lastHeard-s.lastBytes > slowWrite
 	if first || slow {
@@ -352,37 +402,47 @@ func (s *stream) write(p []byte) (int, error) {
 		s.lastBytes = s.lastHeard // the upstream was not listened to meanwhile
 		s.facts.Unlock()
 	}
-	return len(p), nil
+	if first {
+		collector.observeFirstEvent(s)
+	}
+	return n, nil
 }
 
 // followLocked takes note of what the upstream sent and returns what the client
-// gets for it.
-func (s *stream) followLocked(p []byte) (lead, body []byte) {
+// gets for it, and for how much of it.
+func (s *stream) followLocked(p []byte) (lead, body []byte, n int) {
 	age := s.age()
 	s.facts.Lock()
 	defer s.facts.Unlock()
 	s.longestGap = max(s.longestGap, age-s.lastBytes)
 	s.lastBytes = age
-	if s.body == encodedBody {
-		s.bytes += uint64(len(p))
-		return nil, p
-	}
-	if s.isEndingLocked() {
-		n, done := 0, false
-		lead, body, n, done = s.splicer.SpliceToEnd(&s.h.frames.Frames, p)
-		s.bytes += uint64(n)
-		if done {
+	n = len(p)
+	switch {
+	case s.body == encodedBody:
+		body = p
+	case s.isEndingLocked():
+		done := false
+		if lead, body, n, done = s.splicer.SpliceToEnd(&s.frames.Frames, p); done {
 			s.hurryLocked()
 		}
-	} else {
-		lead, body = s.splicer.Splice(&s.h.frames.Frames, p)
-		s.bytes += uint64(len(p))
+	default:
+		lead, body = s.splicer.Splice(&s.frames.Frames, p)
+	}
+	s.bytes += uint64(n)
+	if s.fed != nil && s.fed.line != nil && s.splicer.HasOwnIDs() {
+		if !s.fed.source.feed.ownIDs.Load() {
+			s.frames = s.fed.line
+		}
+		s.fed.line = nil
 	}
 	if s.body == eventStreamBody && s.splicer.Opaque() {
+		if s.refuseLocked() {
+			return nil, nil, n
+		}
 		s.body = otherBody
 		s.h.unprotected(causeOtherBody)
 	}
-	return lead, body
+	return lead, body, n
 }
 
 // flush sends what a handler may have left in a buffer on the way. Every write

@@ -33,19 +33,28 @@ var (
 // ownWriteTimeouts takes a stream out of the server's write timeouts, and out of
 // deadlines that handlers have set.
 func (s *stream) ownWriteTimeouts() {
-	_, idle := caddyhttp.IdleTimeoutsFromContext(s.ctx)
-	var inner *http.ResponseController
+	reader, idle := caddyhttp.IdleTimeoutsFromContext(s.ctx)
+	var inner [2]*http.ResponseController
 	if idle != nil {
-		inner = idle.Ctrl
+		inner[0] = idle.Ctrl
 		idle.Ctrl, idle.Logger = noDeadlines, noLog
 	}
-	// Where deadlines are not supported there is none to clear.
-	err := connectionWriter(s.w).SetWriteDeadline(time.Time{})
-	if err != nil && inner != nil {
-		// A writer in between does not say what it is around. What has just been
-		// switched off knows the way.
-		s.rare = &rareStream{control: inner}
-		_ = inner.SetWriteDeadline(time.Time{})
+	if reader != nil {
+		inner[1] = reader.Ctrl
+	}
+	if connectionWriter(s.w).SetWriteDeadline(time.Time{}) == nil {
+		return
+	}
+	// A writer in between does not say what it is around. What Caddy sets its own
+	// timeouts with knows the way. Where nobody does, there is no deadline to clear.
+	for _, control := range inner {
+		if control != nil && control.SetWriteDeadline(time.Time{}) == nil {
+			if s.rare == nil {
+				s.rare = new(rareStream)
+			}
+			s.rare.control = control
+			return
+		}
 	}
 }
 
@@ -108,6 +117,7 @@ func (x *exchange) idleTimeoutsOfHandlers() any {
 			MaxChunk: writer.MaxChunk,
 			Logger:   noLog,
 		}
+		rare.lent = writer.Deadline
 	}
 	return caddyhttp.ContextWithIdleTimeouts(ctx, reader, rare.idle).Value(idleTimeoutsKey)
 }
@@ -118,7 +128,11 @@ func (x *exchange) lendIdleTimeouts() {
 	if x.role != aside || x.rare == nil || x.rare.idle == nil {
 		return
 	}
+	if x.rare.idle.Deadline == x.rare.lent {
+		return // what the server's has counted for its minimum rate stays
+	}
 	_, writer := caddyhttp.IdleTimeoutsFromContext(x.r.Context())
+	x.rare.lent = x.rare.idle.Deadline
 	writer.Deadline, writer.MaxChunk = x.rare.idle.Deadline, x.rare.idle.MaxChunk
 }
 
@@ -156,6 +170,12 @@ func (u *uploads) SetReadDeadline(deadline time.Time) error {
 		return nil
 	}
 	return u.next.SetReadDeadline(deadline)
+}
+
+// SetWriteDeadline is for who comes this way because there is no other (see
+// stream.ownWriteTimeouts).
+func (u *uploads) SetWriteDeadline(deadline time.Time) error {
+	return u.next.SetWriteDeadline(deadline)
 }
 
 // suspend takes a stream out of the server's read timeouts, which would show up

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	caddysse "github.com/caddy-sse/caddy-sse"
@@ -68,21 +69,10 @@ func TestServerWideTimeoutsSpareStreamsAndNothingElse(t *testing.T) {
 				}
 				reverse_proxy `+up.addr, withGlobal(global))
 			for _, proto := range clientProtocols {
-				t.Run(proto, func(t *testing.T) {
-					t.Parallel()
-					cl := c.client(proto)
-					slow := func() {
-						t.Helper()
-						e := cl.begin(cl.request(t, "GET", "/slow", nil))
-						res, err := e.outcome()
-						if err != nil {
-							return // cut before its headers
-						}
-						if text, err := res.text(); err == nil {
-							t.Errorf("a slow answer was not cut: %q", text)
-						}
-					}
-					for _, method := range []string{"GET", "POST"} {
+				for _, method := range []string{"GET", "POST"} {
+					t.Run(proto+" "+method, func(t *testing.T) {
+						t.Parallel()
+						cl := c.client(proto)
 						var body io.Reader
 						if method == "POST" {
 							body = strings.NewReader("{}")
@@ -90,13 +80,20 @@ func TestServerWideTimeoutsSpareStreamsAndNothingElse(t *testing.T) {
 						res := cl.do(t, cl.request(t, method, "/stream", body, acceptStream))
 						text, err := res.text()
 						if want := strings.Repeat("data: 1\n\n", 4) + "data: end\n\n"; text != want || err != nil {
-							t.Errorf("%s: got %q, %v", method, text, err)
+							t.Errorf("got %q, %v", text, err)
 						}
-						if proto != "h3" { // quic-go's server has no write timeout
-							slow() // on the same connection
+						if proto == "h3" {
+							return // quic-go's server has no write timeout
 						}
-					}
-				})
+						res, err = cl.begin(cl.request(t, "GET", "/slow", nil)).outcome() // on the same connection
+						if err != nil {
+							return // cut before its headers
+						}
+						if text, err := res.text(); err == nil {
+							t.Errorf("a slow answer was not cut: %q", text)
+						}
+					})
+				}
 			}
 		})
 	}
@@ -151,6 +148,7 @@ func TestAQuietStreamEndsCleanlyLongAfterItsLastWrite(t *testing.T) {
 					}
 					reverse_proxy `+up.addr, withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
 				overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+					t.Parallel()
 					for range 2 { // on the same connection, where there is one
 						text, err := cl.get(t, "/", acceptStream).text()
 						if text != "data: 1\n\n" || err != nil {
@@ -161,6 +159,286 @@ func TestAQuietStreamEndsCleanlyLongAfterItsLastWrite(t *testing.T) {
 			})
 		}
 	}
+}
+
+// writeWithDeadline is the usual idiom of Go's SSE servers: a deadline before each
+// write, none taken back.
+func writeWithDeadline(t testing.TB, w http.ResponseWriter, text string, within time.Duration) {
+	t.Helper()
+	control := http.NewResponseController(w)
+	if err := control.SetWriteDeadline(time.Now().Add(within)); err != nil {
+		t.Errorf("setting a deadline: %v", err)
+	}
+	if _, err := io.WriteString(w, text); err != nil {
+		t.Errorf("writing %q: %v", text, err)
+	}
+	if err := control.Flush(); err != nil {
+		t.Errorf("flushing %q: %v", text, err)
+	}
+}
+
+// Whoever sets a write deadline, a stream outlives it: with heartbeats, in a
+// silence, and at the next write.
+func TestDeadlinesOfHandlersDoNotEndAStream(t *testing.T) {
+	checkLeaks(t)
+	const within = 50 * time.Millisecond
+	h := newTestHandler(t)
+	n := 0
+	for name, site := range map[string]string{
+		"the handler's":                "sse 40ms {\nprelude off\n}\n" + h.directive,
+		"the handler's, started early": "sse 40ms {\nprelude off\nearly_start 10ms\n}\n" + h.directive,
+		"timeouts after sse":           "route {\nsse 40ms {\nprelude off\n}\ntimeouts {\nwrite_timeout 50ms\n}\n" + h.directive + "\n}",
+		"timeouts before sse":          "route {\ntimeouts {\nwrite_timeout 50ms\n}\nsse 40ms {\nprelude off\n}\n" + h.directive + "\n}",
+		"timeouts with a rate":         "route {\nsse 40ms {\nprelude off\n}\ntimeouts {\nwrite_timeout 50ms 100000\n}\n" + h.directive + "\n}",
+	} {
+		for _, idle := range []string{"", "write_idle -1s", "write_idle 50ms"} {
+			t.Run(name+" "+idle, func(t *testing.T) {
+				c := startCaddy(t, site, withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
+				n++
+				protocols := clientProtocols[n%3:][:1]
+				if strings.Contains(name, "the handler's") {
+					protocols = clientProtocols
+				}
+				for _, proto := range protocols {
+					cl, path := c.client(proto), "/"+proto
+					e := cl.begin(cl.request(t, "GET", path, nil, acceptStream))
+					call := h.accept(t)
+					if strings.Contains(name, "early") {
+						e.headers(t) // the stream has started
+					}
+					call.do(func(w http.ResponseWriter) {
+						if strings.Contains(name, "handler's") {
+							// Before there is a stream, too.
+							_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(within))
+						}
+						w.Header().Set("Content-Type", eventStream)
+						w.WriteHeader(200)
+					})
+					send := call.send
+					if strings.Contains(name, "handler's") {
+						send = func(text string) {
+							call.do(func(w http.ResponseWriter) { writeWithDeadline(t, w, text, within) })
+						}
+					}
+					body := e.headers(t).follow()
+					send("data: 1\n\n")
+					// The deadline passes, and so do frames after it.
+					if got, err := body.wait(func(unread string) bool { return strings.Count(unread, ":heartbeat") >= 4 }); err != nil {
+						t.Fatalf("%s: behind %q: %v", proto, got, err)
+					}
+					send("data: 2\n\n")
+					call.end()
+					got, err := body.rest()
+					if text := strings.ReplaceAll(got, ":heartbeat\n\n", ""); text != "data: 1\n\ndata: 2\n\n" || err != io.EOF {
+						t.Errorf("%s: got %q, %v", proto, got, err)
+					}
+					expectEnd(t, c.closedLine(t, path), "upstream_closed", "info")
+				}
+			})
+		}
+	}
+}
+
+// The other way round, what is no stream keeps them.
+func TestDeadlinesOfHandlersHoldForWhatIsNoStream(t *testing.T) {
+	checkLeaks(t)
+	given := make(chan bool, 1) // up
+	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
+		defer func() { given <- true }()
+		for r.Context().Err() == nil {
+			if _, err := w.Write(make([]byte, 64<<10)); err != nil {
+				return
+			}
+		}
+	})
+	for _, early := range []string{"", "early_start 1h any"} {
+		for _, idle := range []string{"", "write_idle -1s"} {
+			t.Run(early+" "+idle, func(t *testing.T) {
+				c := startCaddy(t, `route {
+					sse {
+						`+early+`
+					}
+					timeouts {
+						write_timeout 100ms
+					}
+					reverse_proxy `+up.addr+`
+				}`, withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
+				for _, proto := range []string{"h1", "h2"} { // quic-go's server has no write timeout
+					res := c.client(proto).get(t, "/", acceptStream)
+					<-given // the client reads nothing until then
+					if n, err := io.CopyN(io.Discard, res.Body, 64<<20); err == nil {
+						t.Errorf("%s: %d bytes have come, and no end", proto, n)
+					}
+					res.leave()
+				}
+			})
+		}
+	}
+}
+
+// A rate of the server counts from what it has sent itself; that sse looks at its
+// timeouts does not make it forget that.
+func TestARateOfTheServerRemembersWhatItHasCounted(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "text/plain")
+		for range 12 {
+			w.Write([]byte(strings.Repeat("x", 20_000)))
+			w.(http.Flusher).Flush()
+			time.Sleep(50 * time.Millisecond)
+		}
+	})
+	for name, inside := range map[string]string{
+		"early start": "sse {\nearly_start 1h any\n}",
+		"timeouts":    "sse\ntimeouts {\nread_timeout 1m\n}",
+	} {
+		t.Run(name, func(t *testing.T) {
+			// An encoder writes its last words when all handlers after it have left.
+			c := startCaddy(t, `route {
+				encode gzip
+				`+inside+`
+				reverse_proxy `+up.addr+`
+			}`, withGlobal("servers {\ntimeouts {\nwrite_idle 300ms 100\n}\n}"))
+			for _, proto := range []string{"h1", "h2"} {
+				for _, encoding := range []string{"gzip", "identity"} {
+					t.Run(proto+" "+encoding, func(t *testing.T) {
+						t.Parallel()
+						cl := c.client(proto)
+						res := cl.do(t, cl.request(t, "GET", "/", nil, "Accept-Encoding: "+encoding))
+						if text, err := res.text(); err != nil || encoding == "identity" && len(text) != 240_000 {
+							t.Errorf("got %d bytes, %v", len(text), err)
+						}
+					})
+				}
+			}
+		})
+	}
+}
+
+// timeouts after sse puts back what it has overridden when it leaves, while
+// frames go out on another goroutine.
+func TestTimeoutsAfterSSEDoNotMeetAFrame(t *testing.T) {
+	checkLeaks(t)
+	h := newTestHandler(t)
+	c := startCaddy(t, `route {
+		sse 1ms {
+			prelude 1ms
+		}
+		timeouts {
+			read_timeout 5s
+			write_timeout 5s
+			max_write_chunk 1KiB
+		}
+		`+h.directive+`
+	}`)
+	for i := range 15 {
+		cl := c.client(clientProtocols[i%3])
+		e := cl.begin(cl.request(t, "GET", "/", nil, acceptStream))
+		call := h.accept(t)
+		call.start(eventStream)
+		body := e.headers(t).follow()
+		if _, err := body.wait(func(unread string) bool { return strings.Count(unread, "heartbeat") > 3 }); err != nil {
+			t.Fatal(err)
+		}
+		call.end()
+		if _, err := body.rest(); err != io.EOF {
+			t.Error(err)
+		}
+	}
+}
+
+// Writers that say nothing of what they are around
+
+// opaque is the handler `test_opaque`, with a writer as many have it: it flushes,
+// and does not unwrap.
+type opaque struct{}
+
+func init() {
+	caddy.RegisterModule(opaque{})
+	httpcaddyfile.RegisterHandlerDirective("test_opaque", func(httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
+		return opaque{}, nil
+	})
+}
+
+func (opaque) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "http.handlers.test_opaque", New: func() caddy.Module { return new(opaque) }}
+}
+
+func (opaque) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+	return next.ServeHTTP(opaqueWriter{w}, r)
+}
+
+type opaqueWriter struct{ http.ResponseWriter }
+
+func (w opaqueWriter) Flush() { _ = http.NewResponseController(w.ResponseWriter).Flush() }
+
+// What sse switches off of the server's own protection, it must be able to do
+// itself, whatever writer is in between.
+func TestAClientThatTakesNothingIsEndedThroughAnOpaqueWriterToo(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	for _, idle := range []string{"", "write_idle -1s", "write_idle 200ms", "write_idle -1s\nread_body_idle -1s"} {
+		t.Run("with "+idle, func(t *testing.T) {
+			c := startCaddy(t, `route {
+				test_opaque
+				sse 1h {
+					write_timeout 500ms
+				}
+				reverse_proxy `+up.addr+`
+			}`, withAdmin(), withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
+			for i, proto := range clientProtocols {
+				if i > 0 && strings.Contains(idle, "read_body_idle") {
+					break // there, nobody knows the way to one stream of a connection
+				}
+				cl, path := c.client(proto), "/"+proto
+				e := cl.begin(cl.request(t, []string{"GET", "POST"}[i%2], path, strings.NewReader("{}"), acceptStream))
+				call := up.accept(t)
+				call.start(eventStream)
+				res := e.headers(t) // and nothing more is read
+				call.floodUntilStuck()
+				call.expectGone()
+				line := c.closedLine(t, path)
+				expectEnd(t, line, "write_timeout", "info")
+				if took := seconds(line["duration"]); took < 500*time.Millisecond {
+					t.Errorf("%s: it took %v", proto, took)
+				}
+				if n, err := io.Copy(io.Discard, res.Body); err == nil {
+					t.Errorf("%s: behind %d bytes the stream looks whole", proto, n)
+				}
+				res.leave()
+			}
+			c.waitForStreams(t, 0)
+		})
+	}
+}
+
+func TestAStreamThroughAnOpaqueWriterIsAsAnyOther(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `route {
+		test_opaque
+		sse 20ms {
+			prelude off
+			write_timeout 200ms
+		}
+		reverse_proxy `+up.addr+`
+	}`, withAdmin(), withGlobal("servers {\ntimeouts {\nwrite_idle 100ms\n}\n}"))
+	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+		for range 2 { // on one connection, where there is one
+			e, call := open(t, cl, up, "/"+cl.proto, acceptStream)
+			call.start(eventStream)
+			body := e.headers(t).follow()
+			if _, err := body.wait(func(unread string) bool { return strings.Count(unread, ":heartbeat\n\n") > 20 }); err != nil {
+				t.Fatal(err)
+			}
+			call.send("data: 1\n\n")
+			call.end()
+			text, err := body.rest()
+			if strings.ReplaceAll(text, ":heartbeat\n\n", "") != "data: 1\n\n" || err != io.EOF {
+				t.Errorf("got %q, %v", text, err)
+			}
+		}
+	})
 }
 
 // duplex answers with an event for each line of the request, as they come.
@@ -461,9 +739,8 @@ func TestAClientThatTakesNothingIsEndedAfterTheWriteTimeout(t *testing.T) {
 	checkLeaks(t)
 	for _, idle := range []string{"", "write_idle -1s", "write_idle 200ms", "write_idle 100ms 100000000"} {
 		t.Run("with "+idle, func(t *testing.T) {
-			c, sent := startFlooded(t, "700ms", withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
+			c, _ := startFlooded(t, "700ms", withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
 			overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
-				sent.Store(0)
 				path := "/" + cl.proto
 				// Another one on the same connection, where it can be, notices
 				// nothing.
@@ -484,7 +761,6 @@ func TestAClientThatTakesNothingIsEndedAfterTheWriteTimeout(t *testing.T) {
 				if _, err := other.wait(func(string) bool { return true }); err != nil {
 					t.Errorf("the other stream ended with %v", err)
 				}
-				t.Logf("%d bytes of %v were sent", sent.Load(), line["bytes"])
 			})
 		})
 	}
@@ -665,7 +941,7 @@ func TestAnEndThatAbortsHasNoLastChunk(t *testing.T) {
 				conn = tls.Client(conn, &tls.Config{InsecureSkipVerify: true, ServerName: "localhost", NextProtos: []string{"http/1.1"}})
 			}
 			conn.SetDeadline(time.Now().Add(patience))
-			fmt.Fprintf(conn, "%s /%v HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", method, secure)
+			fmt.Fprintf(conn, "%s /%v HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\nCache-Control: no-cache\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", method, secure)
 			call := up.accept(t)
 			call.start(eventStream)
 			text, err := io.ReadAll(bufio.NewReader(conn))
@@ -744,5 +1020,49 @@ func TestOnlyAResumableStreamHasAMaximalAge(t *testing.T) {
 				t.Errorf("%+v: it ended at %v with %v and %q", test, ended, err, c.body.String())
 			}
 		})
+	}
+}
+
+// A limit that no clock reaches ends nobody, and has nobody look at the clock
+// again and again.
+func TestLimitsBeyondAllTimeEndNobody(t *testing.T) {
+	const longest = caddy.Duration(1<<63 - 1)
+	for _, limit := range []caddy.Duration{caddy.Duration(1752000 * time.Hour), longest - 1, longest} {
+		for drain, beat := range map[bool]caddy.Duration{false: -1, true: limit} {
+			synctest.Test(t, func(t *testing.T) {
+				// A bubble's clock begins before that of the process.
+				time.Sleep(40 * 365 * 24 * time.Hour)
+				config := &caddysse.Handler{
+					Heartbeat:       &caddysse.Heartbeat{Interval: beat, Prelude: -1},
+					Retry:           &caddysse.Retry{Min: 1e6, Max: limit},
+					UpstreamTimeout: limit,
+					WriteTimeout:    limit,
+					MaxDuration:     &caddysse.MaxDuration{Duration: limit, Jitter: limit},
+					Drain:           &caddysse.Drain{Reload: limit, Exit: limit},
+				}
+				h := provision(t, config)
+				lives := func() *client {
+					return play(t, h, func(w http.ResponseWriter) {
+						for range 100 {
+							write(t, w, "data: 1\n\n")
+							time.Sleep(time.Minute)
+						}
+					})
+				}
+				if drain {
+					// One that it finds, and one that joins in.
+					go lives()
+					synctest.Wait()
+					stop := make(chan struct{})
+					defer close(stop)
+					go h.DrainOver(time.Duration(limit), stop)
+					synctest.Wait()
+				}
+				text := lives().body.String()
+				if _, events, _ := strings.Cut(text, "\n\n"); events != strings.Repeat("data: 1\n\n", 100) {
+					t.Errorf("limit %v, drain %v: got %d bytes, %.100q", time.Duration(limit), drain, len(text), text)
+				}
+			})
+		}
 	}
 }

@@ -31,6 +31,9 @@ func (h *Handler) Validate() error {
 		validateLimit("max_streams_per_client", h.MaxStreamsPerClient),
 		validateClientKey(h.ClientKey, h.MaxStreamsPerClient),
 		validateReconnectOn(h.ReconnectOn),
+		h.UpstreamRetry.validate(),
+		h.Share.validate(h.Resumable),
+		h.UpstreamRetry.validate(),
 	} {
 		if err != nil {
 			return err
@@ -111,6 +114,16 @@ func (dr *Drain) validate() error {
 		return err
 	}
 	return validateDuration("drain: exit", dr.Exit)
+}
+
+func (u *UpstreamRetry) validate() error {
+	if u == nil {
+		return nil
+	}
+	if u.Live && u.Window <= 0 {
+		return errors.New("sse: upstream_retry: live does nothing without a window")
+	}
+	return validateDuration("upstream_retry", u.Window)
 }
 
 func validateDeadClientTimeout(d caddy.Duration) error {

@@ -206,6 +206,7 @@ func (c *crowd) follow(ctx context.Context, over *transport, path string, s *sig
 		request.Body = io.NopCloser(strings.NewReader(`{"stream":true}`))
 	}
 	request.Header.Set("Accept", "text/event-stream")
+	request.Header.Set("Cache-Control", "no-cache") // as an EventSource
 	response, err := over.http.RoundTrip(request)
 	if err != nil {
 		s.ending, s.err = unopened, err

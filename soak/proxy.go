@@ -87,7 +87,7 @@ func startProxy(binary, dir, upstream string, book *ledger) (*proxy, error) {
 	}
 	p.command = exec.Command(binary, "run", "--config", "Caddyfile")
 	p.command.Dir = dir
-	p.command.Env = append(os.Environ(), "XDG_DATA_HOME="+dir, "XDG_CONFIG_HOME="+dir)
+	p.command.Env = append(os.Environ(), "XDG_DATA_HOME="+filepath.Join(dir, "data"), "XDG_CONFIG_HOME="+filepath.Join(dir, "config"))
 	p.command.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	// A pipe of our own: Wait would close one of the command before the last
 	// lines are read.

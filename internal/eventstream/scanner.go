@@ -130,7 +130,7 @@ func (s *Scanner) Scan(p []byte) {
 	s.scan(p, false)
 }
 
-// ScanToBoundary follows p up to and including the first byte behind which the
+// ScanToBoundary follows p up to and including the first byte after which the
 // place is an event boundary, and returns how many bytes that is. It follows
 // all of p when there is no such byte; Place tells the two apart. Where the
 // place is a boundary already, ScanToBoundary moves on to the next one.
@@ -155,7 +155,7 @@ func (s *Scanner) Place() Place {
 }
 
 // PendingCR reports whether the last byte was a CR whose LF may still come.
-// The line counts as ended already, but a LF that is put behind any other
+// The line counts as ended already, but a LF that is put after any other
 // bytes would end a second one.
 func (s *Scanner) PendingCR() bool {
 	return s.pendingCR
@@ -195,7 +195,7 @@ func (s *Scanner) Retry() (ms uint64, ok bool) {
 	return s.retry, s.hasRetry
 }
 
-// Incomplete reports whether there are field bytes behind the last blank line:
+// Incomplete reports whether there are field bytes after the last blank line:
 // an unfinished event, or an unfinished line that is not a comment. Clients
 // discard them if the body ends here (section 9.2.6).
 func (s *Scanner) Incomplete() bool {
@@ -220,8 +220,15 @@ func (s *Scanner) LooksLikeJSON() bool {
 	return s.opening == jsonOpening
 }
 
+// resume has the next byte be the first one of another body. It is for where
+// the place is an event boundary: no line and no event is open there.
+func (s *Scanner) resume() {
+	s.opening = bodyStart
+	s.pendingCR = false
+}
+
 func (s *Scanner) scan(p []byte, toBoundary bool) int {
-	text := 0 // where it begins behind the byte order mark
+	text := 0 // where it begins after the byte order mark
 	if s.opening < bomRead {
 		text = s.followBOM(p)
 	}
@@ -275,7 +282,7 @@ func (s *Scanner) judgeOpening(p []byte) {
 }
 
 func (s *Scanner) followLines(p []byte, toBoundary bool) int {
-	// The next LF and CR at or behind i are looked up once each, so that a body
+	// The next LF and CR at or after i are looked up once each, so that a body
 	// that has only one kind is not searched for the other at every line.
 	lf, cr := -1, -1
 	for i := 0; i < len(p); {
@@ -316,7 +323,7 @@ func (s *Scanner) followLines(p []byte, toBoundary bool) int {
 	return len(p)
 }
 
-// indexFrom returns the index of the first b in p at or behind from, and
+// indexFrom returns the index of the first b in p at or after from, and
 // len(p) when there is none.
 func indexFrom(p []byte, from int, b byte) int {
 	if i := bytes.IndexByte(p[from:], b); i >= 0 {
@@ -364,7 +371,7 @@ func (s *Scanner) followLine(p []byte) {
 	}
 }
 
-// followName follows the name of a field and returns what comes behind its
+// followName follows the name of a field and returns what comes after its
 // colon.
 func (s *Scanner) followName(p []byte) (value []byte) {
 	room := len(s.name) - int(s.nameLength)

@@ -27,6 +27,7 @@ type Splicer struct {
 	bomChecked bool  // the body does not begin with a byte order mark any more
 	lfOwed     bool  // the client must not get the LF of the upstream's last CR
 	spoken     bool  // the client has got something
+	resumed    bool  // the body is not the first one
 	overdue    bool  // a heartbeat was due where none may go
 }
 
@@ -198,7 +199,7 @@ func (s *Splicer) follow(f *Frames, p []byte) (lead, body []byte) {
 
 // begin is follow for the first bytes of the body.
 func (s *Splicer) begin(f *Frames, p []byte) (lead, body []byte) {
-	if !s.bomChecked && (s.spoken || s.owed != nil) {
+	if !s.bomChecked && (s.spoken || s.resumed || s.owed != nil) {
 		for len(p) > 0 && int(s.bomHeld) < len(bom) && p[0] == bom[s.bomHeld] {
 			s.bomHeld++
 			p = p[1:]
@@ -246,8 +247,36 @@ func (s *Splicer) MayEnd() bool {
 	if s.Opaque() {
 		return true
 	}
-	torn := s.scan.PendingCR() && s.scan.LineEnding() != CR && !s.lfOwed
-	return s.scan.Place().isBoundary() && !torn
+	return s.scan.Place().isBoundary() && !s.isTorn()
+}
+
+// isTorn reports whether the client has the CR of what may be a CRLF, and not
+// its LF.
+func (s *Splicer) isTorn() bool {
+	return s.scan.PendingCR() && s.scan.LineEnding() != CR && !s.lfOwed
+}
+
+// MayResume reports whether another body may follow here: at an event boundary
+// of an event stream.
+func (s *Splicer) MayResume() bool {
+	return !s.Opaque() && s.scan.Place().isBoundary()
+}
+
+// Resume says that the body has broken off, and that the next byte is the first
+// one of another body with which the upstream goes on. The client has one stream
+// all the same: IDs, reconnection times and counts go on, and a byte order mark
+// at the start of the new body is dropped. It appends to dst what the client gets
+// for the end of the old one: the LF of a CRLF that was torn apart. It is for
+// where [Splicer.MayResume] is true.
+func (s *Splicer) Resume(dst []byte) []byte {
+	if s.isTorn() {
+		dst = append(dst, '\n')
+	}
+	s.lfOwed = false
+	s.bomChecked = false
+	s.resumed = true
+	s.scan.resume()
+	return dst
 }
 
 // Frame appends a heartbeat, which goes out now, with all that must go before

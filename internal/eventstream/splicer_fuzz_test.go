@@ -20,7 +20,7 @@ func FuzzSplicer(f *testing.F) {
 		for k, round := range [][]byte{
 			{feedByte, frameNow},
 			{frameNow, feedByte, feedByte, odd | frameNow, blockNow},
-			{byte(i<<3 | feed), odd | frameNow, feedByte, blockNow},
+			{byte(i<<3) + feed, odd | frameNow, feedByte, blockNow},
 			{feedByte, blockNow, frameNow, feedByte, frameNow},
 		} {
 			script := append([]byte{byte(k<<styleShift | (i+5*k)%(1<<styleShift))}, bytes.Repeat(round, 3+i%20)...)

@@ -1,0 +1,140 @@
+package caddysse
+
+import (
+	"context"
+	"math/rand/v2"
+	"net/http"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// beaten is a client that counts what it is sent.
+type beaten struct {
+	writes atomic.Int64
+	write  func() // what a write does beside; nil: nothing
+}
+
+func (b *beaten) Header() http.Header { return nil }
+func (b *beaten) WriteHeader(int)     {}
+func (b *beaten) FlushError() error   { return nil }
+func (b *beaten) Write(p []byte) (int, error) {
+	b.writes.Add(1)
+	if b.write != nil {
+		b.write()
+	}
+	return len(p), nil
+}
+
+// quietHandler is one whose heartbeats are an hour apart.
+func quietHandler() *Handler {
+	return &Handler{
+		agenda: new(agenda),
+		frames: newFrames(&Heartbeat{Interval: off}, nil),
+	}
+}
+
+// openStream is a stream without a server, whose next frame is due after a wait.
+func openStream(h *Handler, w http.ResponseWriter, wait time.Duration) *stream {
+	s := &stream{h: h, frames: &h.frames, w: w, arrived: now(), ctx: context.Background(), cancel: func(error) {}, wait: wait, headed: true}
+	s.stage.Store(uint32(stageOpen))
+	s.mu.Lock()
+	s.scheduleLocked()
+	s.mu.Unlock()
+	return s
+}
+
+func TestAStopOfTheProcessIsNoSilenceOfTheUpstream(t *testing.T) {
+	const second = instant(time.Second)
+	for name, test := range map[string]struct {
+		fires [][2]instant // when the timer was due, and when it fired
+		since instant
+		want  time.Duration
+	}{
+		"no stop":                          {[][2]instant{{1 * second, 1 * second}, {2 * second, 2*second + 99e6}}, 0, 0},
+		"a stop":                           {[][2]instant{{1 * second, 8 * second}}, 0, 7 * time.Second},
+		"two stops":                        {[][2]instant{{1 * second, 8 * second}, {9 * second, 12 * second}}, 0, 10 * time.Second},
+		"a stop before the silence":        {[][2]instant{{1 * second, 8 * second}}, 8 * second, 0},
+		"a silence that began in the stop": {[][2]instant{{1 * second, 8 * second}}, 5 * second, 3 * time.Second},
+		"a busy machine":                   {[][2]instant{{1 * second, 1*second + instant(stopSlack)}}, 0, stopSlack},
+	} {
+		a := new(agenda)
+		for _, fire := range test.fires {
+			a.noteStopLocked(fire[0], fire[1])
+		}
+		if got := a.stoppedSince(test.since); got != test.want {
+			t.Errorf("%s: got %v, want %v", name, got, test.want)
+		}
+	}
+}
+
+func TestTheLatestStopsAreRemembered(t *testing.T) {
+	a := new(agenda)
+	for i := range instant(100) {
+		a.noteStopLocked(i*instant(time.Minute), i*instant(time.Minute)+instant(time.Second))
+	}
+	if len(a.stops) != keptStops || cap(a.stops) > 2*keptStops {
+		t.Errorf("%d stops are kept in room for %d", len(a.stops), cap(a.stops))
+	}
+	if got, want := a.stoppedSince(0), keptStops*time.Second; got != want {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
+// The timer is the only clock that a stop is seen by, so it fires often enough
+// where an upstream's silence is limited, and not once more where none is.
+func TestAnAgendaLooksForStopsOnlyWhereSilenceIsLimited(t *testing.T) {
+	for _, pulse := range []time.Duration{0, time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			h := quietHandler()
+			h.agenda.pulse = pulse
+			s := openStream(h, new(beaten), time.Hour)
+			fired := 0
+			for range 600 {
+				time.Sleep(100 * time.Millisecond)
+				synctest.Wait()
+				h.agenda.mu.Lock()
+				if left := time.Duration(h.agenda.armed - now()); pulse > 0 && left > pulse {
+					t.Errorf("the timer fires in %v", left)
+				} else if pulse == 0 && left < 58*time.Minute {
+					fired++
+				}
+				h.agenda.mu.Unlock()
+			}
+			if fired > 0 {
+				t.Errorf("the timer was set for something else than the frame %d times", fired)
+			}
+			h.agenda.drop(s)
+		})
+	}
+}
+
+// No wait is so long that its end is in the past.
+func TestAWaitBeyondAllTimeIsNeverOver(t *testing.T) {
+	for _, wait := range []time.Duration{never, never - 1, never - time.Second, never - time.Hour, 2 * 1752000 / 2 * time.Hour} {
+		h := quietHandler()
+		client := new(beaten)
+		s := openStream(h, client, wait)
+		s.lastHeard = time.Duration(rand.N(int64(time.Hour)))
+		h.agenda.mu.Lock()
+		first := h.agenda.entries[0].at
+		h.agenda.mu.Unlock()
+		if first < now()+instant(24*365*time.Hour) {
+			t.Errorf("a wait of %v is over at %v", wait, time.Duration(first))
+		}
+		s.tick()
+		h.agenda.mu.Lock()
+		again := h.agenda.entries[0].at
+		h.agenda.mu.Unlock()
+		if again < now()+instant(24*365*time.Hour) || client.writes.Load() != 0 {
+			t.Errorf("after a look, a wait of %v is over at %v, with %d writes", wait, time.Duration(again), client.writes.Load())
+		}
+		h.agenda.drop(s)
+	}
+	for _, from := range []instant{instant(-never), 0, 1, instant(time.Hour), instant(never) - 1, instant(never)} {
+		if to := from.plus(never); to < from {
+			t.Errorf("after %v comes %v", time.Duration(from), time.Duration(to))
+		}
+	}
+}

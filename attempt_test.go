@@ -1,0 +1,386 @@
+package caddysse_test
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	caddysse "github.com/caddy-sse/caddy-sse"
+)
+
+// lateDial is what net/http.Transport leaves running for a request that was
+// given up: a dial that nobody waits for, which reads the request's header, its
+// fields and its placeholders without a lock.
+type lateDial struct {
+	running sync.WaitGroup
+	stop    chan struct{}
+}
+
+// begin returns when the request has been read once. From then on it is read
+// until it is told to end.
+func (b *lateDial) begin(r *http.Request) {
+	b.stop = make(chan struct{})
+	looked := make(chan struct{})
+	repl := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	b.running.Go(func() {
+		for first := true; ; first = false {
+			for _, placeholder := range []string{
+				"{http.request.header.X-Name}", "{http.request.header.Accept-Encoding}", "{http.request.host}",
+				"{http.request.uri}", "{outside}", "{unknown}", "{http.sse.reason}",
+			} {
+				repl.ReplaceAll(placeholder, "")
+			}
+			_ = r.Context().Value(caddyhttp.ServerCtxKey)
+			_ = r.Header.Get("X-Name")
+			if first {
+				close(looked)
+			}
+			select {
+			case <-b.stop:
+				return
+			default:
+			}
+		}
+	})
+	<-looked
+}
+
+func (b *lateDial) end() {
+	close(b.stop)
+	b.running.Wait()
+}
+
+// Whatever becomes of a request, nothing that its handlers have got is written
+// to: the process could die of it, and the race detector tells.
+func TestADialThatNobodyWaitsForMayReadTheRequestForEver(t *testing.T) {
+	late := make(chan struct{}) // closed when a stream has started early
+	ends := map[string]func(w http.ResponseWriter, r *http.Request) error{
+		"an error":  func(http.ResponseWriter, *http.Request) error { return caddyhttp.Error(502, errors.New("it failed")) },
+		"a panic":   func(http.ResponseWriter, *http.Request) error { panic(http.ErrAbortHandler) },
+		"no answer": func(http.ResponseWriter, *http.Request) error { return nil },
+		"another answer": func(w http.ResponseWriter, _ *http.Request) error {
+			_, err := io.WriteString(w, "text")
+			return err
+		},
+		"an error that is answered": func(w http.ResponseWriter, _ *http.Request) error {
+			w.WriteHeader(503)
+			return nil
+		},
+		"a stream":                 stream(func(w http.ResponseWriter) { _, _ = io.WriteString(w, "data: 1\n\n") }),
+		"a stream that breaks off": stream(func(w http.ResponseWriter) { panic(http.ErrAbortHandler) }),
+		"a stream that is late": func(w http.ResponseWriter, r *http.Request) error {
+			<-late
+			return stream(func(w http.ResponseWriter) { _, _ = io.WriteString(w, "data: 1\n\n") })(w, r)
+		},
+		"an error that is late": func(w http.ResponseWriter, r *http.Request) error {
+			<-late
+			return caddyhttp.Error(502, errors.New("it failed"))
+		},
+	}
+	for _, name := range slices.Sorted(maps.Keys(ends)) {
+		for _, delay := range []time.Duration{0, time.Millisecond} {
+			t.Run(fmt.Sprintf("%s, early start %v", name, delay > 0), func(t *testing.T) {
+				config := &caddysse.Handler{ReconnectOn: []int{503}}
+				if delay > 0 {
+					config.EarlyStart = &caddysse.EarlyStart{Delay: caddy.Duration(delay)}
+				}
+				late = make(chan struct{})
+				told := sync.OnceFunc(func() { close(late) })
+				if delay == 0 {
+					told() // there is no early start to wait for
+				}
+				h := provision(t, config)
+				c := headed{newClient(t), told}
+				r := get("text/event-stream")
+				r.Header.Set("X-Name", "example.com")
+				r.Header.Set("Accept-Encoding", "gzip")
+				r = caddyhttp.PrepareRequest(r, caddy.NewReplacer(), c, new(caddyhttp.Server))
+				var dial lateDial
+				defer dial.end()
+				func() {
+					defer func() { _ = recover() }()
+					_ = h.ServeHTTP(c, r, caddyhttp.HandlerFunc(func(w http.ResponseWriter, r *http.Request) error {
+						dial.begin(r)
+						return ends[name](w, r)
+					}))
+				}()
+				// What comes after: error routes, which change the request, and logs.
+				r.Header.Set("X-Error", "1")
+				r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer).Set("outside", "error")
+			})
+		}
+	}
+}
+
+// headed is a client that says when its headers are there.
+type headed struct {
+	*client
+	told func()
+}
+
+func (c headed) WriteHeader(status int) {
+	c.client.WriteHeader(status)
+	c.told()
+}
+
+// The same through reverse_proxy, whose dial is in its TLS handshake when the
+// request ends.
+func TestADialOfReverseProxyOutlivesItsRequest(t *testing.T) {
+	checkLeaks(t)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	dialing := make(chan net.Conn, 100)
+	go func() {
+		for {
+			conn, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			dialing <- conn
+		}
+	}()
+	for _, early := range []string{"", "early_start 20ms"} {
+		for _, end := range []string{"client", "admin"} {
+			if early == "" && end == "admin" {
+				continue // there is no stream yet
+			}
+			t.Run(early+" "+end, func(t *testing.T) {
+				c := startCaddy(t, `
+					sse {
+						`+early+`
+						drain off
+					}
+					reverse_proxy `+ln.Addr().String()+` {
+						transport http {
+							tls
+							tls_insecure_skip_verify
+							tls_server_name {http.request.header.X-Name}
+						}
+					}`, withAdmin())
+				for i := range 20 {
+					cl := c.client(clientProtocols[i%3])
+					e := cl.begin(cl.request(t, "GET", fmt.Sprint("/", i), nil, acceptStream, "X-Name: example.com", "Accept-Encoding: gzip"))
+					conn := <-dialing
+					if early != "" {
+						res := e.headers(t)
+						if end == "admin" {
+							c.listed(t, fmt.Sprint("/", i))
+							c.adminJSON(t, "DELETE", "/sse/streams?all=true", 202)
+							res.follow().expectEnd(t)
+						}
+					}
+					e.leave()
+					if early != "" {
+						c.closedLine(t, fmt.Sprint("/", i))
+					}
+					conn.Close() // only now the handshake fails
+				}
+			})
+		}
+	}
+}
+
+// What handlers after sse set gets to those before it, and what handlers before
+// it have set gets to those after it, with the request as each of them knows it.
+func TestWhatHandlersAfterSSESetGetsOut(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/auth" {
+			w.Header().Set("X-User", "maria")
+			return
+		}
+		w.Header().Set("X-Seen", fmt.Sprintf("%s %s %s", r.Method, r.RequestURI, r.Header.Get("X-Inside")))
+		body, _ := io.ReadAll(r.Body)
+		switch r.Header.Get("X-Kind") {
+		case "stream":
+			w.Header().Set("Content-Type", eventStream)
+			fmt.Fprintf(w, "data: %s\n\n", body)
+		case "text":
+			w.Write(body)
+		default:
+			panic(http.ErrAbortHandler) // a 502 of reverse_proxy
+		}
+	})
+	for _, early := range []string{"", "early_start 1h any"} {
+		for _, auth := range []string{"", "forward_auth " + up.addr + " {\nuri /auth\ncopy_headers X-User\n}"} {
+			t.Run(early+" "+strings.SplitN(auth, " ", 2)[0], func(t *testing.T) {
+				c := startCaddy(t, `
+					log
+					log_append upstream_address {http.reverse_proxy.upstream.hostport}
+					log_append inside {http.vars.inside}
+					log_append from_map {mapped}
+					header >X-Inside {http.vars.inside}
+					header >X-Map {mapped}
+					route {
+						vars outside before
+						`+auth+`
+						sse {
+							`+early+`
+						}
+						vars inside "{http.vars.outside} {http.request.method} {http.request.header.X-User}"
+						map {http.request.orig_uri.path} {mapped} {
+							/asked "mapped {http.vars.outside}"
+						}
+						request_header X-Inside "{http.request.body}"
+						method PUT
+						rewrite /rewritten{http.request.orig_uri.path}?
+						reverse_proxy `+up.addr+` {
+							header_down X-Method {http.request.method}
+							header_down X-Orig {http.request.orig_method}
+						}
+					}
+					handle_errors {
+						respond "{err.status_code} {http.request.header.Accept-Encoding} {http.request.orig_uri} {http.vars.inside} {http.reverse_proxy.upstream.hostport}" 502
+					}`)
+				user := "maria"
+				if auth == "" {
+					user = ""
+				}
+				overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+					for _, kind := range []string{"stream", "text", "dead"} {
+						req := cl.request(t, "POST", "/asked?"+kind+cl.proto, strings.NewReader("question"),
+							acceptStream, "Accept-Encoding: br", "X-Kind: "+kind)
+						res := cl.do(t, req)
+						text, err := res.text()
+						if err != nil {
+							t.Error(err)
+						}
+						want, status := map[string]string{"stream": "data: question\n\n", "text": "question"}[kind], 200
+						inside := strings.TrimSpace("before POST " + user)
+						if kind == "dead" {
+							want, status = "502 br /asked?dead"+cl.proto+" "+"before POST "+user+" "+up.addr, 502
+						} else {
+							for field, value := range map[string]string{
+								"X-Seen": "PUT /rewritten/asked question", "X-Inside": "before POST " + user, "X-Map": "mapped before",
+								"X-Method": "PUT", "X-Orig": "POST",
+							} {
+								if got := res.Header.Get(field); strings.TrimSpace(got) != strings.TrimSpace(value) {
+									t.Errorf("%s: %s: got %q, want %q", kind, field, got, value)
+								}
+							}
+						}
+						if text != want || res.StatusCode != status {
+							t.Errorf("%s: got %s %q, want %q", kind, res.Status, text, want)
+						}
+						access := c.accessLogOf(t, "/asked?"+kind+cl.proto)
+						if got := access["upstream_address"]; got != up.addr {
+							t.Errorf("%s: the access log has the upstream %v, want %s: %v", kind, got, up.addr, access)
+						}
+						if got := strings.TrimSpace(fmt.Sprint(access["inside"])); got != inside {
+							t.Errorf("%s: the access log has %q, want %q", kind, got, inside)
+						}
+						if access["from_map"] != "mapped before" {
+							t.Errorf("%s: the access log has %v from map", kind, access["from_map"])
+						}
+					}
+				})
+			})
+		}
+	}
+}
+
+// accessLogOf waits for the access log's line of a URI.
+func (c *testCaddy) accessLogOf(t testing.TB, uri string) logEntry {
+	t.Helper()
+	timeout := time.After(patience)
+	for {
+		c.logged.mu.Lock()
+		entries, changed := c.logged.entries, c.logged.changed
+		c.logged.mu.Unlock()
+		for _, entry := range entries {
+			request, _ := entry["request"].(map[string]any)
+			if strings.HasPrefix(entry.logger(), "http.log.access") && request["uri"] == uri {
+				return entry
+			}
+		}
+		select {
+		case <-changed:
+		case <-timeout:
+			t.Fatalf("%s is not in the access log within %v", uri, patience)
+		}
+	}
+}
+
+// A proxy in front, such as forward_auth, leaves placeholders of the same names.
+func TestTheProxyAfterSSEIsTheOneThatIsTold(t *testing.T) {
+	for _, early := range []bool{false, true} {
+		for _, proxied := range []bool{false, true} {
+			config := silent()
+			if early {
+				config.EarlyStart = &caddysse.EarlyStart{Delay: caddy.Duration(time.Hour), Any: true}
+			}
+			repl := caddy.NewReplacer()
+			repl.Set("http.reverse_proxy.upstream.hostport", "auth:1")
+			repl.Set("http.reverse_proxy.upstream.latency_ms", 7)
+			c := newClient(t)
+			r := caddyhttp.PrepareRequest(get("text/event-stream"), repl, c, new(caddyhttp.Server))
+			err := provision(t, config).ServeHTTP(c, r, caddyhttp.HandlerFunc(func(w http.ResponseWriter, r *http.Request) error {
+				if proxied {
+					r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer).Set("http.reverse_proxy.upstream.hostport", "app:2")
+				}
+				return stream(func(http.ResponseWriter) {})(w, r)
+			}))
+			if err != nil {
+				t.Error(err)
+			}
+			want := map[string]string{"http.reverse_proxy.upstream.hostport": "auth:1", "http.reverse_proxy.upstream.latency_ms": "7"}
+			if proxied {
+				want = map[string]string{"http.reverse_proxy.upstream.hostport": "app:2", "http.reverse_proxy.upstream.latency_ms": ""}
+			}
+			for _, placeholder := range slices.Sorted(maps.Keys(want)) {
+				if got, _ := repl.GetString(placeholder); got != want[placeholder] {
+					t.Errorf("early %v, proxied %v: {%s} is %q, want %q", early, proxied, placeholder, got, want[placeholder])
+				}
+			}
+		}
+	}
+}
+
+// Error routes run after the handlers, with the request as it came.
+func TestErrorRoutesGetTheRequestAsItCame(t *testing.T) {
+	for _, early := range []bool{false, true} {
+		for _, encodings := range [][]string{nil, {"gzip"}, {"gzip", "br"}} {
+			config := silent()
+			if early {
+				config.EarlyStart = &caddysse.EarlyStart{Delay: caddy.Duration(time.Hour)}
+			}
+			r := get("text/event-stream")
+			if encodings != nil {
+				r.Header["Accept-Encoding"] = encodings
+			}
+			before := r.Header.Clone()
+			r = caddyhttp.PrepareRequest(r, caddy.NewReplacer(), nil, new(caddyhttp.Server))
+			var kept http.Header
+			err := provision(t, config).ServeHTTP(newClient(t), r, caddyhttp.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) error {
+				kept = r.Header
+				return caddyhttp.Error(502, errors.New("it failed"))
+			}))
+			if statusOf, ok := errors.AsType[caddyhttp.HandlerError](err); !ok || statusOf.StatusCode != 502 {
+				t.Errorf("it left with %v", err)
+			}
+			if fmt.Sprint(r.Header) != fmt.Sprint(before) {
+				t.Errorf("early %v: got %v, want %v", early, r.Header, before)
+			}
+			if got := kept["Accept-Encoding"]; !slices.Equal(got, []string{"identity"}) {
+				t.Errorf("early %v: the handlers' own header has become %q", early, got)
+			}
+			if err := r.Context().Err(); err != nil {
+				t.Errorf("early %v: the context of the request is over: %v", early, err)
+			}
+		}
+	}
+}

@@ -1,0 +1,179 @@
+package caddysse
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"time"
+
+	"github.com/caddy-sse/caddy-sse/internal/journal"
+)
+
+// fed is what a stream knows of the run that feeds it.
+type fed struct {
+	run string // as it may be shown
+
+	// first goes out with the headers, before anything of the upstream.
+	first []byte
+
+	greeting greeting // until the stream is open
+
+	// line are the frames from the first id on that this module adds; nil: as
+	// before. Parsers that take a blank line for an event do so after an id.
+	line *frames
+
+	source  *run
+	tried   int64  // how many tries of the run there were before
+	resumed bool   // the client's id was found
+	missed  uint64 // events that it has lost
+}
+
+// fedReport is what is told of it.
+type fedReport struct {
+	run     string
+	resumed bool
+	missed  uint64
+}
+
+func (f *fed) report() *fedReport {
+	return &fedReport{run: f.run, resumed: f.resumed, missed: f.missed}
+}
+
+// endedSoftly reports whether an upstream_error is clean to an EventSource.
+func (f *fed) endedSoftly() bool { return f != nil && f.source.outcome().soft }
+
+// retries is how often the upstream of the run was asked again meanwhile. It
+// takes no lock: whoever asks has one of a stream.
+func (f *fed) retries() int { return int(f.source.tried.Load() - f.tried) }
+
+// sendFirstLocked writes what goes out with the headers.
+func (s *stream) sendFirstLocked() error {
+	if len(s.fed.first) == 0 {
+		return nil
+	}
+	block := s.splicer.Block(&s.frames.Frames, nil, s.fed.first)
+	s.fed.first = nil
+	if _, err := s.w.Write(block); err != nil {
+		s.failLocked(err)
+		return err
+	}
+	return nil
+}
+
+// greet sends what comes before anything of the upstream to a stream that has
+// been open for a while.
+func (s *stream) greet(text []byte) error {
+	s.mu.Lock()
+	defer s.unlock()
+	if err := s.errLocked(); err != nil || len(text) == 0 {
+		return err
+	}
+	return s.sendLocked(s.age(), s.splicer.Block(&s.frames.Frames, nil, text), nil)
+}
+
+// follow passes on what a reader of a journal gets, until the stream or the
+// journal ends. The error is the journal's, io.EOF for a clean end of the
+// upstream; nil where the stream is over.
+func (s *stream) follow(ctx context.Context, c *journal.Cursor) error {
+	for {
+		p, err := c.Next()
+		switch {
+		case err != nil:
+			return err
+		case p == nil:
+			select {
+			case <-c.Wait():
+			case <-ctx.Done():
+				return nil
+			}
+		default:
+			n, err := s.pass(p)
+			c.Advance(n)
+			if err != nil || n < len(p) {
+				return nil
+			}
+		}
+	}
+}
+
+// followRun is follow for the reader of a run, and tells how the run ended.
+func (reader *runReader) followRun(ctx context.Context, s *stream) runEnd {
+	switch err := s.follow(ctx, reader.cursor); {
+	case err == nil:
+		return runEnd{}
+	case errors.Is(err, journal.ErrLagged):
+		s.end(lagged)
+		return runEnd{}
+	case errors.Is(err, io.EOF), errors.Is(err, errRunEnded):
+		return reader.run.outcome()
+	default: // the journal has been discarded
+		return runEnd{reason: upstreamError, err: err}
+	}
+}
+
+// greeting is what a client gets before anything of the upstream: a reconnection
+// time, and an event.
+type greeting struct {
+	eventSource          bool
+	retry, upstreamRetry time.Duration // 0: none
+	event                string        // its name; empty: none
+	id                   string
+	data                 string
+}
+
+// retryLines appends the reconnection times. A blank line follows each for an
+// EventSource alone: parsers of others may take it for an event.
+func (g *greeting) retryLines(dst []byte) []byte {
+	for _, d := range [2]time.Duration{g.retry, g.upstreamRetry} {
+		if d <= 0 {
+			continue
+		}
+		dst = append(dst, "retry: "...)
+		dst = strconv.AppendInt(dst, d.Milliseconds(), 10)
+		dst = append(dst, '\n')
+		if g.eventSource {
+			dst = append(dst, '\n')
+		}
+	}
+	return dst
+}
+
+// text is the whole of it.
+func (g *greeting) text() []byte {
+	dst := g.retryLines(nil)
+	if g.event == "" {
+		return dst
+	}
+	dst = fmt.Appendf(dst, "event: %s\n", g.event)
+	if g.data == "" {
+		dst = append(dst, "data:\n"...)
+	} else {
+		dst = fmt.Appendf(dst, "data: %s\n", g.data)
+	}
+	if g.id != "" {
+		dst = fmt.Appendf(dst, "id: %s\n", g.id)
+	}
+	return append(dst, '\n')
+}
+
+// owe has the client of a stream get the greeting: with the headers, where it
+// has an event, else with whatever comes first.
+func (g *greeting) owe(s *stream) {
+	text := g.text()
+	if g.event != "" {
+		s.fed.first = text
+	} else if len(text) > 0 {
+		s.splicer.OweLead(text)
+	}
+}
+
+// unfeed makes a stream that has started early one that its handlers feed.
+func (s *stream) unfeed() {
+	s.mu.Lock()
+	defer s.unlock()
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	s.fed = nil
+}

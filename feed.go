@@ -1,0 +1,220 @@
+package caddysse
+
+import (
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/caddy-sse/caddy-sse/internal/eventstream"
+	"github.com/caddy-sse/caddy-sse/internal/journal"
+)
+
+// feed puts what an upstream sends into a journal: blocks, with ids where the
+// upstream has none of its own. Its methods are for one goroutine at a time,
+// that of the handlers, but for those that say otherwise.
+type feed struct {
+	journal *journal.Journal
+	policy  journal.Policy
+	token   runToken        // of the ids that are added
+	stop    <-chan struct{} // closed when nobody wants any more
+
+	splicer  eventstream.Splicer
+	id, line []byte // room for the next id
+	partial  bool   // bytes have been appended since the last event boundary
+	plain    bool   // no ids are added: the upstream has its own
+	scanned  uint64 // events of this attempt
+	events   uint64 // of all attempts
+	lastID   string // of this attempt, as the scanner has it
+	follows  bool   // there is one
+
+	bytes  atomic.Uint64
+	ownIDs atomic.Bool  // the upstream has sent an id field
+	heard  atomic.Int64 // when it has sent something last, an instant
+	waits  atomic.Bool  // for room: the upstream is not listened to
+
+	// foreign is called when the upstream commits an id of the form that this
+	// module adds.
+	foreign func()
+
+	mu       sync.Mutex
+	position position
+	retry    time.Duration // the last one that the upstream told
+	told     bool          // it has told one
+}
+
+// errOtherBody ends a run whose body turns out to be none of events.
+var errOtherBody = errors.New("the upstream's body is no event stream")
+
+// openFeed makes a feed. began is the upstream's id that the run begins after,
+// empty for none.
+func openFeed(budget *journal.Budget, policy journal.Policy, history int, began string, evicted func()) *feed {
+	j := budget.Open(history, began, evicted)
+	if j == nil {
+		return nil
+	}
+	f := &feed{journal: j, policy: policy, token: newRunToken(), position: position{id: began}}
+	f.hears()
+	return f
+}
+
+// hears notes that the upstream has sent something.
+func (f *feed) hears() { f.heard.Store(int64(now())) }
+
+// write appends what the upstream has sent. It waits while the journal has no
+// room.
+func (f *feed) write(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	f.hears()
+	taken := len(p)
+	f.bytes.Add(uint64(taken))
+	p = f.endCR(p)
+	for len(p) > 0 {
+		n, idAt, done := f.splicer.ScanBlock(p)
+		if f.splicer.Opaque() && f.policy == journal.KeepNewest {
+			return 0, errOtherBody
+		}
+		if err := f.appendBlock(p[:n], idAt); err != nil {
+			return 0, err
+		}
+		p = p[n:]
+		if f.partial = true; done {
+			f.commit()
+		}
+	}
+	f.journal.Publish()
+	return taken, nil
+}
+
+// endCR looks whether a CR at a boundary, where p begins, is followed by its LF.
+func (f *feed) endCR(p []byte) []byte {
+	if !f.splicer.Scanner().PendingCR() || !f.splicer.AtBoundary() {
+		return p
+	}
+	switch {
+	case p[0] != '\n' && f.partial:
+		f.commit()
+	case p[0] == '\n' && !f.partial && f.policy == journal.KeepNewest:
+		// The block is complete already. One that begins with this LF would
+		// begin with a line of its own.
+		f.splicer.Scanner().Scan(p[:1])
+		return p[1:]
+	}
+	return p
+}
+
+func (f *feed) appendBlock(p []byte, idAt int) error {
+	if idAt < 0 || f.plain {
+		return f.append(p)
+	}
+	if err := f.append(p[:idAt]); err != nil {
+		return err
+	}
+	f.id = f.token.append(f.id[:0], f.events+1)
+	f.line = f.splicer.AppendID(f.line[:0], f.id)
+	if err := f.append(f.line); err != nil {
+		return err
+	}
+	return f.append(p[idAt:])
+}
+
+// append waits until the journal has taken all.
+func (f *feed) append(p []byte) error {
+	for {
+		n, err := f.journal.Append(p)
+		if p = p[n:]; len(p) == 0 || err != nil {
+			return err
+		}
+		f.waits.Store(true)
+		select {
+		case <-f.journal.Room():
+		case <-f.stop:
+			err = errStreamEnded
+		}
+		f.waits.Store(false)
+		f.hears() // the upstream was not listened to meanwhile
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// commit says to the journal that a block is complete.
+func (f *feed) commit() {
+	f.partial = false
+	scanner := f.splicer.Scanner()
+	if f.policy == journal.KeepNewest && scanner.Place() == eventstream.Start {
+		f.journal.Rollback() // a byte order mark, which is none in the middle of a stream
+		return
+	}
+	block := journal.Block{Event: scanner.Events() > f.scanned}
+	f.scanned = scanner.Events()
+	if f.splicer.HasOwnIDs() {
+		f.plain = true
+		f.ownIDs.Store(true)
+		if id, committed := scanner.LastEventID(); committed && (id != f.lastID || !f.follows) {
+			f.lastID, f.follows = id, true
+			block.SetsID, block.ID = true, f.commitID(id)
+		}
+	}
+	if ms, told := scanner.Retry(); told {
+		f.mu.Lock()
+		f.retry, f.told = reconnection(ms, true, 0), true
+		f.mu.Unlock()
+	}
+	f.events = f.journal.Commit(block)
+}
+
+// commitID takes note of an id that the upstream has committed, and returns it
+// if a client can bring it back.
+func (f *feed) commitID(id string) string {
+	if isRunID(id) && f.foreign != nil {
+		f.foreign()
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.position.commit(id)
+	id, _ = f.position.value()
+	return id
+}
+
+// again prepares for what the next attempt sends. A ring drops the unfinished
+// event of the last one: no client has seen any of it.
+func (f *feed) again() {
+	f.journal.Rollback()
+	f.splicer = eventstream.Splicer{}
+	f.partial, f.scanned = false, 0
+}
+
+// upstreamPosition is where the upstream would go on; ok is false where there is
+// no such place. It is for any goroutine.
+func (f *feed) upstreamPosition() (id string, ok bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.position.value()
+}
+
+// upstreamRetry is the reconnection time that the upstream told last, if any. It
+// is for any goroutine.
+func (f *feed) upstreamRetry() (d time.Duration, told bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.retry, f.told
+}
+
+// mayGoOn reports whether what another attempt sends may follow here. What has
+// gone out of an unfinished event can't be taken back.
+func (f *feed) mayGoOn() bool {
+	return f.policy == journal.KeepNewest || f.splicer.MayResume()
+}
+
+// place is the id of an event boundary, as a client that starts there is told
+// it: the upstream's where it has one there, else ours. It is for any goroutine.
+func (f *feed) place(at journal.Place) string {
+	if f.ownIDs.Load() && at.ID != "" {
+		return at.ID
+	}
+	return runID{token: f.token, n: at.Number}.String()
+}

@@ -1,0 +1,111 @@
+package journal
+
+import (
+	"slices"
+	"sync/atomic"
+)
+
+const (
+	// smallestChunk is what a journal begins with: a quiet stream should not
+	// pay for a busy one. Each chunk is twice as large as the one before it, up
+	// to largestChunk.
+	smallestChunk = 512
+	largestChunk  = 16 << 10
+
+	// chunkOverhead is what a chunk costs beside its bytes and its index.
+	chunkOverhead = 256
+
+	// idOverhead is what an id costs beside its text: its entry in the chunk
+	// and the one in the journal's map.
+	idOverhead = 112
+)
+
+// chunk is a piece of the journal. Bytes that readers may have seen never
+// change, so readers get slices of buf, and keep them after the journal has
+// dropped the chunk.
+type chunk struct {
+	base   int64  // offset of the first byte
+	before uint64 // how many events had ended at base
+	atBase mark   // the id in force at base
+
+	// buf is replaced only while no reader may see a byte of it.
+	buf  []byte
+	used int // bytes written; the appender's, under the journal's lock
+
+	ends          []uint32 // where its events end
+	ids           []idMark // where ids were committed
+	firstBoundary int      // the first event boundary after base; -1: none
+	lastBoundary  int      // and the last one; -1: none
+	sealed        bool     // nothing more goes into it, whatever room it has
+
+	// published is how many bytes readers may see, and how many events end in
+	// them: one word, so that a reader gets both of one moment.
+	published atomic.Uint64
+
+	// next is the chunk that follows, set after the last change of published.
+	// It is dropped once the journal has dropped this chunk: otherwise one slow
+	// reader would keep everything that came after its place.
+	next atomic.Pointer[chunk]
+}
+
+// dropped stands for what follows a chunk that the journal no longer has.
+var dropped = new(chunk)
+
+// mark is an id in force, and how many events had ended when it was committed.
+type mark struct {
+	id     string
+	events uint64
+}
+
+// idMark is an id that was committed in a chunk.
+type idMark struct {
+	mark
+	end uint32 // where its block ends
+}
+
+func (c *chunk) end() int64 { return c.base + int64(c.used) }
+
+// events is how many events have ended at the chunk's end.
+func (c *chunk) events() uint64 { return c.before + uint64(len(c.ends)) }
+
+// cost is what the chunk adds to the journal's size.
+func (c *chunk) cost() int {
+	cost := chunkOverhead + len(c.buf) + 4*cap(c.ends)
+	for _, m := range c.ids {
+		cost += idOverhead + len(m.id)
+	}
+	return cost
+}
+
+// publish lets readers see the first n bytes.
+func (c *chunk) publish(n int) {
+	c.published.Store(uint64(n)<<32 | uint64(len(c.ends)))
+}
+
+// visible is how many bytes readers may see, and how many events have ended
+// with them.
+func (c *chunk) visible() (n int, events uint64) {
+	p := c.published.Load()
+	return int(p >> 32), c.before + p&(1<<32-1)
+}
+
+// eventsAt is how many events have ended at an offset inside the chunk.
+func (c *chunk) eventsAt(offset int64) uint64 {
+	n, found := slices.BinarySearch(c.ends, uint32(offset-c.base))
+	if found {
+		n++
+	}
+	return c.before + uint64(n)
+}
+
+// idAt is the id in force at an offset inside the chunk.
+func (c *chunk) idAt(offset int64) mark {
+	m := c.atBase
+	for _, next := range c.ids {
+		if c.base+int64(next.end) > offset {
+			break
+		}
+		m = next.mark
+	}
+	return m
+}

@@ -1,0 +1,422 @@
+// Package journal keeps what an upstream has sent for the clients that read
+// it: whole events, in order, numbered from 1, bounded in bytes. It knows
+// neither HTTP nor clocks, and starts no goroutine.
+//
+// One goroutine appends; any number of [Cursor] read. A reader takes no lock
+// that others want, gets slices of the journal's own memory and never holds up
+// the appender. What a reader has been given does not change and stays valid
+// for as long as it is held, whatever the journal drops meanwhile.
+//
+// What a stream needs of its source is little: [Cursor.Next],
+// [Cursor.Advance] and [Cursor.Wait], and from whoever finds the place of a
+// returning client a Cursor or "unknown". A journal that lives in a store can
+// offer the same: live delivery reads from memory in any case, and a node that
+// did not begin the run reads batches of events by their numbers.
+package journal
+
+import (
+	"errors"
+	"sort"
+	"sync"
+	"sync/atomic"
+)
+
+// Policy says what goes first when a journal is full.
+type Policy uint8
+
+const (
+	// KeepNewest is a ring for many readers: the oldest events go, whether
+	// somebody has read them or not, and only the newest one always stays.
+	// Readers get whole blocks. A reader that falls behind is told.
+	KeepNewest Policy = iota
+
+	// KeepUnsent is for one reader at a time, which may be away: what it has
+	// been sent goes first, oldest first, and what nobody has been sent is
+	// never dropped. When that fills the journal, Append takes no more. Readers
+	// get bytes as they come, those of an unfinished event too.
+	KeepUnsent
+)
+
+const (
+	// largestEvent is how large the newest event of a ring may be, whatever its
+	// history. A larger history allows for larger events, up to what a chunk
+	// can count.
+	largestEvent = 16 << 20
+	largestEver  = 1 << 30
+
+	// smallestHistory is what a journal has at least: less is eaten up by
+	// overhead.
+	smallestHistory = 1 << 10
+
+	// passingHistory bounds what is on its way to a client for which nothing is
+	// kept any more.
+	passingHistory = 64 << 10
+
+	// unsettled is how much a journal may grow before its budget is told.
+	unsettled = 4 << 10
+)
+
+var (
+	// ErrEventTooLarge means that one event is larger than the journal can
+	// hold. With KeepNewest the unfinished event is lost, and with it the run.
+	// With KeepUnsent go on with [Journal.Pass].
+	ErrEventTooLarge = errors.New("an event is larger than the history")
+
+	// ErrLagged means that the reader has fallen behind: events that come next
+	// are gone.
+	ErrLagged = errors.New("the reader has fallen behind")
+
+	// ErrDiscarded means that there is no journal any more, or that it has been
+	// closed where something was to be appended.
+	ErrDiscarded = errors.New("the journal has been discarded")
+)
+
+// Journal is a sequence of events. Offsets count its bytes from its beginning.
+// Append, Commit, Rollback and Pass are for one goroutine; everything else is
+// for any.
+type Journal struct {
+	budget  *Budget
+	policy  Policy
+	history int
+	evicted func()
+
+	mu      sync.Mutex
+	chunks  []*chunk          // oldest first; none before the first byte
+	start   int64             // the event boundary where the oldest kept event begins
+	gone    uint64            // how many events ended before start
+	end     int64             // after the last byte
+	edge    int64             // the last event boundary
+	events  uint64            // how many events have ended
+	ids     map[string]idSpot // the first of each id that is kept; nil until there is one
+	last    mark              // the id in force at edge
+	bytes   int               // what is held, overhead included
+	settled int               // how much of it the budget knows of
+	passing bool              // nothing is kept that has been sent
+	over    bool              // closed or discarded: nothing may be appended
+
+	readers []*Cursor
+	slowest uint64  // no reader has been given fewer events than that
+	fastest uint64  // some reader has been given that many
+	reader  *Cursor // KeepUnsent: the one that counts
+	sent    int64   // KeepUnsent: what has been sent, while there is none
+
+	closed  atomic.Pointer[closing] // nil: open
+	starved atomic.Bool             // the appender waits for room
+	room    chan struct{}           // tells it; made when it first waits
+
+	// The budget's, under its lock.
+	charged   int
+	heapIndex int // counts from 1; 0: not in the heap
+	inEnded   bool
+	removed   bool
+	offered   atomic.Bool // in the heap, for readers to see without the lock
+}
+
+// closing is how a journal ended.
+type closing struct{ cause error }
+
+// idSpot is where an id that is kept was first committed.
+type idSpot struct {
+	offset int64
+	count  int // how often it was committed in what is kept
+}
+
+// Block says what the bytes since the last event boundary amount to. The ids
+// are for KeepNewest alone: a backlog is read by its numbers.
+type Block struct {
+	Event  bool   // a client dispatches an event
+	SetsID bool   // the block commits an id field of the upstream
+	ID     string // that id; empty for none, or for one that no client can bring back
+}
+
+// Append adds bytes to the unfinished block and returns how many it has taken.
+// They are copied. Readers see them after [Journal.Publish], and those of a
+// ring not before [Journal.Commit] either.
+//
+// It takes fewer than all, without an error, where it must not drop what is in
+// the way: with KeepUnsent what nobody has been sent, with KeepNewest what not
+// even the fastest reader has been given, if there are readers. Append the rest
+// when [Journal.Room] says so.
+func (j *Journal) Append(p []byte) (n int, err error) {
+	for {
+		j.mu.Lock()
+		if j.over {
+			j.mu.Unlock()
+			return n, ErrDiscarded
+		}
+		n += j.fillLocked(p[n:])
+		j.mu.Unlock()
+		if n == len(p) {
+			return n, nil
+		}
+		grown, err := j.budget.grow(j, len(p)-n)
+		if !grown {
+			j.Publish()
+			return n, err
+		}
+	}
+}
+
+// fillLocked puts as much of p into the last chunk as there is room for.
+func (j *Journal) fillLocked(p []byte) int {
+	c := j.tailLocked()
+	if c == nil || c.sealed {
+		return 0
+	}
+	n := copy(c.buf[c.used:], p)
+	c.used += n
+	j.end += int64(n)
+	return n
+}
+
+func (j *Journal) tailLocked() *chunk {
+	if len(j.chunks) == 0 {
+		return nil
+	}
+	return j.chunks[len(j.chunks)-1]
+}
+
+// Commit says that the stream is at an event boundary. It returns how many
+// events have ended, which is the number of this one if it is one. No block may
+// begin with the LF of the CR that ended the one before: a client that starts
+// there would take it for a line of its own.
+func (j *Journal) Commit(b Block) uint64 {
+	j.mu.Lock()
+	if j.passing || j.over {
+		events := j.events
+		j.mu.Unlock()
+		return events
+	}
+	j.edge = j.end
+	// There is no chunk where no byte has come since the last one was dropped.
+	if c := j.tailLocked(); c != nil {
+		at := c.used
+		if c.firstBoundary < 0 {
+			c.firstBoundary = at
+		}
+		c.lastBoundary = at
+		if b.Event {
+			j.events++
+			before := cap(c.ends)
+			c.ends = append(c.ends, uint32(at))
+			j.bytes += 4 * (cap(c.ends) - before)
+		}
+		if b.SetsID && j.policy == KeepNewest && (b.ID != "" || j.last.id != "") {
+			j.markIDLocked(c, b.ID)
+		}
+		if j.policy == KeepNewest {
+			j.fitLocked(c)
+		}
+	}
+	due := j.bytes-j.settled >= unsettled || j.policy == KeepNewest && j.bytes > j.history
+	events := j.events
+	j.mu.Unlock()
+	if due {
+		j.budget.settle(j)
+	}
+	return events
+}
+
+func (j *Journal) markIDLocked(c *chunk, id string) {
+	j.last = mark{id: id, events: j.events}
+	c.ids = append(c.ids, idMark{mark: j.last, end: uint32(c.used)})
+	j.bytes += idOverhead + len(id)
+	if id == "" {
+		return
+	}
+	if j.ids == nil {
+		j.ids = make(map[string]idSpot)
+	}
+	spot := j.ids[id]
+	if spot.count == 0 {
+		spot.offset = c.end()
+	}
+	spot.count++
+	j.ids[id] = spot
+}
+
+// fitLocked ends a chunk that one large event has made: the next one would be
+// kept and dropped with it.
+func (j *Journal) fitLocked(c *chunk) {
+	if len(c.buf) <= largestChunk {
+		return
+	}
+	c.sealed = true
+	if visible, _ := c.visible(); visible == 0 && c.used < len(c.buf)-len(c.buf)/4 {
+		j.bytes += c.used - len(c.buf)
+		c.buf = append(make([]byte, 0, c.used), c.buf[:c.used]...)
+	}
+}
+
+// Publish lets the readers see what has been appended and committed, and wakes
+// those that wait for it. Call it once for all that the upstream has sent at a
+// time.
+func (j *Journal) Publish() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.publishLocked()
+	j.wakeLocked()
+}
+
+func (j *Journal) publishLocked() {
+	c := j.tailLocked()
+	if c == nil {
+		return
+	}
+	n := c.used
+	if j.policy == KeepNewest {
+		n = int(j.edge - c.base)
+	}
+	c.publish(n)
+}
+
+func (j *Journal) wakeLocked() {
+	for _, r := range j.readers {
+		if r.parked.Load() && r.parked.CompareAndSwap(true, false) {
+			r.Wake()
+		}
+	}
+}
+
+// Rollback drops the unfinished block of a ring: the upstream has broken off
+// inside it, and no reader has seen any of it.
+func (j *Journal) Rollback() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.policy != KeepNewest || j.over {
+		return
+	}
+	c := j.tailLocked()
+	if c == nil {
+		return
+	}
+	c.used = int(j.edge - c.base)
+	j.end = j.edge
+	if c.used == 0 && len(c.buf) > largestChunk { // nobody can have seen a byte of it
+		j.bytes -= len(c.buf)
+		c.buf = make([]byte, smallestChunk)
+		j.bytes += len(c.buf)
+	}
+}
+
+// Pass stops keeping anything: from now on the journal only passes bytes on to
+// the reader that is there, and takes more as that one takes them. Events are
+// no longer counted.
+func (j *Journal) Pass() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.passing = true
+}
+
+// Close says that no more will come, and how the upstream ended: nil is a clean
+// end. Readers get what is there first. The unfinished block of a ring is
+// dropped.
+func (j *Journal) Close(cause error) {
+	j.Rollback()
+	j.mu.Lock()
+	if j.over {
+		j.mu.Unlock()
+		return
+	}
+	j.publishLocked()
+	j.over = true
+	j.closed.Store(&closing{cause})
+	j.wakeLocked()
+	j.mu.Unlock()
+	j.budget.offerEnded(j)
+}
+
+// Discard gives the memory back at once. Readers get [ErrDiscarded] after what
+// they hold already.
+func (j *Journal) Discard() {
+	j.budget.discard(j)
+}
+
+// discardLocked needs the budget's lock as well.
+func (j *Journal) discardLocked() {
+	j.over = true
+	j.closed.Store(&closing{ErrDiscarded})
+	for _, c := range j.chunks {
+		c.next.Store(dropped)
+	}
+	j.chunks, j.ids = nil, nil
+	j.start, j.gone = j.end, j.events
+	j.bytes, j.settled = 0, 0
+	j.wakeLocked()
+	j.tellRoom()
+}
+
+// Room returns a channel that gets a value when Append, which has taken fewer
+// bytes than all, may take more. It is for the goroutine that appends.
+func (j *Journal) Room() <-chan struct{} { return j.room }
+
+// starve says that the appender may have to wait for room, before it looks
+// whether there is some: what a reader takes from then on, it tells.
+func (j *Journal) starve() {
+	if j.room == nil {
+		j.room = make(chan struct{}, 1)
+	}
+	j.starved.Store(true)
+}
+
+// tellRoom wakes the appender if it waits for room.
+func (j *Journal) tellRoom() {
+	if j.starved.Load() && j.starved.CompareAndSwap(true, false) {
+		select {
+		case j.room <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// Figures is a journal at one moment.
+type Figures struct {
+	Events uint64 // how many have ended
+	Gone   uint64 // how many of them are no longer kept
+	Unsent uint64 // KeepUnsent: how many nobody has been sent
+	Bytes  int    // what is held, overhead included
+}
+
+// Figures returns the journal's figures.
+func (j *Journal) Figures() Figures {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	f := Figures{Events: j.events, Gone: j.gone, Bytes: j.bytes}
+	if j.policy == KeepUnsent {
+		f.Unsent = j.events - j.eventsAtLocked(j.sentLocked())
+	}
+	return f
+}
+
+// LastID returns the id in force after the last block: the upstream's, empty if
+// it has none.
+func (j *Journal) LastID() string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.last.id
+}
+
+// chunkAtLocked is the chunk that holds the byte at an offset, or the first one
+// after it; nil where that is still to come.
+func (j *Journal) chunkAtLocked(offset int64) *chunk {
+	i := sort.Search(len(j.chunks), func(i int) bool { return j.chunks[i].end() > offset })
+	if i < len(j.chunks) {
+		return j.chunks[i]
+	}
+	if c := j.tailLocked(); c != nil && c.end() == offset && !c.sealed {
+		return c // the next byte goes here, if it has room
+	}
+	return nil
+}
+
+// eventsAtLocked is how many events have ended at an offset.
+func (j *Journal) eventsAtLocked(offset int64) uint64 {
+	i := sort.Search(len(j.chunks), func(i int) bool { return j.chunks[i].end() >= offset })
+	switch {
+	case i == len(j.chunks):
+		return j.events
+	case offset <= j.chunks[i].base:
+		return max(j.chunks[i].before, j.gone)
+	}
+	return max(j.chunks[i].eventsAt(offset), j.gone)
+}

@@ -1,0 +1,492 @@
+package caddysse
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/caddy-sse/caddy-sse/internal/journal"
+)
+
+// run is one upstream stream that is kept apart from any client's connection.
+// What the upstream sends goes into a journal, and clients read it there. It
+// knows nothing of a client but how to end its stream.
+//
+// Attempts (calls of the handlers after sse) run on a goroutine of the run's
+// own. They answer to what has called head and then feed.write; when the last
+// one is over, finish is called, once.
+type run struct {
+	h        *Handler // the configuration that began it
+	use      runUse
+	id       uuid.UUID // in the admin API; the token is a secret
+	host     string
+	path     string
+	feed     *feed
+	began    instant
+	answered chan struct{} // closed when it is known what the upstream's answer is
+
+	ctx    context.Context // of its attempts
+	cancel context.CancelCauseFunc
+
+	tried atomic.Int64 // how many tries there were, after the first attempt
+
+	// stays is how long the run stays without a client from now on; it is called
+	// with mu held. forget takes the run off where clients look for it; it is
+	// called again and again, without.
+	stays  func() time.Duration
+	forget func()
+
+	// call calls the handlers after sse; they answer to w.
+	call func(ctx context.Context, lastEventID string, w runWriter) error
+
+	mu      sync.Mutex
+	stage   runStage
+	answer  runAnswer
+	why     reason // of an early end that was asked for
+	end     runEnd
+	readers map[*runReader]struct{}
+	joined  int     // how many clients it has had
+	alone   instant // since when there is none
+	idle    *time.Timer
+	limits  []*time.Timer
+	silence silence
+
+	catchUps      catchUps
+	upstream      string // of the last attempt that was answered
+	attempts      int
+	cancelAttempt context.CancelCauseFunc
+}
+
+// runUse is what a run is for.
+type runUse uint8
+
+const (
+	sharedRun runUse = iota
+	resumedRun
+)
+
+// runStage is where a run is in its life. A run only moves on, but for retrying.
+type runStage uint8
+
+const (
+	runAsking   runStage = iota // the upstream has not answered yet
+	runOpen                     // it sends
+	runRetrying                 // it broke off, and will be asked again
+	runEnding                   // an early end was asked for
+	runEnded                    // it has ended; what the journal has is kept for clients
+	runGone                     // accounted for
+)
+
+var runStageNames = [...]string{
+	runAsking:   "waiting",
+	runOpen:     "open",
+	runRetrying: "retrying",
+	runEnding:   "ending",
+	runEnded:    "ended",
+	runGone:     "ended",
+}
+
+// runAnswer is what the upstream answered a run.
+type runAnswer struct {
+	kind     answerKind
+	status   int
+	header   http.Header // of the run's own; readers copy it
+	upstream string
+	body     []byte // of a failure
+	err      error  // of a failure without an answer
+}
+
+// answerKind is what the clients that wait for a run's answer make of it.
+type answerKind uint8
+
+const (
+	answerPending answerKind = iota
+	answerStream             // they join
+	answerOther              // each asks the upstream by itself
+	answerFailure            // each gets it
+)
+
+// runEnd is how a run ended.
+type runEnd struct {
+	reason reason
+	err    error
+	soft   bool // an upstream_error that is clean to an EventSource
+}
+
+var (
+	// errRunEnded is the cause of the context of a run that is over. It is a
+	// cancellation, as errStreamEnded is.
+	errRunEnded = fmt.Errorf("sse: the run has ended: %w", context.Canceled)
+
+	// errUpstreamSilent is the cause of that of an attempt which has met
+	// upstream_timeout.
+	errUpstreamSilent = fmt.Errorf("sse: the upstream is silent: %w", context.Canceled)
+
+	errNoAnswer = errors.New("the upstream has not answered")
+)
+
+// newRun makes a run and lets it be known. It asks nobody yet.
+func (h *Handler) newRun(use runUse, f *feed) *run {
+	r := &run{
+		h:        h,
+		use:      use,
+		id:       uuid.New(),
+		feed:     f,
+		began:    now(),
+		answered: make(chan struct{}),
+		readers:  make(map[*runReader]struct{}),
+		forget:   func() {},
+	}
+	r.ctx, r.cancel = context.WithCancelCause(context.Background())
+	f.stop = r.ctx.Done()
+	h.group.addRun(r)
+	return r
+}
+
+// token is what the ids of the run begin with.
+func (r *run) token() runToken { return r.feed.token }
+
+// head takes the upstream's answer. A stream opens the run; after anything else
+// the run is over before it was one.
+func (r *run) head(answer runAnswer) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.headLocked(answer)
+}
+
+func (r *run) headLocked(answer runAnswer) {
+	if r.answer.kind != answerPending {
+		return
+	}
+	r.answer = answer
+	if answer.kind == answerStream && r.stage == runAsking {
+		r.stage, r.upstream = runOpen, answer.upstream
+		r.feed.hears()
+		r.watchSilenceLocked()
+	}
+	close(r.answered)
+}
+
+// endAfter stops the run with a reason when a time is over; 0: never.
+func (r *run) endAfter(d time.Duration, why reason) {
+	if d <= 0 {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stage < runEnded {
+		r.limits = append(r.limits, time.AfterFunc(d, func() { r.stop(why) }))
+	}
+}
+
+// breakOff cancels all attempts. Handlers that do not heed that are not waited
+// for.
+func (r *run) breakOff(end runEnd) {
+	r.cancel(errRunEnded)
+	time.AfterFunc(leavePatience, func() { r.finish(end) })
+}
+
+// beginAttempt makes the context of the next attempt. What cancels it says why.
+func (r *run) beginAttempt() context.Context {
+	ctx, cancel := context.WithCancelCause(r.ctx)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.attempts++
+	r.cancelAttempt = cancel
+	return ctx
+}
+
+// isSilent breaks off an attempt whose upstream has sent nothing for too long.
+// If its handlers do not heed that, they are left, and the run ends.
+func (r *run) isSilent() {
+	r.mu.Lock()
+	attempts, cancel := r.attempts, r.cancelAttempt
+	r.mu.Unlock()
+	if cancel == nil {
+		return
+	}
+	cancel(errUpstreamSilent)
+	time.AfterFunc(leavePatience, func() {
+		r.mu.Lock()
+		stuck := r.attempts == attempts && r.stage == runOpen
+		r.mu.Unlock()
+		if stuck {
+			r.finish(runEnd{reason: upstreamTimeout})
+		}
+	})
+}
+
+// stop ends the run early: nobody finds it any more, its clients end at an event
+// boundary, for this reason, and then its upstream is left. Nothing stays. It
+// returns false where the run is about to end, or has ended, already.
+func (r *run) stop(why reason) bool {
+	r.mu.Lock()
+	if r.stage >= runEnding {
+		ended := r.stage == runEnded
+		readers := r.readersLocked()
+		r.mu.Unlock()
+		if ended { // its clients have not got the rest yet
+			r.forget()
+			for _, reader := range readers {
+				reader.endStream(why)
+			}
+			if len(readers) == 0 {
+				r.remove()
+			}
+		}
+		return ended
+	}
+	r.stage, r.why = runEnding, why
+	r.headLocked(runAnswer{kind: answerFailure, err: errRunEnded})
+	readers := r.readersLocked()
+	r.mu.Unlock()
+	r.forget()
+	end := runEnd{reason: why}
+	for _, reader := range readers {
+		reader.endStream(why)
+	}
+	if len(readers) == 0 {
+		r.breakOff(end)
+	} else {
+		time.AfterFunc(endPatience+writePatience, func() { r.breakOff(end) })
+	}
+	return true
+}
+
+func (r *run) readersLocked() []*runReader {
+	all := make([]*runReader, 0, len(r.readers))
+	for reader := range r.readers {
+		all = append(all, reader)
+	}
+	return all
+}
+
+// finish says that the attempts are over, and how the last one ended. The first
+// call counts.
+func (r *run) finish(end runEnd) {
+	r.mu.Lock()
+	if r.stage >= runEnded {
+		r.mu.Unlock()
+		return
+	}
+	if r.stage == runEnding {
+		end = runEnd{reason: r.why}
+	}
+	r.stage, r.end = runEnded, end
+	for _, limit := range r.limits {
+		limit.Stop()
+	}
+	r.silence.stop()
+	r.headLocked(runAnswer{kind: answerFailure, err: cmp.Or(end.err, errNoAnswer)})
+	r.group().dropIdle(r)
+	r.mu.Unlock()
+	if r.use == sharedRun {
+		r.forget()
+	}
+	r.cancel(errRunEnded)
+	if end.reason == upstreamClosed {
+		r.feed.journal.Close(nil)
+	} else {
+		r.feed.journal.Close(errRunEnded)
+	}
+	r.restIfAlone()
+}
+
+// restIfAlone decides what becomes of a run that has no client.
+func (r *run) restIfAlone() {
+	r.mu.Lock()
+	if len(r.readers) > 0 || r.stage == runGone {
+		r.mu.Unlock()
+		return
+	}
+	stay := time.Duration(0)
+	if r.stage != runEnding {
+		stay = r.stays()
+	}
+	ended := r.stage == runEnded
+	if stay > 0 {
+		if r.idle != nil {
+			r.idle.Stop()
+		}
+		r.idle = time.AfterFunc(stay, r.restIsOver)
+		if !ended {
+			r.group().addIdle(r)
+		}
+	}
+	r.mu.Unlock()
+	switch {
+	case stay > 0:
+	case ended:
+		r.forget()
+		r.remove()
+	case !r.stop(clientClosed):
+		r.breakOff(runEnd{reason: clientClosed}) // its last client has left while it ends
+	}
+}
+
+// restIsOver ends a run that has been without a client for long enough.
+func (r *run) restIsOver() {
+	r.mu.Lock()
+	alone := len(r.readers) == 0
+	r.mu.Unlock()
+	if alone {
+		r.giveWay()
+	}
+}
+
+// giveWay ends a run that has no client, as if the last one had left only now.
+func (r *run) giveWay() {
+	r.mu.Lock()
+	if len(r.readers) > 0 || r.stage == runGone {
+		r.mu.Unlock()
+		return
+	}
+	ended := r.stage == runEnded
+	r.mu.Unlock()
+	r.forget()
+	if ended {
+		r.remove()
+	} else {
+		r.stop(clientClosed)
+	}
+}
+
+// remove accounts for the run, once.
+func (r *run) remove() {
+	r.mu.Lock()
+	if r.stage == runGone || r.stage != runEnded {
+		r.mu.Unlock()
+		return
+	}
+	figures := r.figuresLocked()
+	r.stage = runGone
+	if r.idle != nil {
+		r.idle.Stop()
+	}
+	opened := r.answer.kind == answerStream
+	r.mu.Unlock()
+	r.group().removeRun(r)
+	r.feed.journal.Discard()
+	if opened {
+		r.h.tellRunEnded(figures)
+	}
+}
+
+func (r *run) group() *group { return r.h.group }
+
+// runReader is one client of a run, from when it waits for the answer.
+type runReader struct {
+	run    *run
+	cursor *journal.Cursor // nil until it has a place
+
+	mu     sync.Mutex
+	stream *stream
+	why    reason // of an early end that was asked for before there was a stream
+	left   bool
+}
+
+// enter adds a client. It returns nil where the run takes none any more.
+func (r *run) enter() *runReader {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stage >= runEnding && (r.use == sharedRun || r.stage != runEnded) {
+		return nil
+	}
+	reader := &runReader{run: r}
+	if r.use == sharedRun && r.answer.kind == answerPending {
+		// Who waits for the answer gets all that follows it.
+		reader.join(journal.Live())
+	}
+	r.readers[reader] = struct{}{}
+	r.joined++
+	if r.idle != nil {
+		r.idle.Stop()
+	}
+	r.group().dropIdle(r)
+	return reader
+}
+
+// leave takes the client off the run.
+func (reader *runReader) leave() {
+	r := reader.run
+	reader.mu.Lock()
+	left := reader.left
+	reader.left = true
+	reader.mu.Unlock()
+	if left {
+		return
+	}
+	if reader.cursor != nil {
+		reader.cursor.Leave()
+	}
+	r.mu.Lock()
+	delete(r.readers, reader)
+	last := len(r.readers) == 0
+	if last {
+		r.alone = now()
+	}
+	r.mu.Unlock()
+	if last {
+		r.restIfAlone()
+	}
+}
+
+// join gives the client a place in the journal, instead of the one that it has.
+func (reader *runReader) join(at journal.Start) bool {
+	c, ok := reader.run.feed.journal.Join(at, func() { reader.endStream(lagged) })
+	if !ok {
+		return false
+	}
+	if reader.cursor != nil {
+		reader.cursor.Leave()
+	}
+	reader.cursor = c
+	return true
+}
+
+// leaveJournal gives up the client's place: who does not read falls behind.
+func (reader *runReader) leaveJournal() {
+	if reader.cursor != nil {
+		reader.cursor.Leave()
+		reader.cursor = nil
+	}
+}
+
+// feeds says which stream the client's is.
+func (reader *runReader) feeds(s *stream) {
+	reader.mu.Lock()
+	reader.stream = s
+	why := reader.why
+	reader.mu.Unlock()
+	if why != notEnded {
+		s.end(why)
+	}
+}
+
+// endStream ends the client's stream at an event boundary, and never waits for
+// the client.
+func (reader *runReader) endStream(why reason) {
+	reader.mu.Lock()
+	s := reader.stream
+	if reader.why == notEnded {
+		reader.why = why
+	}
+	reader.mu.Unlock()
+	if s != nil {
+		s.end(why)
+	}
+}
+
+// outcome is how the run ended, for a client that has got all of it.
+func (r *run) outcome() runEnd {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.end
+}

@@ -1,0 +1,270 @@
+package caddysse
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/caddy-sse/caddy-sse/internal/journal"
+)
+
+// runWriter is what the handlers of a run's attempt answer to.
+type runWriter interface {
+	http.ResponseWriter
+
+	// asked says which request they get.
+	asked(request *http.Request)
+
+	// yield leaves the answer to an inner sse handler: no client of the run gets
+	// it.
+	yield()
+}
+
+// runKey is the context key of the runWriter that a request's handlers answer
+// to.
+type runKey struct{}
+
+// ask makes the attempts of a run, one after the other, and returns how it
+// ended. It belongs to a goroutine of its own.
+func (r *run) ask(lastEventID string) runEnd {
+	w := &runResponse{run: r, header: make(http.Header)}
+	ctx := r.beginAttempt()
+	err := r.attempt(ctx, lastEventID, w)
+	end := r.endOf(ctx, w, err)
+	if w.kind != answerStream || !w.brokeOff(end) {
+		return end
+	}
+	return r.tryAgain(end)
+}
+
+// attempt is one call of the handlers.
+func (r *run) attempt(ctx context.Context, lastEventID string, w *runResponse) error {
+	defer w.close()
+	err := r.callSafely(ctx, lastEventID, w)
+	if errors.Is(err, errPanic) {
+		w.failed = err // a bug, and no upstream that comes back
+	}
+	return err
+}
+
+// callSafely recovers what the handlers panic with: no server would.
+func (r *run) callSafely(ctx context.Context, lastEventID string, w runWriter) (err error) {
+	defer func() {
+		switch panicked := recover(); {
+		case panicked == nil:
+		case isAbort(panicked):
+			err = errBrokenOff
+		default:
+			r.h.survive(panicked, debug.Stack())
+			err = fmt.Errorf("%w: %v", errPanic, panicked)
+		}
+	}()
+	return r.call(ctx, lastEventID, w)
+}
+
+var errPanic = errors.New("panic")
+
+// errBrokenOff is the error of a run whose upstream has broken off.
+var errBrokenOff = errors.New("the upstream broke off")
+
+// endOf tells how an attempt ended, after which there is none.
+func (r *run) endOf(ctx context.Context, w *runResponse, err error) runEnd {
+	cause := context.Cause(ctx)
+	switch {
+	case cause == errUpstreamSilent:
+		return runEnd{reason: upstreamTimeout}
+	case w.failed != nil:
+		return runEnd{reason: upstreamError, err: w.failed, soft: w.soft}
+	case w.try != nil && w.kind != answerStream:
+		return runEnd{reason: upstreamError, err: cmp.Or(err, errNoAnswer)}
+	case w.kind == answerPending && err == nil:
+		r.head(runAnswer{kind: answerOther}) // the handlers have answered nothing
+		return runEnd{reason: upstreamClosed}
+	case w.kind == answerPending:
+		if errors.Is(err, errBrokenOff) {
+			err = caddyhttp.Error(http.StatusBadGateway, err)
+		}
+		r.head(runAnswer{kind: answerFailure, err: err})
+		return runEnd{reason: upstreamError, err: err}
+	case err != nil:
+		return runEnd{reason: upstreamError, err: err}
+	}
+	return runEnd{reason: upstreamClosed}
+}
+
+// answeredOther reports whether each client is to ask the upstream by itself.
+func (r *run) answeredOther() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.answer.kind == answerOther || errors.Is(r.end.err, errOtherBody)
+}
+
+// runResponse is the ResponseWriter that the handlers of a run's attempt get. It
+// has a header map of its own, and no client.
+type runResponse struct {
+	run     *run
+	request *http.Request // that they got
+
+	header http.Header
+	kind   answerKind
+	answer runAnswer // of a failure, until its body is there
+	failed error     // what ended the run from here
+	soft   bool
+	try    *runTry // nil: it is the first attempt
+}
+
+func (w *runResponse) asked(request *http.Request) { w.request = request }
+
+func (w *runResponse) Header() http.Header { return w.header }
+
+// WriteHeader decides what the answer is. 1xx do not reach clients: those of a
+// client that comes later would be missing.
+func (w *runResponse) WriteHeader(status int) {
+	if status < 200 && status != http.StatusSwitchingProtocols || w.kind != answerPending {
+		return
+	}
+	if w.try != nil {
+		w.kind = w.try.answered(status, w)
+		return
+	}
+	answer := runAnswer{status: status, header: w.clientsHeader(), upstream: w.upstream()}
+	switch {
+	case isStream(status, w.header) && !isEncoded(w.header):
+		answer.kind = answerStream
+		w.run.head(answer)
+	case status >= 500:
+		answer.kind = answerFailure
+		w.answer = answer
+		// Its body is worth a moment, and not more.
+		time.AfterFunc(failureBodyWait, func() {
+			w.run.head(answer)
+			w.run.cancel(errRunEnded)
+		})
+	default:
+		answer.kind = answerOther
+		w.standAside(answer)
+	}
+	w.kind = answer.kind
+}
+
+func (w *runResponse) yield() {
+	if w.kind == answerPending {
+		w.standAside(runAnswer{})
+	}
+}
+
+// standAside has each client ask the upstream by itself.
+func (w *runResponse) standAside(answer runAnswer) {
+	w.kind, answer.kind, w.failed = answerOther, answerOther, errOtherBody
+	w.run.head(answer)
+	w.run.cancel(errRunEnded)
+}
+
+// clientsHeader is what clients get of the header: not what belongs to one
+// client, to one moment or to one connection.
+func (w *runResponse) clientsHeader() http.Header {
+	header := w.header.Clone()
+	for _, declared := range header["Trailer"] {
+		for field := range strings.SplitSeq(declared, ",") {
+			header.Del(strings.TrimSpace(field))
+		}
+	}
+	for field := range header {
+		if strings.HasPrefix(field, http.TrailerPrefix) {
+			delete(header, field)
+		}
+	}
+	for _, field := range notOfRun {
+		delete(header, field)
+	}
+	return header
+}
+
+// notOfRun are the fields of an upstream's answer that no client of a run gets.
+var notOfRun = []string{"Alt-Svc", "Date", "Set-Cookie", "Trailer", "Via"}
+
+// upstream returns the upstream that reverse_proxy has chosen, if it has. It is
+// for the goroutine of the handlers.
+func (w *runResponse) upstream() string {
+	if w.request == nil {
+		return ""
+	}
+	repl, ok := w.request.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	if !ok {
+		return ""
+	}
+	upstream, _ := repl.GetString(upstreamPlaceholder)
+	return printable(upstream, 255)
+}
+
+func (w *runResponse) Write(p []byte) (int, error) {
+	w.WriteHeader(http.StatusOK)
+	switch w.kind {
+	case answerStream:
+		if w.failed != nil {
+			return 0, w.failed
+		}
+		n, err := w.run.feed.write(p)
+		if err != nil {
+			w.fail(err)
+		}
+		if w.try != nil {
+			w.try.noteEvents()
+		}
+		return n, err
+	case answerFailure:
+		if w.try != nil {
+			return 0, errRunEnded
+		}
+		if len(w.answer.body)+len(p) > maxFailureBody {
+			w.answer.body = nil
+			w.close()
+			return 0, errRunEnded
+		}
+		w.answer.body = append(w.answer.body, p...)
+		return len(p), nil
+	}
+	return 0, errRunEnded
+}
+
+// What of an error's body is given to the clients that wait.
+const (
+	maxFailureBody  = 64 << 10
+	failureBodyWait = time.Second
+)
+
+// fail notes that the journal takes no more.
+func (w *runResponse) fail(err error) {
+	w.failed = err
+	if errors.Is(err, journal.ErrEventTooLarge) {
+		w.soft = true
+	}
+}
+
+// close says that the answer is complete.
+func (w *runResponse) close() {
+	if w.kind == answerFailure && w.try == nil {
+		w.run.head(w.answer)
+	}
+}
+
+// FlushError is what http.ResponseController flushes with. What is there has
+// been published.
+func (w *runResponse) FlushError() error {
+	w.WriteHeader(http.StatusOK)
+	return w.failed
+}
+
+// Interface guards
+var (
+	_ http.ResponseWriter             = (*runResponse)(nil)
+	_ interface{ FlushError() error } = (*runResponse)(nil)
+)

@@ -1,0 +1,226 @@
+package caddysse
+
+import (
+	"context"
+	"crypto/sha256"
+	"maps"
+	"net/http"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/caddy-sse/caddy-sse/internal/journal"
+)
+
+// sharing is the shared runs of one handler: one for all requests that have a
+// key in common. A reload makes a new one, and so new runs.
+type sharing struct {
+	h       *Handler
+	names   shareNames
+	last    uint64 // how many events a client starts with; 0: with what comes from now on
+	history int
+	linger  time.Duration
+	runFor  time.Duration
+	lost    lostEvent
+	budget  *journal.Budget
+
+	// foreign: the upstream has sent ids of the form that this module adds, so
+	// those of no run that is known here are the upstream's.
+	foreign atomic.Bool
+	warned  atomic.Int64 // unix nanoseconds of the last warning
+
+	mu     sync.Mutex
+	runs   map[shareSum]*run
+	others otherAnswers
+}
+
+// shareSum is a shareKey as a key of a map.
+type shareSum = [sha256.Size]byte
+
+// lostEvent says how a gap is told to a client.
+type lostEvent struct {
+	name     string // empty: not at all
+	everyone bool   // not to an EventSource alone
+}
+
+const (
+	defaultLostEvent = "lost"
+	lostOff          = "off"
+)
+
+func newLostEvent(setting string) lostEvent {
+	switch setting {
+	case "":
+		return lostEvent{name: defaultLostEvent}
+	case lostOff:
+		return lostEvent{}
+	}
+	return lostEvent{name: setting, everyone: true}
+}
+
+// isToldTo reports whether a client gets the event.
+func (l lostEvent) isToldTo(eventSource bool) bool {
+	return l.name != "" && (l.everyone || eventSource)
+}
+
+// shareRequest is what counts of a client's request for the run that it shares.
+type shareRequest struct {
+	key shareKey
+	sum shareSum
+}
+
+// mayShare reports whether a request is one of those that share a run.
+func (x *exchange) mayShare() bool {
+	if x.h.sharing == nil || asksForUpgrade(x.r.Header) {
+		return false
+	}
+	return x.kind.resumable && hasNoBody(x.r)
+}
+
+// hasNoBody reports whether a request has no body. Over HTTP/3 its length is not
+// known where there is none.
+func hasNoBody(r *http.Request) bool {
+	return r.ContentLength == 0 || r.Body == nil || r.Body == http.NoBody ||
+		r.ProtoMajor == 3 && r.ContentLength < 0
+}
+
+// find enters the run of a request, if there is one. Whoever is in it keeps it
+// from giving way to another stream.
+func (sh *sharing) find(sum shareSum) *runReader {
+	sh.mu.Lock()
+	defer sh.mu.Unlock()
+	if r := sh.runs[sum]; r != nil {
+		return r.enter()
+	}
+	return nil
+}
+
+// findOrBegin enters the run of a request, and begins it where there is none. It
+// returns nil where the request is to ask the upstream by itself.
+func (sh *sharing) findOrBegin(x *exchange, next caddyhttp.Handler) *runReader {
+	share := x.rare.share
+	sh.mu.Lock()
+	defer sh.mu.Unlock()
+	if r := sh.runs[share.sum]; r != nil {
+		if reader := r.enter(); reader != nil {
+			return reader
+		}
+	}
+	if sh.others.has(share.sum, now()) {
+		return nil
+	}
+	f := openFeed(sh.budget, journal.KeepNewest, sh.history, x.upstreamsID(), nil)
+	if f == nil {
+		return nil
+	}
+	f.foreign = func() { sh.foreign.Store(true) }
+	r := sh.h.newRun(sharedRun, f)
+	r.host, r.path = printable(x.r.Host, 255), printable(share.key.received.Path, 1024)
+	r.stays = func() time.Duration {
+		if r.stage == runEnded || sh.h.isReplaced() || exit.exiting() {
+			return 0
+		}
+		return sh.linger
+	}
+	r.forget = func() { sh.forget(share.sum, r) }
+	if sh.runs == nil {
+		sh.runs = make(map[shareSum]*run)
+	}
+	sh.runs[share.sum] = r
+	r.endAfter(sh.runFor, maxDuration)
+	reader := r.enter()
+	server, _ := x.r.Context().Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
+	go sh.serve(r, share, server, x.upstreamsID(), next)
+	return reader
+}
+
+func (sh *sharing) forget(sum shareSum, r *run) {
+	sh.mu.Lock()
+	defer sh.mu.Unlock()
+	if sh.runs[sum] == r {
+		delete(sh.runs, sum)
+	}
+}
+
+// serve lets the handlers after sse answer a run. It keeps nothing of the
+// client that began it but the key.
+func (sh *sharing) serve(r *run, share *shareRequest, server *caddyhttp.Server, began string, next caddyhttp.Handler) {
+	r.call = func(ctx context.Context, lastEventID string, w runWriter) error {
+		request := sh.names.request(context.WithValue(ctx, runKey{}, w), share.key, lastEventID, w, server)
+		w.asked(request)
+		return next.ServeHTTP(w, request)
+	}
+	end := r.ask(began)
+	if r.answeredOther() {
+		sh.notShared(share.sum, r.path)
+	}
+	r.finish(end)
+}
+
+// notShared remembers that the upstream's answer is no stream, and warns of it
+// at most once a minute.
+func (sh *sharing) notShared(sum shareSum, path string) {
+	sh.mu.Lock()
+	sh.others.add(sum, now())
+	sh.mu.Unlock()
+	at := time.Now().UnixNano()
+	last := sh.warned.Load()
+	if at-last < int64(time.Minute) || !sh.warned.CompareAndSwap(last, at) {
+		return
+	}
+	sh.h.logger.Warn("the answer to a shared request is no event stream; for a while, each client asks the upstream by itself",
+		zap.String("name", sh.h.Name),
+		zap.String("path", path))
+}
+
+// replace says that another configuration has taken the place of this one: its
+// runs stay as long as they have clients, up to a limit.
+func (sh *sharing) replace() {
+	sh.mu.Lock()
+	all := slices.Collect(maps.Values(sh.runs))
+	sh.mu.Unlock()
+	for _, r := range all {
+		r.endAfter(replacedLimit, drained)
+		r.giveWay()
+	}
+}
+
+// replacedLimit is how long a run stays with a configuration that a reload has
+// replaced: it keeps all of it in memory.
+const replacedLimit = 10 * time.Minute
+
+// otherAnswers remembers for which keys the upstream's answer was no stream.
+// Keys are chosen by clients, so there is a bound.
+type otherAnswers struct {
+	until map[shareSum]instant
+	order []shareSum // the oldest first
+}
+
+const (
+	otherAnswersFor = 10 * time.Second
+	maxOtherAnswers = 1024
+)
+
+func (o *otherAnswers) has(sum shareSum, at instant) bool {
+	until, known := o.until[sum]
+	return known && at < until
+}
+
+func (o *otherAnswers) add(sum shareSum, at instant) {
+	if o.until == nil {
+		o.until = make(map[shareSum]instant)
+	}
+	for len(o.order) > 0 && (len(o.order) >= maxOtherAnswers || o.until[o.order[0]] <= at) {
+		delete(o.until, o.order[0])
+		o.order = o.order[1:]
+	}
+	if _, known := o.until[sum]; !known {
+		o.order = append(o.order, sum)
+	}
+	o.until[sum] = at + instant(otherAnswersFor)
+}

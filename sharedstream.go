@@ -1,0 +1,330 @@
+package caddysse
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"slices"
+	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/caddy-sse/caddy-sse/internal/journal"
+)
+
+// feedContext ends with the client's request, or when a stream that a run feeds
+// is over.
+type feedContext struct {
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+}
+
+// context is what attempts of the request are made under.
+func (x *exchange) context() context.Context {
+	if x.rare != nil && x.rare.feed.ctx != nil {
+		return x.rare.feed.ctx
+	}
+	return x.r.Context()
+}
+
+// cancelFeed ends what feeds the stream.
+func (x *exchange) cancelFeed() context.CancelCauseFunc {
+	if x.rare != nil && x.rare.feed.cancel != nil {
+		return x.rare.feed.cancel
+	}
+	return x.attempt.cancel
+}
+
+// upstream is the upstream that answers the request, as far as it is known.
+func (x *exchange) upstream() string {
+	switch {
+	case x.attempt != nil:
+		return x.attempt.upstream()
+	case x.rare != nil && x.rare.reader != nil:
+		return x.rare.reader.run.figures().upstream
+	}
+	return ""
+}
+
+// takeID takes an id of ours out of the request, before the handlers after this
+// one are called.
+func (x *exchange) takeID() {
+	id := broughtID(x.r)
+	x.rarely().brought = id
+	if isRunID(id) && x.h.sharing.foreign.Load() {
+		parsed, ok := parseRunID(id)
+		if _, known := runTokens.get(parsed.token); !ok || !known {
+			return // it is the upstream's
+		}
+	}
+	if stripped := withoutRunIDs(x.r); stripped != x.r {
+		x.rare.given, x.r = x.r, stripped
+	}
+}
+
+// asGiven is the client's request with all that it came with.
+func (x *exchange) asGiven() *http.Request {
+	if x.rare != nil && x.rare.given != nil {
+		return x.rare.given
+	}
+	return x.r
+}
+
+// lastEventID is the id that the client came with.
+func (x *exchange) lastEventID() string {
+	if x.rare != nil && x.rare.brought != "" {
+		return x.rare.brought
+	}
+	return x.r.Header.Get(lastEventIDHeader)
+}
+
+// broughtOurs reports whether that is one of those that this module adds.
+func (x *exchange) broughtOurs() bool {
+	return isRunID(x.rare.brought) && x.r.Header.Get(lastEventIDHeader) != x.rare.brought
+}
+
+// upstreamsID is the upstream's id that the client came back with in the header,
+// empty for none. One in the query is part of the key.
+func (x *exchange) upstreamsID() string {
+	var p position
+	p.commit(x.r.Header.Get(lastEventIDHeader)) // one of ours has been taken out
+	return p.id
+}
+
+// findRun enters the run that the request shares, if it is there.
+func (x *exchange) findRun() {
+	key := x.h.sharing.names.key(x.r)
+	x.rarely().share = &shareRequest{key: key, sum: key.sum()}
+	x.rare.reader = x.h.sharing.find(x.rare.share.sum)
+}
+
+// joinRun enters it, and begins it where there is none. It returns false where
+// the request asks the upstream by itself.
+func (x *exchange) joinRun(next caddyhttp.Handler) bool {
+	if x.rare == nil || x.rare.share == nil {
+		return false
+	}
+	if x.rare.reader == nil {
+		x.rare.reader = x.h.sharing.findOrBegin(x, next)
+	}
+	return x.rare.reader != nil
+}
+
+func (x *exchange) leaveRun() {
+	if x.rare.reader != nil {
+		x.rare.reader.leave()
+	}
+}
+
+// earlyStartIn is how long to wait for the upstream's headers from now on.
+func (x *exchange) earlyStartIn() time.Duration {
+	if x.startedEarly {
+		return never
+	}
+	return time.Duration(x.h.EarlyStart.Delay) - time.Duration(now()-x.arrived)
+}
+
+// callShared answers the request from the run that it has entered. It returns
+// false where the request is to ask the upstream by itself after all.
+func (x *exchange) callShared() (out outcome, shared bool) {
+	reader := x.rare.reader
+	x.rare.fed = &fed{run: reader.run.token().short(), source: reader.run, tried: reader.run.tried.Load(), greeting: x.newGreeting()}
+	if x.h.spared != nil && x.frames == &x.h.frames && !x.kind.eventSource {
+		x.rare.fed.line = &x.h.spared.line
+	}
+	feed := &x.rare.feed
+	feed.ctx, feed.cancel = context.WithCancelCause(x.r.Context())
+	if !x.awaitAnswer(feed.ctx, reader) {
+		return outcome{}, true
+	}
+	answer := reader.run.answer
+	switch answer.kind {
+	case answerStream:
+		end := x.openShared(reader, answer)
+		return outcome{left: true, run: end}, true
+	case answerFailure:
+		return outcome{left: true, err: x.passFailure(answer)}, true
+	}
+	reader.leave()
+	x.rare.reader, x.rare.fed = nil, nil
+	if x.stream != nil {
+		x.stream.unfeed()
+	}
+	return outcome{}, false
+}
+
+// awaitAnswer waits for the answer to the run. It returns false where the client
+// has left, or its stream has ended.
+func (x *exchange) awaitAnswer(ctx context.Context, reader *runReader) bool {
+	var early <-chan time.Time
+	if x.mayStartEarly() {
+		delay := time.NewTimer(x.earlyStartIn())
+		defer delay.Stop()
+		early = delay.C
+	}
+	for {
+		select {
+		case <-reader.run.answered:
+			return ctx.Err() == nil
+		case <-early:
+			early = nil
+			x.startEarly()
+			if x.stream != nil {
+				reader.feeds(x.stream)
+			}
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
+// passFailure gives the client a failure that all who wait for the run get.
+func (x *exchange) passFailure(answer runAnswer) error {
+	if answer.status == 0 {
+		return answer.err
+	}
+	if x.stream != nil {
+		x.role = streaming
+		x.stream.answered(answer.status, answer.header, answer.upstream)
+		return nil
+	}
+	header := x.w.Header()
+	for _, field := range []string{"Retry-After", "Content-Type"} {
+		if values := answer.header[field]; len(values) > 0 {
+			header[field] = slices.Clone(values)
+		}
+	}
+	x.response.WriteHeader(answer.status)
+	_, _ = x.response.Write(answer.body) // who has left needs none
+	return nil
+}
+
+// openShared makes a stream of the run, from the client's place on.
+func (x *exchange) openShared(reader *runReader, answer runAnswer) runEnd {
+	p := x.placeIn(reader)
+	x.h.group.countPlace(p)
+	x.rare.fed.resumed, x.rare.fed.missed = p.found, p.missed
+	greeting := x.greeting(reader, p)
+	if x.stream != nil {
+		x.role = streaming
+		x.stream.answered(answer.status, answer.header, answer.upstream)
+		greeting.retry = 0 // it has been told
+		if x.stream.greet(greeting.text()) != nil {
+			return runEnd{}
+		}
+	} else {
+		header := x.w.Header()
+		for field, values := range answer.header {
+			if field == "Server" {
+				delete(header, field) // as reverse_proxy does
+			}
+			// Handlers around this one edit values in place.
+			header[field] = slices.Concat(header[field], values)
+		}
+		x.rare.fed.greeting = greeting
+		x.open(answer.status)
+		reader.feeds(x.stream)
+	}
+	if p.catchUp != "" {
+		if end, met := x.catchUp(reader, p.catchUp); !met {
+			return end
+		}
+	}
+	return reader.followRun(x.rare.feed.ctx, x.stream)
+}
+
+// placing is where a client starts.
+type placing struct {
+	brought bool   // it came with an id
+	found   bool   // which is known
+	missed  uint64 // how many events after it are gone
+	catchUp string // the upstream's id that it has to catch up from
+	lost    string // what it is told of that; empty: nothing
+}
+
+// What the data of the event lost says.
+const (
+	lostUnknown = `{"reason":"unknown"}`
+	lostHistory = `{"reason":"history","events":%d}`
+)
+
+// placeIn gives a client its place in the run.
+func (x *exchange) placeIn(reader *runReader) placing {
+	id := x.rare.brought
+	p := placing{brought: id != ""}
+	if parsed, ok := parseRunID(id); ok && parsed.token == reader.run.token() {
+		p.found = reader.join(journal.After(parsed.n))
+	} else if upstreams := x.upstreamsID(); upstreams != "" {
+		if p.found = reader.join(journal.AfterID(upstreams)); !p.found {
+			p.catchUp = upstreams
+			reader.leaveJournal()
+			return p
+		}
+	}
+	if p.found {
+		if p.missed = reader.cursor.Missed(); p.missed > 0 {
+			p.lost = fmt.Sprintf(lostHistory, p.missed)
+		}
+		return p
+	}
+	if reader.cursor == nil {
+		start := journal.Live()
+		if x.h.sharing.last > 0 {
+			start = journal.Last(x.h.sharing.last)
+		}
+		reader.join(start)
+	}
+	if isRunID(id) {
+		p.lost = lostUnknown
+	}
+	return p
+}
+
+// newGreeting tells a client its reconnection time, and nothing else.
+func (x *exchange) newGreeting() greeting {
+	g := greeting{eventSource: x.kind.eventSource}
+	if x.frames.retryMin > 0 {
+		g.retry = x.frames.reconnectionTime()
+	}
+	return g
+}
+
+// greeting is what a client gets first at its place in the run.
+func (x *exchange) greeting(reader *runReader, p placing) greeting {
+	g := x.newGreeting()
+	feed := reader.run.feed
+	if p.catchUp != "" {
+		g.upstreamRetry, _ = feed.upstreamRetry()
+		return g
+	}
+	at := reader.cursor.Begin()
+	if d, told := feed.upstreamRetry(); told && at.Number > 0 {
+		g.upstreamRetry = d
+	}
+	switch {
+	case p.lost != "" && x.h.sharing.lost.isToldTo(x.kind.eventSource):
+		g.event, g.data = x.h.sharing.lost.name, p.lost
+	case x.kind.eventSource && !p.found && (!p.brought || isRunID(x.rare.brought)):
+		g.event = firstEvent
+	default:
+		return g
+	}
+	g.id = feed.place(at)
+	return g
+}
+
+// firstEvent is the name of the event that a stream begins with, so that its
+// client can come back before it has seen an event of the upstream.
+const firstEvent = "sse"
+
+// countPlace counts what became of the id that a client came back with.
+func (g *group) countPlace(p placing) {
+	switch {
+	case p.found && p.missed > 0:
+		g.countResume(resumeGap)
+	case p.found:
+		g.countResume(resumeFound)
+	case p.lost != "":
+		g.countResume(resumeUnknown)
+	}
+}

@@ -1,0 +1,79 @@
+//go:build unix
+
+package caddysse_test
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// A process that was stopped (SIGSTOP, a machine that sleeps, a container that is
+// frozen) has not listened; its upstreams were not silent. When it goes on,
+// timers fire before sockets are read.
+func TestATimeInWhichTheProcessWasStoppedIsNoSilenceOfItsUpstreams(t *testing.T) {
+	checkLeaks(t)
+	const timeout = time.Second
+	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", eventStream)
+		for r.Context().Err() == nil {
+			if _, err := io.WriteString(w, "data: 1\n\n"); err != nil || strings.HasPrefix(r.URL.Path, "/silent") {
+				break
+			}
+			w.(http.Flusher).Flush()
+			time.Sleep(100 * time.Millisecond)
+		}
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+	})
+	c := startCaddyProcess(t, `
+		sse 1h {
+			prelude off
+			drain off
+			upstream_timeout `+timeout.String()+`
+		}
+		reverse_proxy `+up.addr, "grace_period 100ms")
+	var bodies []*follower
+	for i := range 60 {
+		cl := c.client(clientProtocols[i%3])
+		body := cl.get(t, fmt.Sprint("/", i), acceptStream).follow()
+		body.wait(func(unread string) bool { return unread != "" })
+		bodies = append(bodies, body)
+	}
+	if err := c.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(3 * timeout) // the stop itself
+	if err := c.cmd.Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	// Each goes on: it gets more than the kernel can have kept from the stop.
+	var all sync.WaitGroup
+	for i, body := range bodies {
+		before := len(body.all())
+		all.Go(func() {
+			body.wait(func(string) bool { return len(body.all()) > before+15 })
+			if n := len(body.all()); n <= before+15 {
+				_, err := body.rest()
+				t.Errorf("stream %d ended behind %d pieces with %v", i, n-before, err)
+			}
+		})
+	}
+	all.Wait()
+
+	// The limit itself still holds.
+	silent := c.client("h1").get(t, "/silent", acceptStream).follow()
+	silent.expect(t, "data: 1\n\n")
+	if _, err := silent.rest(); err == errNothingMore {
+		t.Error("nobody is ended for a silence any more")
+	}
+	c.stop("SIGTERM")
+	if reasons := c.closedReasons(); reasons["upstream_timeout"] != 1 || reasons["upstream_timeout"]+reasons["server_closed"] != 61 {
+		t.Errorf("told: %v", reasons)
+	}
+}

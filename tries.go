@@ -1,0 +1,348 @@
+package caddysse
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+// tries is what a request keeps whose upstream is asked again when it breaks
+// off: the request as it came, and how far the tries are.
+type tries struct {
+	live        bool
+	eventSource bool // its client comes back after a clean end
+
+	// entered is the request as it came to sse, without a body, and state is what
+	// handlers find in its context: both as they were before the first attempt.
+	entered *http.Request
+	state   *isolation
+	body    *watchedBody // nil: there is none
+
+	// ctx is the context of all attempts. It ends with the client's request, or
+	// when cancel is called.
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+
+	// What follows belongs to the request's goroutine.
+	waits  retryWaits
+	after  time.Duration // the Retry-After of the last answer
+	events uint64        // the stream's events before the present try
+	result tryResult     // of the present try
+	over   bool          // there is no further try
+
+	// What follows is guarded by the stream's facts.
+	attempt *attempt      // the present one
+	count   int           // how many tries there were
+	told    time.Duration // the reconnection time that is ours; 0: none
+	why     reason        // the upstream broke off
+	until   instant       // when the stream gives up, while it retries
+	id      string        // where the upstream is to go on; empty: no position
+	inside  bool          // the handlers have not left an upstream that was given up
+	noBody  bool          // a later body has turned out to be no event stream
+	gaveUp  error         // why it has given up; nil: it has not
+}
+
+// tryResult is what came of a try.
+type tryResult uint8
+
+const (
+	pendingTry tryResult = iota
+	resumedTry           // a stream with an event
+	failedTry            // no event, no answer, or a status that says to come again
+	refusedTry           // an answer that is no stream
+)
+
+var tryResults = [...]string{resumedTry: "resumed", failedTry: "failed", refusedTry: "refused"}
+
+func (r tryResult) String() string { return tryResults[r] }
+
+// Why a stream gives up, where no answer of the upstream says so.
+var (
+	errTriesOver      = errors.New("upstream_retry: the upstream has not come back within the window")
+	errHandlersStay   = errors.New("upstream_retry: the handlers have not left")
+	errConfigReplaced = errors.New("upstream_retry: the configuration has been replaced")
+)
+
+// tries returns what the request keeps for tries; nil: its upstream is not asked
+// again.
+func (x *exchange) tries() *tries {
+	if x.rare == nil {
+		return nil
+	}
+	return x.rare.tries
+}
+
+// prepareTries keeps the request as it is, if its upstream may be asked again.
+func (x *exchange) prepareTries() bool {
+	window := x.h.UpstreamRetry.window()
+	if window == 0 || !mayLackBody(x.r) {
+		return false
+	}
+	if !x.kind.resumable {
+		return false
+	}
+	t := &tries{
+		live:        x.h.UpstreamRetry.Live,
+		eventSource: x.kind.eventSource,
+		entered:     x.r.Clone(x.r.Context()),
+		state:       newIsolation(x.r),
+		waits:       retryWaits{window: window},
+	}
+	t.entered.Body, t.entered.ContentLength = http.NoBody, 0
+	t.entered.TransferEncoding, t.entered.Trailer = nil, nil
+	t.ctx, t.cancel = context.WithCancelCause(x.context())
+	x.rarely().tries = t
+	return true
+}
+
+// mayLackBody reports whether a request has no body. One over HTTP/2 or HTTP/3
+// that does not tell has none as far as is known: HTTP/3 has no other way to say
+// so.
+func mayLackBody(r *http.Request) bool {
+	return r.ContentLength == 0 || r.ContentLength < 0 && r.ProtoMajor > 1
+}
+
+// watchedBody is the body of a request that does not tell whether it has one.
+type watchedBody struct {
+	io.ReadCloser
+	found atomic.Bool // there is one
+}
+
+func (b *watchedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if n > 0 {
+		b.found.Store(true)
+	}
+	return n, err
+}
+
+// watchBody takes note of whether the handlers of the first attempt find a body.
+func (x *exchange) watchBody() {
+	if t := x.tries(); t != nil && x.r.ContentLength < 0 && x.r.Body != nil {
+		t.body = &watchedBody{ReadCloser: x.r.Body}
+		x.attempt.request.Body = t.body
+	}
+}
+
+// callAgain lets the handlers answer, and again each time that the upstream
+// breaks off where it can go on.
+func (x *exchange) callAgain(next caddyhttp.Handler) (out outcome) {
+	defer func() { x.rare.tries.over = true }()
+	if x.mayStartEarly() || x.startedEarly {
+		out = x.callRelayed(next)
+	} else {
+		x.attempt = x.newAttempt(nil)
+		x.watchBody()
+		out = x.callHere(next, &x.response)
+	}
+	for x.stream != nil && x.stream.brokeOff(out) && x.awaitTry() {
+		out = x.try(next)
+	}
+	return out
+}
+
+// callHere lets the handlers answer on the request's goroutine. A panic goes on
+// only if there is no stream that has to be told of it first.
+func (x *exchange) callHere(next caddyhttp.Handler, w http.ResponseWriter) (out outcome) {
+	out.left = true
+	defer func() {
+		if x.role > aside || x.stream != nil {
+			out.panicked = recover()
+		}
+	}()
+	out.err = next.ServeHTTP(w, x.attempt.request)
+	return out
+}
+
+// awaitTry waits until the stream may try again. It returns false where it must
+// not, or has ended meanwhile.
+func (x *exchange) awaitTry() bool {
+	s, t := x.stream, x.rare.tries
+	s.facts.Lock()
+	upstreams, told := s.splicer.Scanner().Retry()
+	ours := t.told
+	s.facts.Unlock()
+	wait, ok := t.waits.wait(time.Now(), reconnection(upstreams, told, ours), t.after)
+	t.after = 0
+	if !ok {
+		s.giveUp(errTriesOver)
+		return false
+	}
+	over, _ := t.waits.end()
+	s.facts.Lock()
+	t.until, t.inside = instant(sum(time.Duration(now()), time.Until(over))), false
+	s.h.agenda.hasten(s, t.until)
+	s.facts.Unlock()
+	turn := s.h.group.tries.enter(wait)
+	defer s.h.group.tries.leave(turn)
+	select {
+	case <-turn.come:
+	case <-t.ctx.Done():
+		return false
+	}
+	if s.h.isReplaced() {
+		s.giveUp(errConfigReplaced)
+		return false
+	}
+	return true
+}
+
+// isReplaced reports whether a reload has replaced the handler's configuration:
+// its upstreams' health checks have stopped, and what was down then stays down.
+func (h *Handler) isReplaced() bool {
+	return h.drain.replaced.Load() || h.ctx.Err() != nil && !exit.exiting()
+}
+
+// try calls the handlers once more, for a stream that is open already.
+func (x *exchange) try(next caddyhttp.Handler) outcome {
+	s, t := x.stream, x.rare.tries
+	w := &laterResponse{response: &x.response, header: make(http.Header)}
+	a := x.newAttemptOf(t.entered, t.ctx, w, t.state.copy())
+	a.context.replacer.Set(requestUUID, s.id.String())
+	x.attempt, x.role = a, undecided
+	x.rare.relay = nil
+	s.facts.Lock()
+	if t.id != "" {
+		a.request.Header["Last-Event-Id"] = []string{t.id}
+	} else {
+		delete(a.request.Header, "Last-Event-Id")
+	}
+	t.attempt = a
+	t.count++
+	t.events = s.splicer.Scanner().Events()
+	s.abandoned = nil // of a first attempt on another goroutine
+	s.facts.Unlock()
+	t.result = pendingTry
+	out := x.callHere(next, w)
+	if x.role == undecided && out.panicked == nil && t.ctx.Err() == nil {
+		x.unansweredAgain(out.err, w.header)
+	}
+	x.role = streaming // also where there was no answer: the stream has one
+	x.finishTry(failedTry)
+	return out
+}
+
+// unansweredAgain takes an error of the handlers for the answer that it would
+// become, where it says more than that there was none.
+func (x *exchange) unansweredAgain(err error, header http.Header) {
+	handlerErr, stated := errors.AsType[caddyhttp.HandlerError](err)
+	switch {
+	case err == nil:
+		x.answeredAgain(http.StatusOK, header)
+	case stated && handlerErr.StatusCode != 0:
+		x.answeredAgain(handlerErr.StatusCode, header)
+	}
+}
+
+// triesAgain reports whether the present attempt is not the first one.
+func (x *exchange) triesAgain() bool {
+	t := x.tries()
+	if t == nil {
+		return false
+	}
+	x.stream.facts.Lock()
+	defer x.stream.facts.Unlock()
+	return t.count > 0
+}
+
+// answeredAgain takes the headers of a later try. All that counts is whether the
+// upstream goes on.
+func (x *exchange) answeredAgain(status int, header http.Header) {
+	s, t := x.stream, x.rare.tries
+	switch {
+	case t.ctx.Err() != nil: // it is the proxy that answers, for a stream that ends
+	case status == http.StatusBadGateway, status == http.StatusServiceUnavailable, status == http.StatusGatewayTimeout:
+		t.after = statedRetryAfter(header.Get("Retry-After"))
+		x.attempt.cancel(errStreamEnded)
+	case isStream(status, header) && !isEncoded(header):
+		s.reopen(x.attempt.upstream())
+	default:
+		x.finishTry(refusedTry)
+		s.giveUp(fmt.Errorf("upstream_retry: the upstream answered %d %s, %s", status, http.StatusText(status), typeOf(header)))
+	}
+}
+
+// finishTry counts what came of the present try, once.
+func (x *exchange) finishTry(result tryResult) {
+	t := x.rare.tries
+	if t.result != pendingTry {
+		return
+	}
+	t.result = result
+	collector.retries.WithLabelValues(x.h.Name, result.String()).Inc()
+	if result == resumedTry {
+		t.waits.resumed()
+	}
+}
+
+// noteEvents finds out whether the present try has brought an event.
+func (x *exchange) noteEvents() {
+	s, t := x.stream, x.rare.tries
+	if t.result != pendingTry {
+		return
+	}
+	s.facts.Lock()
+	events, noBody := s.splicer.Scanner().Events(), t.noBody
+	s.facts.Unlock()
+	switch {
+	case noBody:
+		x.finishTry(refusedTry)
+	case events > t.events:
+		x.finishTry(resumedTry)
+	}
+}
+
+// laterResponse is the ResponseWriter of a later try. Its headers go nowhere:
+// the stream's have been sent.
+type laterResponse struct {
+	*response
+	header http.Header
+}
+
+func (lr *laterResponse) Header() http.Header { return lr.header }
+
+func (lr *laterResponse) WriteHeader(status int) { lr.writeHeader(status, lr.header) }
+
+// begin decides for handlers that write or flush before they call WriteHeader.
+func (lr *laterResponse) begin() {
+	if lr.x.role == undecided {
+		lr.WriteHeader(http.StatusOK)
+	}
+}
+
+func (lr *laterResponse) Write(p []byte) (int, error) {
+	lr.begin()
+	n, err := lr.response.Write(p)
+	lr.x.noteEvents()
+	return n, err
+}
+
+func (lr *laterResponse) ReadFrom(r io.Reader) (int64, error) {
+	return io.Copy(writerOnly{lr}, r)
+}
+
+// Hijack is refused: the connection has a stream.
+func (lr *laterResponse) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	return nil, nil, http.ErrNotSupported
+}
+
+func (lr *laterResponse) FlushError() error {
+	lr.begin()
+	return lr.response.FlushError()
+}
+
+// Interface guards
+var (
+	_ http.ResponseWriter             = (*laterResponse)(nil)
+	_ http.Hijacker                   = (*laterResponse)(nil)
+	_ io.ReaderFrom                   = (*laterResponse)(nil)
+	_ interface{ FlushError() error } = (*laterResponse)(nil)
+)
