@@ -113,7 +113,7 @@ func browserClient(t *testing.T, caddy *harness.Caddy, streams []string) watched
 }
 
 func pythonClient(t *testing.T, caddy *harness.Caddy, streams []string) watched {
-	return startPython(t, append([]string{"httpx-sse"}, streams...), rootCA(caddy))
+	return startPython(t, "clients.py", append([]string{"httpx-sse"}, streams...), rootCA(caddy))
 }
 
 var everyClient = []client{
