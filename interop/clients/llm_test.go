@@ -157,7 +157,7 @@ func TestLLMClientsInEveryStyle(t *testing.T) {
 
 func pythonLLM(client string) func(*testing.T, []string) program {
 	return func(t *testing.T, streams []string) program {
-		return startPython(t, append([]string{client}, streams...))
+		return startPython(t, "clients.py", append([]string{client}, streams...))
 	}
 }
 
@@ -184,11 +184,11 @@ func TestAnAnswerOutlivesAReload(t *testing.T) {
 	}
 }
 
-// TestAnEarlyStartForAnSDK: openai asks with Accept: application/json, so it
-// needs `any`.
+// TestAnEarlyStartForAnSDK: openai asks with Accept: application/json, and its
+// body says that it wants a stream.
 func TestAnEarlyStartForAnSDK(t *testing.T) {
 	t.Parallel()
-	caddy := harness.StartSite(t, styleSite(serveLLM(t), "early_start 300ms any"))
+	caddy := harness.StartSite(t, styleSite(serveLLM(t), "early_start 300ms"))
 	running := pythonLLM("chat")(t, []string{
 		"slow=" + caddy.URL + "/block/slow/v1",
 		"broken=" + caddy.URL + "/block/broken/v1",
@@ -198,11 +198,18 @@ func TestAnEarlyStartForAnSDK(t *testing.T) {
 	if text, _ := verdict(events(all, "slow"), chatEvents); text != "exact" || len(of(all, "slow", "error")) > 0 {
 		t.Errorf("slow: %s, %v", text, of(all, "slow", "error"))
 	}
-	// It takes the module's `event: error` for a chunk, as it looks for a member
-	// "error" in the data and not at the event's name.
-	failed := events(all, "broken")
-	t.Logf("an upstream that fails after an early start: events %q, errors %v", failed, of(all, "broken", "error"))
-	if len(failed) != 1 || !strings.Contains(failed[0].Data, `"status":502`) || failed[0].Type != "no choices" {
-		t.Errorf("broken: %q", failed)
+	// The member "error" of the data has it raise.
+	failures := of(all, "broken", "error")
+	if len(events(all, "broken")) > 0 || len(failures) != 1 ||
+		!strings.HasPrefix(failures[0].Error, "APIError: the upstream answered 500") {
+		t.Errorf("broken: events %q, errors %v", events(all, "broken"), failures)
+	}
+	reasons := make(map[string]string)
+	for range 2 {
+		closed := caddy.AwaitClosed(t)
+		reasons[closed.Path] = closed.Reason
+	}
+	if reasons["/block/slow/v1/chat/completions"] != "upstream_closed" || reasons["/block/broken/v1/chat/completions"] != "upstream_error" {
+		t.Errorf("%v", reasons)
 	}
 }

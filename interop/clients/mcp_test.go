@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -75,12 +77,16 @@ func testMCP(t *testing.T, upstream, style string) {
 	await("log", 2)
 	t.Logf("the GET stream was back with what it had missed after %v", time.Since(begin).Round(time.Millisecond))
 
-	// A call outlives a reload that drains the GET stream.
+	// A call outlives a reload, which leaves streams of MCP alone: clients of the
+	// 2025 revisions lose a running call when a resumed answer ends early.
+	stream := caddy.OpenStreams(t)
 	notify("call")
 	await("progress", 3)
 	caddy.Reload(t, harness.SiteCaddyfile(plain, tls, "header X-Generation 2\n"+site))
 	await("result", 2)
-	harness.Eventually(t, harness.Patience, "the GET stream is back after the reload", listening)
+	if open := caddy.OpenStreams(t); !slices.Equal(open, stream) {
+		t.Errorf("open after the reload: %v, before it: %v", open, stream)
+	}
 
 	notify("end")
 	client.awaitCount(t, "end", 1, "mcp")
@@ -96,8 +102,10 @@ func testMCP(t *testing.T, upstream, style string) {
 			t.Errorf("%s: %s, want %s", typ, got, want)
 		}
 	}
-	for _, e := range of(all, "mcp", "error") {
-		t.Errorf("the client's error: %s", e.Error)
+	// The GET stream that the admin API ended broke off: to a client that is no
+	// EventSource a clean end could be the end of its answer.
+	if failures := of(all, "mcp", "error"); len(failures) != 1 || !strings.Contains(failures[0].Error, "terminated") {
+		t.Errorf("the client's errors: %v", failures)
 	}
 	if ended := of(all, "mcp", "end")[0]; ended.Data != "no session" {
 		t.Errorf("the session was not ended: %s", ended.Data)
@@ -107,16 +115,16 @@ func testMCP(t *testing.T, upstream, style string) {
 	reasons := make(map[string]int)
 	beats := 0
 	for _, closed := range caddy.ClosedStreams() {
-		method := "POST"
 		if closed.Resumable {
-			method = "GET"
-		} else {
+			t.Errorf("a request of MCP is resumable: %+v", closed)
+		}
+		if closed.Method == http.MethodPost {
 			beats += closed.Heartbeats
 		}
-		reasons[method+" "+closed.Reason]++
+		reasons[closed.Method+" "+closed.Reason]++
 	}
 	t.Logf("%s: streams by method and reason: %v; %d heartbeats in answers to POST", style, reasons, beats)
-	if reasons["POST upstream_closed"] != 4 || reasons["GET admin"] != 1 || reasons["GET drained"] != 1 || beats < 2 {
+	if reasons["POST upstream_closed"] != 4 || reasons["GET admin"] != 1 || reasons["GET upstream_closed"] != 1 || beats < 2 {
 		t.Errorf("%v", reasons)
 	}
 	caddy.CheckNoErrors(t)

@@ -6,7 +6,6 @@ import (
 	"context"
 	"fmt"
 	"net/http"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -92,9 +91,7 @@ func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 
 func answersIn(client string) func(*testing.T, []string) watched {
 	return func(t *testing.T, streams []string) watched {
-		dir := harness.Root(t, "interop", "clients", "python-llm")
-		python := filepath.Join(harness.Python(t, filepath.Join(dir, "requirements.txt")), "bin", "python")
-		return program{harness.Start(t, append([]string{python, filepath.Join(dir, "answers.py"), client}, streams...))}
+		return startPython(t, "answers.py", append([]string{client}, streams...))
 	}
 }
 
