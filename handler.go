@@ -58,9 +58,12 @@ type rare struct {
 
 	given   *http.Request // with the ids of ours that handlers after sse do not see
 	brought string        // the id that the client came back with
+	taken   bool          // which is one of ours, and has been taken out
+	unknown bool          // and nobody knows it
 	share   *shareRequest
 	reader  *runReader
 	feed    feedContext
+	keeping *keeping // nil: the stream ends with its client
 	fed     *fed
 }
 
@@ -81,7 +84,7 @@ func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived in
 	x.response.x = x
 	x.kind = kindOf(r, x.accept, h.Resumable)
 	x.frames = h.framesFor(r.Header)
-	if h.sharing != nil {
+	if h.sharing != nil || h.resuming != nil {
 		x.takeID()
 	}
 	x.replacer, _ = r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
@@ -127,6 +130,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 				out.panicked = panicked
 			}
 		}
+		defer x.leaveRun() // when it is known how its stream has ended
 		err = x.leave(out)
 	}()
 	if r.Method == http.MethodHead || r.Method == http.MethodConnect {
@@ -138,7 +142,12 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	}
 	if x.mayShare() {
 		x.findRun()
-		defer x.leaveRun()
+	}
+	if x.mayComeBack() {
+		var back bool
+		if out, back = x.comeBack(); back {
+			return nil
+		}
 	}
 	if out.err = x.enter(); out.err != nil {
 		return nil
@@ -148,6 +157,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		if out, shared = x.callShared(); shared {
 			return nil
 		}
+	}
+	if x.keep(next) {
+		out = x.callRelayed(next)
+		return nil
 	}
 	if x.prepareTries() {
 		out = x.callAgain(next)
@@ -243,14 +256,19 @@ func (x *exchange) takeHeader(header http.Header) {
 // open makes a stream of the answer.
 func (x *exchange) open(status int) {
 	x.role = streaming
-	x.stream = x.newStream(status)
 	header := x.w.Header()
-	if isEncoded(header) {
+	encoded := isEncoded(header)
+	if x.keeps() && !encoded {
+		x.beginRun(status, header)
+	}
+	x.stream = x.newStream(status)
+	if encoded {
 		x.stream.body = encodedBody
 		x.h.unprotected(causeEncodedBody)
 	}
 	x.h.headers.apply(header)
 	x.start()
+	x.feedStream()
 }
 
 // start sends the stream's headers and lets it be known.
@@ -330,6 +348,7 @@ func (x *exchange) conclude(out outcome) error {
 		}
 		panic(out.panicked)
 	}
+	s.told = s.told || out.run.told
 	s.account(s.verdict(out))
 	r := s.final()
 	x.uploads().resume()

@@ -84,10 +84,12 @@ func (rw *response) begin(header http.Header) {
 	if x.role != undecided {
 		return
 	}
-	if hasEventStreamType(header) || x.relayed() {
+	if hasEventStreamType(header) || x.relayed() && x.startedEarly {
 		rw.writeHeader(http.StatusOK, header)
 	} else {
 		x.role = aside
+		x.headed = true
+		x.takeHeader(header)
 		x.givePlaceBack()
 		x.lendIdleTimeouts()
 	}
