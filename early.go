@@ -163,8 +163,8 @@ func (x *exchange) startEarly() {
 			header["Connection"] = []string{"close"}
 		}
 	}
-	x.start()
 	x.feedStream()
+	x.start()
 }
 
 // answered takes the upstream's late headers: those of a stream are all that

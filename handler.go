@@ -267,8 +267,8 @@ func (x *exchange) open(status int) {
 		x.h.unprotected(causeEncodedBody)
 	}
 	x.h.headers.apply(header)
-	x.start()
 	x.feedStream()
+	x.start()
 }
 
 // start sends the stream's headers and lets it be known.

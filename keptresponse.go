@@ -139,8 +139,10 @@ func (s *stream) hears(status int, upstream string) {
 	defer s.facts.Unlock()
 	s.upstreamStatus = uint16(status)
 	s.client.upstream = upstream
-	s.longestGap = max(s.longestGap, age-s.lastBytes)
-	s.lastBytes = age
+	if s.headed {
+		s.longestGap = max(s.longestGap, age-s.lastBytes)
+		s.lastBytes = age
+	}
 	if s.at() == stageWaiting {
 		s.stage.Store(uint32(stageOpen))
 	}

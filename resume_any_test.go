@@ -156,13 +156,13 @@ func TestTheFirstClientGetsTrailersAndInformationalResponses(t *testing.T) {
 	})
 	c := startCaddy(t, resumeSite(up, "1m any", ""))
 	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
-		res := cl.get(t, "/", "Accept: text/event-stream")
+		res := cl.get(t, "/", "Accept: text/event-stream", notEventSource)
 		text, err := res.text()
 		token, _, _ := strings.Cut(runIDPattern.FindString(text), ".")
 		if text != eventOf(token, 1) || err != nil || res.Trailer.Get("X-Declared") != "1" {
 			t.Errorf("%q, %v, trailers %v", text, err, res.Trailer)
 		}
-		back := cl.get(t, "/", "Accept: text/event-stream", "Last-Event-ID: "+token+".0")
+		back := cl.get(t, "/", "Accept: text/event-stream", notEventSource, "Last-Event-ID: "+token+".0")
 		text, err = back.text()
 		if text != eventOf(token, 1) || err != nil || len(back.Trailer) > 0 {
 			t.Errorf("%q, %v, trailers %v", text, err, back.Trailer)
@@ -215,7 +215,7 @@ func TestTheRequestsIDIsOneAroundResume(t *testing.T) {
 				header_up X-Request {http.request.uuid}
 			}
 		}`)
-	res := c.client("h1").get(t, "/", "Accept: text/event-stream")
+	res := c.client("h1").get(t, "/", "Accept: text/event-stream", notEventSource)
 	text, _ := res.text()
 	id := res.Header.Get("X-Request")
 	if id == "" || !strings.Contains(text, "data: "+id+"\n") || c.waitForLog("stream closed", 0)["id"] != id {

@@ -119,7 +119,7 @@ func TestAnUpstreamThatHasEndedStaysForItsClient(t *testing.T) {
 	c := startCaddy(t, resumeSite(up, "1m", ""), withAdmin())
 	cl := c.client("h1")
 	for _, clean := range []bool{true, false} {
-		e, call := open(t, cl, up, "/", "Accept: text/event-stream")
+		e, call := open(t, cl, up, "/", "Accept: text/event-stream", notEventSource)
 		call.start("text/event-stream")
 		res := e.headers(t)
 		one := res.follow()
@@ -136,7 +136,7 @@ func TestAnUpstreamThatHasEndedStaysForItsClient(t *testing.T) {
 		}
 		c.waitForRun("ended", 0)
 		for _, n := range []int{1, 2} {
-			back := cl.get(t, "/", "Accept: text/event-stream", fmt.Sprintf("Last-Event-ID: %s.%d", token, n)).follow()
+			back := cl.get(t, "/", "Accept: text/event-stream", notEventSource, fmt.Sprintf("Last-Event-ID: %s.%d", token, n)).follow()
 			if n == 1 {
 				back.expect(t, eventOf(token, 2))
 			}
@@ -171,7 +171,7 @@ func TestWhoComesBackTakesTheStreamOver(t *testing.T) {
 		two := other.get(t, path, comingBack(asEventSource, token+".0")...).follow()
 		one.expectEnd(t)
 		two.expect(t, eventOf(token, 1))
-		three := other.get(t, path, "Accept: text/event-stream", "Last-Event-ID: "+token+".1").follow()
+		three := other.get(t, path, "Accept: text/event-stream", notEventSource, "Last-Event-ID: "+token+".1").follow()
 		two.expectEnd(t)
 		four := other.get(t, path, comingBack(asEventSource, token+".1")...).follow()
 		three.expectAbort(t) // it is no EventSource
@@ -228,7 +228,7 @@ func TestAClientWithoutAnIDEndsItsRun(t *testing.T) {
 	up := newUpstream(t)
 	c := startCaddy(t, resumeSite(up, "1m", ""))
 	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
-		e, call := open(t, cl, up, "/", "Accept: text/event-stream")
+		e, call := open(t, cl, up, "/", "Accept: text/event-stream", notEventSource)
 		call.start("text/event-stream")
 		res := e.headers(t)
 		f := res.follow()
@@ -309,7 +309,7 @@ func TestABodyThatIsNoEventStreamIsNotKept(t *testing.T) {
 	up := newUpstream(t)
 	c := startCaddy(t, resumeSite(up, "1m", ""))
 	cl := c.client("h1")
-	e, call := open(t, cl, up, "/", "Accept: text/event-stream")
+	e, call := open(t, cl, up, "/", "Accept: text/event-stream", notEventSource)
 	call.start("text/event-stream")
 	f := e.headers(t).follow()
 	body := `{"data": "` + strings.Repeat("x\n\n", 200<<10) + `"}`
