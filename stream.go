@@ -47,8 +47,7 @@ type stream struct {
 	facts sync.Mutex
 
 	w      http.ResponseWriter
-	h      *Handler // the settings and the totals
-	frames *frames  // what its client can take
+	frames *frames // what its client can take
 
 	arrived   instant       // when the request came; ages count from here
 	lastHeard time.Duration // age at which the client heard something last; mu
@@ -80,6 +79,7 @@ type stream struct {
 	splicer eventstream.Splicer
 
 	// What a write seldom uses.
+	h          *Handler      // the settings and the totals
 	firstEvent time.Duration // age at which the client had the first event; 0: none yet; facts
 	opened     time.Duration // age at which the headers went out
 	due        instant       // when the stage is over, if nothing happens before; facts
