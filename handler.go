@@ -17,6 +17,16 @@ import (
 // answer is, what the answer turns out to be, and the stream if it is one. It
 // belongs to the goroutine of the request.
 type exchange struct {
+	// What a write uses stands together.
+	response response // what the attempt's handlers answer to
+	stream   *stream
+	role     role
+
+	headed       bool // what is no stream has got its final header
+	startedEarly bool
+	kind         kind
+	accept       accept
+
 	h       *Handler
 	w       http.ResponseWriter
 	r       *http.Request // the client's; handlers after sse get another one
@@ -26,18 +36,11 @@ type exchange struct {
 	outer    caddy.Replacer  // the same, but does not ask the attempt's
 	attempt  *attempt
 	shown    atomic.Pointer[attempt] // whose placeholders handlers before sse see
-	response response                // what the attempt's handlers answer to
-	stream   *stream
-	told     *report // of the stream, when it has ended
+	told     *report                 // of the stream, when it has ended
 
-	role         role
-	headed       bool   // what is no stream has got its final header
-	ip           string // the client's, as it was when the request came
-	kind         kind
-	frames       *frames // what its client can take
-	startedEarly bool
-	accept       accept
-	place        *place // nil: none has been taken
+	ip     string  // the client's, as it was when the request came
+	frames *frames // what its client can take
+	place  *place  // nil: none has been taken
 
 	rare *rare // nil for most
 }

@@ -81,14 +81,14 @@ func (rr *relayedResponse) WriteHeader(status int) {
 }
 
 func (rr *relayedResponse) Write(p []byte) (n int, err error) {
-	if !rr.do(func() { rr.rw.begin(rr.header); n, err = rr.rw.Write(p) }) {
+	if !rr.do(func() { rr.rw.beginWith(rr.header); n, err = rr.rw.Write(p) }) {
 		return 0, errStreamEnded
 	}
 	return n, err
 }
 
 func (rr *relayedResponse) ReadFrom(r io.Reader) (n int64, err error) {
-	if !rr.do(func() { rr.rw.begin(rr.header) }) {
+	if !rr.do(func() { rr.rw.beginWith(rr.header) }) {
 		return 0, errStreamEnded
 	}
 	if rr.rw.x.role != aside {
@@ -101,7 +101,7 @@ func (rr *relayedResponse) ReadFrom(r io.Reader) (n int64, err error) {
 }
 
 func (rr *relayedResponse) FlushError() (err error) {
-	if !rr.do(func() { rr.rw.begin(rr.header); err = rr.rw.FlushError() }) {
+	if !rr.do(func() { rr.rw.beginWith(rr.header); err = rr.rw.FlushError() }) {
 		return errStreamEnded
 	}
 	return err
