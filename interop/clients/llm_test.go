@@ -28,7 +28,7 @@ var chatScript = []string{
 	"",
 	chunk(`{"content":"lo"}`),
 	"",
-	chunk(`{"content":"!"}`),
+	strings.Replace(chunk(`{"content":"!"}`), `"finish_reason":null`, `"finish_reason":"stop"`, 1),
 	"data: [DONE]\n\n",
 }
 

@@ -93,7 +93,7 @@ func testMCP(t *testing.T, upstream, style string) {
 
 	all := client.reports()
 	for typ, want := range map[string]string{
-		"tools":    "[count]",
+		"tools":    "[count,leave]",
 		"progress": "[1 of 2 2 of 2 1 of 3 2 of 3 3 of 3]",
 		"result":   "[counted to 2 counted to 3]",
 		"log":      "[one two call end]",
@@ -128,4 +128,52 @@ func testMCP(t *testing.T, upstream, style string) {
 		t.Errorf("%v", reasons)
 	}
 	caddy.CheckNoErrors(t)
+}
+
+// TestMCPCallsOutliveAReload: a call's answer has left its client, which waits for
+// the rest by GET with Last-Event-ID. To end that GET would lose the call.
+func TestMCPCallsOutliveAReload(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		start func(stream string) program
+	}{
+		{"TypeScript SDK", func(stream string) program { return startNode(t, "mcp-call.mjs", []string{stream}) }},
+		{"Python SDK", func(stream string) program { return startPython(t, "mcp_call.py", []string{stream}) }},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			port := harness.FreePort(t)
+			upstream := fmt.Sprintf("127.0.0.1:%d", port)
+			server := startNode(t, "mcp-server.mjs", []string{fmt.Sprint(port)})
+			server.AwaitOutput(t, "listening")
+			plain, tls := harness.FreeAddr(t), harness.FreePort(t)
+			site := "sse {\n\tdrain 100ms\n\tretry 1s\n\treconnect_on 502\n}\nreverse_proxy " + upstream
+			caddy := harness.StartCaddy(t, harness.SiteCaddyfile(plain, tls, site))
+			client := test.start("call=http://" + plain + "/mcp")
+
+			// One of the two GET streams is the session's.
+			var open []string
+			harness.Eventually(t, patience, "the client waits for its answer by GET", func() bool {
+				_, answer := caddy.Admin(t, http.MethodGet, "/sse/streams", "")
+				open = caddy.OpenStreams(t)
+				return len(open) == 2 && strings.Count(answer, `"method":"GET"`) == 2
+			})
+			caddy.Reload(t, harness.SiteCaddyfile(plain, tls, "header X-Generation 2\n"+site))
+			time.Sleep(time.Second) // ten times the drain's window
+			if now := caddy.OpenStreams(t); !slices.Equal(now, open) {
+				t.Errorf("open after the reload: %v, before it: %v", now, open)
+			}
+			response, err := http.Post("http://"+upstream+"/go-on", "", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			response.Body.Close()
+			client.awaitCount(t, "end", 1, "call")
+			all := client.reports()
+			if got := fmt.Sprint(events(all, "call"), of(all, "call", "error")); got != "[{result went on }] []" {
+				t.Error(got)
+			}
+			caddy.CheckNoErrors(t)
+		})
+	}
 }
