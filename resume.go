@@ -101,8 +101,8 @@ func (x *exchange) comeBack() (out outcome, done bool) {
 		return outcome{left: true, err: x.stopKept(r, n)}, true
 	}
 	if r != nil && x.kind.eventSource && r.hasNothingAfter(n) {
-		// It has all of it, and comes back for what is next.
-		go r.giveWay()
+		// It has all of it, and comes back for what is next. What is kept stays: its
+		// connection may break once more before it has another id.
 		return outcome{}, false
 	}
 	if r != nil {
