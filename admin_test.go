@@ -256,6 +256,9 @@ func TestWhatTheAdminAPICanNotReadIsAnError(t *testing.T) {
 		{"POST", "/sse/handlers", 405, "POST"},
 		{"DELETE", "/sse/handlers", 405, "DELETE"},
 		{"GET", "/sse/handlers?name=sse", 400, `"name"`},
+		{"GET", "/sse/nothing", 404, "nothing is at /sse/nothing"},
+		{"GET", "/sse/?name=sse", 400, `"name"`},
+		{"POST", "/sse/", 405, "POST"},
 		{"DELETE", "/sse/streams", 400, "all=true"},
 		{"DELETE", "/sse/streams?all=false", 400, "all=true"},
 		{"DELETE", "/sse/streams?all=yes", 400, "yes"},
@@ -532,7 +535,7 @@ func TestStreamsOfAReplacedConfigurationStayListed(t *testing.T) {
 
 func TestHandlersAreShownByName(t *testing.T) {
 	checkLeaks(t)
-	name := "shown by name" // has not been used by another test
+	name := uniqueName("shown by name ")
 	up := newUpstream(t)
 	site := `
 		handle /a {

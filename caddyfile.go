@@ -61,12 +61,14 @@ var subdirectives = map[string]subdirective{
 
 	"upstream_retry": {"<window> [live]", 1, 2, setUpstreamRetry},
 
-	"share": {"[<header|placeholder>...]", 0, math.MaxInt, setShare},
+	"resume": {"<window> [any]", 1, 2, setResume},
+	"share":  {"[<header|placeholder>...]", 0, math.MaxInt, setShare},
 }
 
 // blocks are the subdirectives that take a block, with the grammar of it.
 var blocks = map[string]map[string]subdirective{
-	"share": shareSubdirectives,
+	"resume": resumeSubdirectives,
+	"share":  shareSubdirectives,
 }
 
 // UnmarshalCaddyfile sets up the handler from Caddyfile tokens. Syntax:
@@ -95,6 +97,14 @@ var blocks = map[string]map[string]subdirective{
 //
 //		upstream_retry <window> [live]
 //
+//		resume <window> [any] {
+//			history  <size> [<total>]
+//			bind     <placeholder...>
+//			cancel   <duration>
+//			detached <n>
+//			run_for  <duration>
+//			lost     <event>|off
+//		}
 //		share [<header|placeholder>...] {
 //			join    live|last <n>
 //			history <size> [<total>]
@@ -136,13 +146,17 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		}
 		inner := make(map[string]bool)
 		for nesting := d.Nesting(); block != nil && d.NextBlock(nesting); {
-			if err := h.unmarshalSubdirective(d, d.Val(), block, inner); err != nil {
+			setting := d.Val()
+			if err := h.unmarshalSubdirective(d, setting, block, inner); err != nil {
 				return err
 			}
 			if d.NextBlock(d.Nesting()) {
-				return d.Errf("sse: %s: it takes no block", name)
+				return d.Errf("sse: %s: %s takes no block", name, setting)
 			}
 		}
+	}
+	if err := h.Share.validate(h.Resumable); err != nil {
+		return d.WrapErr(err)
 	}
 	// Only the whole of them tells whether a comment is ever sent.
 	if err := h.Heartbeat.validate(); err != nil {

@@ -42,6 +42,7 @@ func TestStreamsThatAreDueInOneInstantAreCalledOnByAFew(t *testing.T) {
 		for client.writes.Load() < streams && time.Since(began) < time.Minute {
 			time.Sleep(time.Millisecond)
 		}
+		time.Sleep(callPatience)
 		synctest.Wait()
 		if n, most := client.writes.Load(), at.most.Load(); n != streams || most != crewSize {
 			t.Errorf("%d frames by %d callers, want %d by %d", n, most, streams, crewSize)

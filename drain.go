@@ -25,7 +25,7 @@ const (
 
 	// lastWords is how long the process waits for the streams that it ends when
 	// its grace period is over.
-	lastWords = time.Second / 2
+	lastWords = 500 * time.Millisecond
 )
 
 // lastWordsUntil is the end of that: servers are stopped one after the other.

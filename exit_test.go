@@ -351,6 +351,7 @@ func TestCaddyExitsInTheMiddleOfAReloadsWindow(t *testing.T) {
 		"without any servers or admin": {"", "admin off"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			c := startCaddyProcess(t, drainSite(up.addr, "drain 1m 1s"), "")
 			first := c.followMany(30)
 			c.reload(drainSite(up.addr, "drain 2m 1s\nname second"), "")
@@ -379,6 +380,7 @@ func TestAtExitRequestScopedStreamsHaveCaddysGracePeriod(t *testing.T) {
 	for _, how := range []string{"SIGTERM", "caddy stop"} {
 		for _, reloaded := range []bool{false, true} {
 			t.Run(fmt.Sprint(how, " reloaded ", reloaded), func(t *testing.T) {
+				t.Parallel()
 				const global = "grace_period 2s"
 				c := startCaddyProcess(t, drainSite(up.addr, "drain 1m 500ms"), global)
 				post := func(path, proto string) *follower {

@@ -123,7 +123,7 @@ func findPHP(t testing.TB) *phpFPM {
 		"stream.php": headers + "echo \"data: 1\\n\\n\"; flush(); sleep(120);",
 		"silent.php": headers + "touch(__DIR__.'/silent'); sleep(120); echo \"data: 1\\n\\n\";",
 		"config": "[global]\nerror_log = " + dir + "/log\ndaemonize = no\n[www]\nlisten = " + dir + "/socket\n" +
-			"user = root\ngroup = root\npm = static\npm.max_children = 32\n",
+			"user = root\ngroup = root\npm = static\npm.max_children = 24\n",
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
@@ -228,7 +228,6 @@ func TestAClientOfASilentScriptIsGoneWhenItLeaves(t *testing.T) {
 
 func TestAnExitDoesNotWaitForSilentScripts(t *testing.T) {
 	checkLeaks(t)
-	php := findPHP(t)
 	const grace = 1500 * time.Millisecond
 	for _, test := range []struct {
 		method, drain, reason string
@@ -240,8 +239,9 @@ func TestAnExitDoesNotWaitForSilentScripts(t *testing.T) {
 		{"POST", "drain off", "server_closed", []string{"h3"}},
 	} {
 		t.Run(fmt.Sprint(test.method, " ", test.drain, " ", test.protocols), func(t *testing.T) {
+			t.Parallel()
+			php := findPHP(t)
 			c := startCaddyProcess(t, "sse {\n"+test.drain+"\n}\n"+php.directive, "grace_period "+grace.String())
-			php := *php
 			php.start(t)
 			for _, proto := range test.protocols {
 				cl := c.client(proto)

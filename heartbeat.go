@@ -119,7 +119,7 @@ func (s *stream) tick() {
 	retrying := s.at() == stageRetrying
 	if left > 0 && !free && s.isLiveLocked() {
 		// A write is on its way and restarts the clock; if it is stuck, a frame
-		// would be stuck behind it.
+		// would be stuck, too.
 		s.callIn(min(left, max(s.frames.reserve, time.Millisecond)))
 	}
 	s.facts.Unlock()

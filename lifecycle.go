@@ -220,7 +220,7 @@ type end struct {
 	timeToFirstEvent time.Duration // from the request; 0: there was none
 	longestGap       time.Duration // between bytes of the upstream
 	retries          int           // how often the upstream was asked again; -1: it would not be
-	incompleteEvent  bool          // clients drop what is behind the last blank line
+	incompleteEvent  bool          // clients drop what is after the last blank line
 	invalidUTF8      bool          // clients read something else
 	err              error
 }

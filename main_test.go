@@ -2,12 +2,14 @@ package caddysse_test
 
 import (
 	"bytes"
+	"flag"
 	"fmt"
 	"os"
 	"regexp"
 	"runtime"
 	"runtime/debug"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -51,6 +53,12 @@ func runTests(m *testing.M) int {
 		os.Setenv(variable, home)
 	}
 
+	// Most parallel subtests wait for a time to pass: let them do so together.
+	flag.Parse()
+	if parallel := flag.Lookup("test.parallel"); parallel.Value.String() == parallel.DefValue {
+		_ = flag.Set("test.parallel", "16")
+	}
+
 	before := takeInventory()
 	code := m.Run()
 	if left := before.waitForReturn(patience); left != "" {
@@ -61,6 +69,13 @@ func runTests(m *testing.M) int {
 	}
 	return code
 }
+
+// names counts those that uniqueName has made.
+var names atomic.Int64
+
+// uniqueName makes a name of a handler that no other test has had, nor this one
+// when it ran before: totals by name belong to the process.
+func uniqueName(name string) string { return fmt.Sprint(name, names.Add(1)) }
 
 // checkLeaks fails the test if goroutines or files are left when everything
 // registered with t.Cleanup after this call is cleaned up. So it comes first

@@ -7,6 +7,7 @@ package caddysse
 
 import (
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -120,6 +121,10 @@ type Handler struct {
 	// Asks the upstream of a resumable stream again when it breaks off, while the
 	// client stays. Default: off.
 	UpstreamRetry *UpstreamRetry `json:"upstream_retry,omitempty"`
+
+	// Lets clients come back to their stream. Default: off.
+	Resume *Resume `json:"resume,omitempty"`
+
 	// One upstream stream for all clients that ask for the same. Default: off.
 	Share *Share `json:"share,omitempty"`
 
@@ -136,15 +141,22 @@ type Handler struct {
 	limits  limits
 	sharing *sharing // nil: off
 
+	resuming *resuming // nil: off
+	lost     lostEvent // of either
+
+	// foreignIDs: an upstream has sent ids of the form that this module adds, so
+	// those of no run that is known here are the upstream's.
+	foreignIDs *atomic.Bool
+
 	writeTimeout, upstreamTimeout, deadClientTimeout time.Duration // 0: off
 }
 
 // Heartbeat says when a silent stream gets a frame, and what the frame is.
 type Heartbeat struct {
-	// A frame goes out before the client has heard nothing for this long; bytes
-	// of the upstream, comments too, restart the clock. The wait is drawn for
-	// each frame from the last quarter below the interval, so that streams that
-	// were opened together do not tick together. Default: 15s. -1: off.
+	// The longest time for which the client hears nothing, except where no frame
+	// may go. Bytes of the upstream restart the clock, comments too. Waits vary
+	// between 75 % and 100 % of the interval, so that streams that opened together
+	// do not tick together. Default: 15s. -1: off.
 	Interval caddy.Duration `json:"interval,omitempty"`
 
 	// The text of the comment, without the colon. No line break, no NUL. Takes
@@ -172,7 +184,7 @@ type Heartbeat struct {
 	// Default: empty.
 	Data string `json:"data,omitempty"`
 
-	// The first frame of a stream comes after this much silence behind the
+	// The first frame of a stream comes after this much silence after the
 	// response headers (or after the interval, where that is shorter), so that
 	// intermediaries let the headers go. Default: 1s, or off where the interval
 	// is off. -1: off.
@@ -301,9 +313,13 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		h.agenda.pulse = max(min(h.upstreamTimeout/4, maxPulse), minPulse)
 	}
 	h.drain = newDrain(h.Drain)
+	h.foreignIDs = new(atomic.Bool)
 
 	h.group = live.group(h.Name)
 	if h.sharing, err = newSharing(h, h.Share); err != nil {
+		return err
+	}
+	if h.resuming, err = newResuming(h, ctx); err != nil {
 		return err
 	}
 	collector.expect(h.Name, h.ReconnectOn, h.UpstreamRetry.window() > 0)

@@ -241,7 +241,7 @@ func BenchmarkWriteWhileObserved(b *testing.B) {
 // A stream that is deleted in the same instant as it ends by itself has one
 // reason, and whoever deletes waits for nobody.
 func TestAnEndHasOneReasonWhoeverAsksForIt(t *testing.T) {
-	name := "one reason"
+	name := uniqueName("one-reason")
 	h := provision(t, &caddysse.Handler{Name: name})
 	for i := range 200 {
 		w := &discard{header: make(http.Header)}
@@ -251,7 +251,7 @@ func TestAnEndHasOneReasonWhoeverAsksForIt(t *testing.T) {
 			ending.Go(func() {
 				<-running
 				module, _ := caddy.GetModule("admin.api.sse")
-				r := httptest.NewRequest(http.MethodDelete, "/sse/streams?name=one+reason", nil)
+				r := httptest.NewRequest(http.MethodDelete, "/sse/streams?name="+name, nil)
 				if err := module.New().(caddy.AdminRouter).Routes()[0].Handler.ServeHTTP(httptest.NewRecorder(), r); err != nil {
 					t.Error(err)
 				}

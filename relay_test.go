@@ -93,9 +93,10 @@ func TestTheHooksOfAnEarlyStartDoNotMeetTheHandlersAtWork(t *testing.T) {
 // Handlers that do not heed their context go on with what they have when their
 // request is over.
 func TestHandlersThatAreLeftBehindShareNothingWithTheirRequest(t *testing.T) {
+	checkLeaks(t)
 	for _, ended := range []string{"before an answer", "as a stream", "as no stream"} {
 		t.Run(ended, func(t *testing.T) {
-			checkLeaks(t)
+			t.Parallel()
 			config := silent()
 			config.EarlyStart = &caddysse.EarlyStart{Delay: caddy.Duration(time.Hour)}
 			c := newClient(t)

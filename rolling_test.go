@@ -5,11 +5,11 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -31,7 +31,6 @@ type rolling struct {
 	retryMin, retryMax time.Duration
 	down               time.Duration // how long the upstream is gone
 	period             time.Duration // from event to event
-	unevenness         float64       // how many times an even spread is too much
 }
 
 func TestEveryClientGetsEveryEventOnceOverReloadsAndAKilledUpstream(t *testing.T) {
@@ -40,14 +39,12 @@ func TestEveryClientGetsEveryEventOnceOverReloadsAndAKilledUpstream(t *testing.T
 		clients: 100, reloads: 3, every: 1200 * time.Millisecond, window: time.Second,
 		retryMin: 100 * time.Millisecond, retryMax: time.Second,
 		down: 300 * time.Millisecond, period: 20 * time.Millisecond,
-		unevenness: 1.9, // of a hundred clients, half of whom are half a window's
 	}
 	if os.Getenv(rollingVariable) != "" {
 		size = rolling{
 			clients: 2000, reloads: 5, every: 15 * time.Second, window: 10 * time.Second,
 			retryMin: time.Second, retryMax: 10 * time.Second,
 			down: 2 * time.Second, period: 500 * time.Millisecond,
-			unevenness: 2,
 		}
 	}
 	started := time.Now()
@@ -73,26 +70,23 @@ func TestEveryClientGetsEveryEventOnceOverReloadsAndAKilledUpstream(t *testing.T
 	eventually(t, "every client is there", func() bool { return fleet.behind(1) == 0 })
 
 	for i := range size.reloads {
-		since := time.Now()
 		c.reload(site + fmt.Sprintf("\n# %d", i)) // a comment: the same site again
 		time.Sleep(size.every)                    // the schedule of this test, not a wait for something
-		fleet.checkSpread(t, fmt.Sprintf("reload %d", i+1), since, size, size.window)
 	}
 
-	since := time.Now()
 	kill()
 	time.Sleep(size.down)
 	replayProcess(t, addr, started, size.period)
 	last := int(time.Since(started)/size.period) + 1
 	eventually(t, "every client has what was sent until the upstream came back", func() bool { return fleet.behind(last) == 0 })
-	fleet.checkSpread(t, "the kill", since, size, size.retryMax-size.retryMin)
+	fleet.checkSpread(t, size)
 
 	for i, client := range fleet.clients {
 		if err := client.problem.Load(); err != nil {
 			t.Errorf("client %d: %s", i, *err)
 		}
 	}
-	t.Logf("%d clients, %d reconnects, %d events each", size.clients, len(fleet.reconnects), last)
+	t.Logf("%d clients, %d reconnection times, %d events each", size.clients, len(fleet.told), last)
 }
 
 // eventually waits for a condition of the whole fleet.
@@ -109,8 +103,8 @@ func eventually(t testing.TB, what string, reached func() bool) {
 type fleet struct {
 	clients []*eventSource
 
-	mu         sync.Mutex
-	reconnects []time.Time
+	mu   sync.Mutex
+	told []time.Duration // the reconnection times
 }
 
 func newFleet(url string, n int) *fleet {
@@ -135,25 +129,30 @@ func (f *fleet) behind(event int) int {
 	return n
 }
 
-// checkSpread wants no half second to have many more reconnects than an even
-// spread over a time would give it.
-func (f *fleet) checkSpread(t *testing.T, what string, since time.Time, size rolling, over time.Duration) {
+// checkSpread wants the reconnection times that were told to be even over their
+// range: of clients that lost their streams together, a tenth comes back in each
+// tenth of it. When they come back is a matter of the machine.
+func (f *fleet) checkSpread(t *testing.T, size rolling) {
 	t.Helper()
-	const slice = 500 * time.Millisecond
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	most, from := 0, 0
-	recent := f.reconnects[slices.IndexFunc(append(f.reconnects, time.Now()), func(at time.Time) bool { return at.After(since) }):]
-	for to := range recent {
-		for recent[to].Sub(recent[from]) > slice {
-			from++
-		}
-		most = max(most, to-from+1)
+	if len(f.told) < 2*size.clients {
+		t.Errorf("%d clients were told %d reconnection times, want one with each stream", size.clients, len(f.told))
 	}
-	even := float64(size.clients) * float64(slice) / float64(max(over, slice))
-	t.Logf("%s: %d reconnects, at most %d in %s; evenly it would be %.1f", what, len(recent), most, slice, even)
-	if limit := size.unevenness * even; float64(most) > limit {
-		t.Errorf("%s: %d reconnects within %s, want at most %.1f", what, most, slice, limit)
+	var tenths [10]int
+	for _, told := range f.told {
+		if told < size.retryMin || told > size.retryMax {
+			t.Errorf("a client was told to come back in %v", told)
+			continue
+		}
+		tenths[min(9, 10*(told-size.retryMin)/(size.retryMax-size.retryMin))]++
+	}
+	// Seven standard deviations of what chance gives each.
+	even := float64(len(f.told)) / 10
+	for tenth, n := range tenths {
+		if off := math.Abs(float64(n) - even); off > 7*math.Sqrt(even) {
+			t.Errorf("%d of %d reconnection times are in tenth %d of their range: %v", n, len(f.told), tenth, tenths)
+		}
 	}
 }
 
@@ -176,9 +175,6 @@ func (e *eventSource) run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 		case <-time.After(e.reconnectIn):
-			e.fleet.mu.Lock()
-			e.fleet.reconnects = append(e.fleet.reconnects, time.Now())
-			e.fleet.mu.Unlock()
 		}
 	}
 }
@@ -221,6 +217,9 @@ func (e *eventSource) follow(ctx context.Context) {
 		case "retry":
 			ms, _ := strconv.Atoi(value)
 			e.reconnectIn = time.Duration(ms) * time.Millisecond
+			e.fleet.mu.Lock()
+			e.fleet.told = append(e.fleet.told, e.reconnectIn)
+			e.fleet.mu.Unlock()
 		case "":
 			if hasData && id != e.last.Add(1) {
 				e.fail("event %d where %d was next", id, e.last.Load())

@@ -62,6 +62,8 @@ type run struct {
 	upstream      string // of the last attempt that was answered
 	attempts      int
 	cancelAttempt context.CancelCauseFunc
+
+	kept *keptRun // of a resumedRun
 }
 
 // runUse is what a run is for.
@@ -118,6 +120,7 @@ type runEnd struct {
 	reason reason
 	err    error
 	soft   bool // an upstream_error that is clean to an EventSource
+	told   bool // an upstream_error that an event has told, so the end is clean
 }
 
 var (
@@ -134,6 +137,15 @@ var (
 
 // newRun makes a run and lets it be known. It asks nobody yet.
 func (h *Handler) newRun(use runUse, f *feed) *run {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	r := h.makeRun(use, f, ctx, cancel)
+	h.group.addRun(r)
+	return r
+}
+
+// makeRun makes a run whose attempts have a context that is there already. Nobody
+// knows of it yet.
+func (h *Handler) makeRun(use runUse, f *feed, ctx context.Context, cancel context.CancelCauseFunc) *run {
 	r := &run{
 		h:        h,
 		use:      use,
@@ -144,9 +156,8 @@ func (h *Handler) newRun(use runUse, f *feed) *run {
 		readers:  make(map[*runReader]struct{}),
 		forget:   func() {},
 	}
-	r.ctx, r.cancel = context.WithCancelCause(context.Background())
+	r.ctx, r.cancel = ctx, cancel
 	f.stop = r.ctx.Done()
-	h.group.addRun(r)
 	return r
 }
 
@@ -319,6 +330,9 @@ func (r *run) restIfAlone() {
 		if !ended {
 			r.group().addIdle(r)
 		}
+		if r.kept != nil {
+			r.group().addDetached(r)
+		}
 	}
 	r.mu.Unlock()
 	switch {
@@ -396,21 +410,25 @@ type runReader struct {
 func (r *run) enter() *runReader {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.stage >= runEnding && (r.use == sharedRun || r.stage != runEnded) {
+	if r.stage >= runEnding {
 		return nil
 	}
 	reader := &runReader{run: r}
-	if r.use == sharedRun && r.answer.kind == answerPending {
+	if r.answer.kind == answerPending {
 		// Who waits for the answer gets all that follows it.
 		reader.join(journal.Live())
 	}
+	r.addReaderLocked(reader)
+	return reader
+}
+
+func (r *run) addReaderLocked(reader *runReader) {
 	r.readers[reader] = struct{}{}
 	r.joined++
 	if r.idle != nil {
 		r.idle.Stop()
 	}
 	r.group().dropIdle(r)
-	return reader
 }
 
 // leave takes the client off the run.

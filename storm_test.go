@@ -47,6 +47,7 @@ func TestEveryStreamIsAccountedForInAStorm(t *testing.T) {
 	if testing.Short() {
 		streams = 200
 	}
+	name := uniqueName("storm")
 	all := make(chan struct{}) // closed when all are open: the upstream acts
 	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", eventStream)
@@ -87,7 +88,7 @@ func TestEveryStreamIsAccountedForInAStorm(t *testing.T) {
 	})
 	c := startCaddy(t, `
 		sse 1s {
-			name storm
+			name `+name+`
 			prelude 10ms
 		}
 		route {
@@ -170,7 +171,7 @@ func TestEveryStreamIsAccountedForInAStorm(t *testing.T) {
 	scrape := func() (live float64) {
 		s := c.scrape(t)
 		s.expectNoneBackwards(t, before)
-		live = s.expectAccounted(t, "storm")
+		live = s.expectAccounted(t, name)
 		before = s
 		scrapes++
 		if t.Failed() {
@@ -238,7 +239,7 @@ func TestEveryStreamIsAccountedForInAStorm(t *testing.T) {
 		t.Errorf("%d streams were told, want %d", len(ids), streams)
 	}
 	for reason, n := range reasons {
-		if counted := before.sum("streams_closed_total", "storm", fmt.Sprintf("reason=%q", reason)); counted != float64(n) {
+		if counted := before.sum("streams_closed_total", name, fmt.Sprintf("reason=%q", reason)); counted != float64(n) {
 			t.Errorf("%v: %d in the log, %v in the metrics", reason, n, counted)
 		}
 	}

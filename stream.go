@@ -47,8 +47,7 @@ type stream struct {
 	facts sync.Mutex
 
 	w      http.ResponseWriter
-	h      *Handler // the settings and the totals
-	frames *frames  // what its client can take
+	frames *frames // what its client can take
 
 	arrived   instant       // when the request came; ages count from here
 	lastHeard time.Duration // age at which the client heard something last; mu
@@ -60,7 +59,7 @@ type stream struct {
 
 	longestGap time.Duration // the longest time the upstream sent nothing; facts
 	bytes      uint64        // of the upstream's body; facts
-	firstEvent time.Duration // age at which the client had the first event; 0: none yet; facts
+	wait       time.Duration // silence after which the next frame is due; 0: none; mu
 
 	stage     atomic.Uint32 // a stage; changes with facts locked
 	body      bodyKind      // changes with both locked
@@ -79,7 +78,9 @@ type stream struct {
 	// changes with both locked.
 	splicer eventstream.Splicer
 
-	wait       time.Duration // silence after which the next frame is due; 0: none; mu
+	// What a write seldom uses.
+	h          *Handler      // the settings and the totals
+	firstEvent time.Duration // age at which the client had the first event; 0: none yet; facts
 	opened     time.Duration // age at which the headers went out
 	due        instant       // when the stage is over, if nothing happens before; facts
 	heartbeats uint32        // facts

@@ -69,21 +69,10 @@ func TestServerWideTimeoutsSpareStreamsAndNothingElse(t *testing.T) {
 				}
 				reverse_proxy `+up.addr, withGlobal(global))
 			for _, proto := range clientProtocols {
-				t.Run(proto, func(t *testing.T) {
-					t.Parallel()
-					cl := c.client(proto)
-					slow := func() {
-						t.Helper()
-						e := cl.begin(cl.request(t, "GET", "/slow", nil))
-						res, err := e.outcome()
-						if err != nil {
-							return // cut before its headers
-						}
-						if text, err := res.text(); err == nil {
-							t.Errorf("a slow answer was not cut: %q", text)
-						}
-					}
-					for _, method := range []string{"GET", "POST"} {
+				for _, method := range []string{"GET", "POST"} {
+					t.Run(proto+" "+method, func(t *testing.T) {
+						t.Parallel()
+						cl := c.client(proto)
 						var body io.Reader
 						if method == "POST" {
 							body = strings.NewReader("{}")
@@ -91,13 +80,20 @@ func TestServerWideTimeoutsSpareStreamsAndNothingElse(t *testing.T) {
 						res := cl.do(t, cl.request(t, method, "/stream", body, acceptStream))
 						text, err := res.text()
 						if want := strings.Repeat("data: 1\n\n", 4) + "data: end\n\n"; text != want || err != nil {
-							t.Errorf("%s: got %q, %v", method, text, err)
+							t.Errorf("got %q, %v", text, err)
 						}
-						if proto != "h3" { // quic-go's server has no write timeout
-							slow() // on the same connection
+						if proto == "h3" {
+							return // quic-go's server has no write timeout
 						}
-					}
-				})
+						res, err = cl.begin(cl.request(t, "GET", "/slow", nil)).outcome() // on the same connection
+						if err != nil {
+							return // cut before its headers
+						}
+						if text, err := res.text(); err == nil {
+							t.Errorf("a slow answer was not cut: %q", text)
+						}
+					})
+				}
 			}
 		})
 	}
@@ -152,6 +148,7 @@ func TestAQuietStreamEndsCleanlyLongAfterItsLastWrite(t *testing.T) {
 					}
 					reverse_proxy `+up.addr, withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
 				overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+					t.Parallel()
 					for range 2 { // on the same connection, where there is one
 						text, err := cl.get(t, "/", acceptStream).text()
 						if text != "data: 1\n\n" || err != nil {
@@ -742,9 +739,8 @@ func TestAClientThatTakesNothingIsEndedAfterTheWriteTimeout(t *testing.T) {
 	checkLeaks(t)
 	for _, idle := range []string{"", "write_idle -1s", "write_idle 200ms", "write_idle 100ms 100000000"} {
 		t.Run("with "+idle, func(t *testing.T) {
-			c, sent := startFlooded(t, "700ms", withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
+			c, _ := startFlooded(t, "700ms", withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
 			overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
-				sent.Store(0)
 				path := "/" + cl.proto
 				// Another one on the same connection, where it can be, notices
 				// nothing.
@@ -765,7 +761,6 @@ func TestAClientThatTakesNothingIsEndedAfterTheWriteTimeout(t *testing.T) {
 				if _, err := other.wait(func(string) bool { return true }); err != nil {
 					t.Errorf("the other stream ended with %v", err)
 				}
-				t.Logf("%d bytes of %v were sent", sent.Load(), line["bytes"])
 			})
 		})
 	}

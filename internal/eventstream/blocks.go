@@ -35,11 +35,14 @@ func (s *Splicer) ScanBlock(p []byte) (n, idAt int, done bool) {
 	if s.scan.Events() > events && !s.HasOwnIDs() && !s.Opaque() {
 		idAt = n - 1
 	}
-	if n < len(p) && s.scan.PendingCR() && p[n] == '\n' {
+	switch {
+	case n == len(p):
+		return n, idAt, s.MayEnd()
+	case s.scan.PendingCR() && p[n] == '\n':
 		s.scan.Scan(p[n : n+1])
 		n++
 	}
-	return n, idAt, s.MayEnd()
+	return n, idAt, true
 }
 
 // AppendID appends the line that [Splicer.ScanBlock] tells the place of. It ends

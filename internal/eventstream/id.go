@@ -16,7 +16,7 @@ const (
 
 // lastEventID holds the last event ID string, the last event ID buffer while
 // it differs from that, and the value of an id line while it is being read:
-// one behind the other, so that a stream has one small allocation for its IDs.
+// one after the other, so that a stream has one small allocation for its IDs.
 type lastEventID struct {
 	text        []byte
 	committed   uint16 // where the string ends in text

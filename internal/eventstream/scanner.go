@@ -68,9 +68,6 @@ type Scanner struct {
 	id     lastEventID
 	events uint64
 
-	retry     uint64 // milliseconds
-	retryLine uint64 // the retry field being read
-
 	utf8 utf8Checker
 
 	name       [len("retry")]byte // of the field being read; no known name is longer
@@ -82,6 +79,10 @@ type Scanner struct {
 	lineEnding LineEnding
 	pendingCR  bool
 	hasRetry   bool
+
+	// Last, as few bodies have such a field.
+	retry     uint64 // milliseconds
+	retryLine uint64 // the retry field being read
 }
 
 // opening is what the body begins with. The states up to bomRead count the
@@ -130,7 +131,7 @@ func (s *Scanner) Scan(p []byte) {
 	s.scan(p, false)
 }
 
-// ScanToBoundary follows p up to and including the first byte behind which the
+// ScanToBoundary follows p up to and including the first byte after which the
 // place is an event boundary, and returns how many bytes that is. It follows
 // all of p when there is no such byte; Place tells the two apart. Where the
 // place is a boundary already, ScanToBoundary moves on to the next one.
@@ -155,7 +156,7 @@ func (s *Scanner) Place() Place {
 }
 
 // PendingCR reports whether the last byte was a CR whose LF may still come.
-// The line counts as ended already, but a LF that is put behind any other
+// The line counts as ended already, but a LF that is put after any other
 // bytes would end a second one.
 func (s *Scanner) PendingCR() bool {
 	return s.pendingCR
@@ -195,7 +196,7 @@ func (s *Scanner) Retry() (ms uint64, ok bool) {
 	return s.retry, s.hasRetry
 }
 
-// Incomplete reports whether there are field bytes behind the last blank line:
+// Incomplete reports whether there are field bytes after the last blank line:
 // an unfinished event, or an unfinished line that is not a comment. Clients
 // discard them if the body ends here (section 9.2.6).
 func (s *Scanner) Incomplete() bool {
@@ -228,7 +229,7 @@ func (s *Scanner) resume() {
 }
 
 func (s *Scanner) scan(p []byte, toBoundary bool) int {
-	text := 0 // where it begins behind the byte order mark
+	text := 0 // where it begins after the byte order mark
 	if s.opening < bomRead {
 		text = s.followBOM(p)
 	}
@@ -282,7 +283,7 @@ func (s *Scanner) judgeOpening(p []byte) {
 }
 
 func (s *Scanner) followLines(p []byte, toBoundary bool) int {
-	// The next LF and CR at or behind i are looked up once each, so that a body
+	// The next LF and CR at or after i are looked up once each, so that a body
 	// that has only one kind is not searched for the other at every line.
 	lf, cr := -1, -1
 	for i := 0; i < len(p); {
@@ -323,7 +324,7 @@ func (s *Scanner) followLines(p []byte, toBoundary bool) int {
 	return len(p)
 }
 
-// indexFrom returns the index of the first b in p at or behind from, and
+// indexFrom returns the index of the first b in p at or after from, and
 // len(p) when there is none.
 func indexFrom(p []byte, from int, b byte) int {
 	if i := bytes.IndexByte(p[from:], b); i >= 0 {
@@ -371,7 +372,7 @@ func (s *Scanner) followLine(p []byte) {
 	}
 }
 
-// followName follows the name of a field and returns what comes behind its
+// followName follows the name of a field and returns what comes after its
 // colon.
 func (s *Scanner) followName(p []byte) (value []byte) {
 	room := len(s.name) - int(s.nameLength)

@@ -119,7 +119,7 @@ type Runtime struct {
 	Allocations  float64 // so far
 }
 
-// Runtime tells what is reachable, behind two garbage collections, as the first
+// Runtime tells what is reachable, after two garbage collections, as the first
 // one leaves pools their victims.
 func (c *Caddy) Runtime() (r Runtime, err error) {
 	var heap []byte
