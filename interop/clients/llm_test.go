@@ -59,6 +59,18 @@ var responsesEvents = []event{
 	{"response.completed", "Hello!", ""},
 }
 
+// messagesScript is an answer of Anthropic's API.
+var messagesScript = []string{
+	responseEvent("message_start", `"message":{"id":"msg_1","type":"message","role":"assistant","model":"stand-in","content":[],`+
+		`"stop_reason":null,"stop_sequence":null,"usage":{"input_tokens":1,"output_tokens":1}}`),
+	responseEvent("content_block_start", `"index":0,"content_block":{"type":"text","text":""}`),
+	responseEvent("content_block_delta", `"index":0,"delta":{"type":"text_delta","text":"Hel"}`),
+	responseEvent("content_block_delta", `"index":0,"delta":{"type":"text_delta","text":"lo!"}`),
+	responseEvent("content_block_stop", `"index":0`),
+	responseEvent("message_delta", `"delta":{"stop_reason":"end_turn","stop_sequence":null},"usage":{"output_tokens":2}`),
+	"event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n",
+}
+
 // serveLLM is a stand-in for an LLM API: /v1, /ids/v1, which has an id with each
 // event, /slow/v1, which takes a second for its headers, and /broken/v1, which
 // takes one to fail.
@@ -70,7 +82,7 @@ func serveLLM(t *testing.T) (addr string) {
 			return
 		}
 		kind, path, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "v1/")
-		script := map[string][]string{"chat/completions": chatScript, "responses": responsesScript}[path]
+		script := map[string][]string{"chat/completions": chatScript, "responses": responsesScript, "messages": messagesScript}[path]
 		switch kind {
 		case "slow/":
 			time.Sleep(time.Second)
@@ -184,32 +196,49 @@ func TestAnAnswerOutlivesAReload(t *testing.T) {
 	}
 }
 
-// TestAnEarlyStartForAnSDK: openai asks with Accept: application/json, and its
-// body says that it wants a stream.
+// TestAnEarlyStartForAnSDK: their requests say in their bodies that they want a
+// stream, and not in Accept. They raise on the error of an early start, since its
+// data has a member "error".
 func TestAnEarlyStartForAnSDK(t *testing.T) {
 	t.Parallel()
 	caddy := harness.StartSite(t, styleSite(serveLLM(t), "early_start 300ms"))
-	running := pythonLLM("chat")(t, []string{
-		"slow=" + caddy.URL + "/block/slow/v1",
-		"broken=" + caddy.URL + "/block/broken/v1",
-	})
-	running.awaitCount(t, "end", 1, "slow", "broken")
-	all := running.reports()
-	if text, _ := verdict(events(all, "slow"), chatEvents); text != "exact" || len(of(all, "slow", "error")) > 0 {
-		t.Errorf("slow: %s, %v", text, of(all, "slow", "error"))
+	var streams []string
+	for client, base := range map[string]string{"openai": "/v1", "anthropic": ""} {
+		for _, kind := range []string{"slow", "broken"} {
+			streams = append(streams, client+"/"+kind+"="+caddy.URL+"/block/"+kind+base)
+		}
 	}
-	// The member "error" of the data has it raise.
-	failures := of(all, "broken", "error")
-	if len(events(all, "broken")) > 0 || len(failures) != 1 ||
-		!strings.HasPrefix(failures[0].Error, "APIError: the upstream answered 500") {
-		t.Errorf("broken: events %q, errors %v", events(all, "broken"), failures)
+	inPython, inNode := startPython(t, "answers.py", streams), startNode(t, "answers.mjs", streams)
+	for _, row := range []struct {
+		client  string
+		running program
+		raises  string
+	}{
+		{"openai", inPython, "APIError: "},
+		{"anthropic", inPython, "APIStatusError: "},
+		{"openai", inNode, "APIError: "},
+		{"anthropic", inNode, "APIError: "},
+	} {
+		slow, broken := row.client+"/slow", row.client+"/broken"
+		row.running.awaitCount(t, "end", 1, slow, broken)
+		all := row.running.reports()
+		if got := fmt.Sprint(events(all, slow), of(all, slow, "error")); got != "[{text Hello! }] []" {
+			t.Errorf("%s: %s", slow, got)
+		}
+		failures := of(all, broken, "error")
+		t.Logf("%s: %v", broken, failures)
+		if len(events(all, broken)) > 0 || len(failures) != 1 ||
+			!strings.HasPrefix(failures[0].Error, row.raises) || !strings.Contains(failures[0].Error, "the upstream answered 500") {
+			t.Errorf("%s: events %q, errors %v", broken, events(all, broken), failures)
+		}
 	}
-	reasons := make(map[string]string)
-	for range 2 {
-		closed := caddy.AwaitClosed(t)
-		reasons[closed.Path] = closed.Reason
-	}
-	if reasons["/block/slow/v1/chat/completions"] != "upstream_closed" || reasons["/block/broken/v1/chat/completions"] != "upstream_error" {
-		t.Errorf("%v", reasons)
+	for _, closed := range caddy.ClosedStreams() {
+		want := "upstream_closed"
+		if strings.HasPrefix(closed.Path, "/block/broken/") {
+			want = "upstream_error"
+		}
+		if closed.Reason != want {
+			t.Errorf("%+v", closed)
+		}
 	}
 }

@@ -11,6 +11,7 @@ import threading
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # asks nobody outside
 
 import litellm
+from anthropic import Anthropic
 from google import genai
 from groq import AsyncGroq, Groq
 from langchain_openai import ChatOpenAI
@@ -84,7 +85,14 @@ def ask_google(url):
     return "".join(chunk.text or "" for chunk in chunks)
 
 
+def ask_anthropic(url):
+    client = Anthropic(base_url=url, api_key="none", max_retries=0)
+    events = client.messages.create(**CHAT, max_tokens=100)
+    return "".join(event.delta.text for event in events if event.type == "content_block_delta")
+
+
 CLIENTS = {
+    "anthropic": ask_anthropic,
     "openai": ask_openai,
     "openai-async": ask_openai_async,
     "azure": ask_azure,
