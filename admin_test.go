@@ -535,7 +535,7 @@ func TestStreamsOfAReplacedConfigurationStayListed(t *testing.T) {
 
 func TestHandlersAreShownByName(t *testing.T) {
 	checkLeaks(t)
-	name := "shown by name" // has not been used by another test
+	name := uniqueName("shown by name ")
 	up := newUpstream(t)
 	site := `
 		handle /a {

@@ -173,7 +173,8 @@ const (
 // clientsPlaceholder gives handlers after sse what handlers before it have set.
 // Of the request they know as much themselves.
 func (x *exchange) clientsPlaceholder(key string) (any, bool) {
-	if x.replacer == nil || strings.HasPrefix(key, "http.request.") || strings.HasPrefix(key, "http.vars.") {
+	if x.replacer == nil || strings.HasPrefix(key, "http.request.") || strings.HasPrefix(key, "http.vars.") ||
+		strings.HasPrefix(key, "http.sse.") {
 		return nil, false
 	}
 	return x.outer.Get(key)
@@ -203,7 +204,7 @@ func (x *exchange) placeholder(key string) (any, bool) {
 // handOut lets the client's side know what the handlers have set so far. It runs
 // while they wait, or after they have left.
 func (x *exchange) handOut() {
-	if x.replacer == nil || x.attempt == nil {
+	if x.replacer == nil || x.attempt == nil || x.handlersGoOn() {
 		return
 	}
 	if x.attempt.context.isolated != nil {

@@ -61,12 +61,14 @@ var subdirectives = map[string]subdirective{
 
 	"upstream_retry": {"<window> [live]", 1, 2, setUpstreamRetry},
 
-	"share": {"[<header|placeholder>...]", 0, math.MaxInt, setShare},
+	"resume": {"<window> [any]", 1, 2, setResume},
+	"share":  {"[<header|placeholder>...]", 0, math.MaxInt, setShare},
 }
 
 // blocks are the subdirectives that take a block, with the grammar of it.
 var blocks = map[string]map[string]subdirective{
-	"share": shareSubdirectives,
+	"resume": resumeSubdirectives,
+	"share":  shareSubdirectives,
 }
 
 // UnmarshalCaddyfile sets up the handler from Caddyfile tokens. Syntax:
@@ -95,6 +97,14 @@ var blocks = map[string]map[string]subdirective{
 //
 //		upstream_retry <window> [live]
 //
+//		resume <window> [any] {
+//			history  <size> [<total>]
+//			bind     <placeholder...>
+//			cancel   <duration>
+//			detached <n>
+//			run_for  <duration>
+//			lost     <event>|off
+//		}
 //		share [<header|placeholder>...] {
 //			join    live|last <n>
 //			history <size> [<total>]

@@ -260,11 +260,11 @@ func (x *exchange) startUnknown(reader *runReader) bool {
 	if !reader.join(journal.Live()) {
 		return false
 	}
-	if !x.h.sharing.lost.isToldTo(x.kind.eventSource) {
+	if !x.h.lost.isToldTo(x.kind.eventSource) {
 		return true
 	}
 	g := greeting{
-		event: x.h.sharing.lost.name,
+		event: x.h.lost.name,
 		data:  lostUnknown,
 		id:    reader.run.feed.place(reader.cursor.Begin()),
 	}

@@ -22,12 +22,14 @@ import (
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 )
 
-// dashboardCalls are the calls that the page may make to the admin API, below
-// /sse/. Nothing else is passed on.
+// dashboardCalls are the calls that are passed on to the admin API, below /sse/,
+// and no others.
 var dashboardCalls = []string{
 	"GET watch",
 	"GET streams",
 	"DELETE streams/{id}",
+	"GET runs",
+	"DELETE runs/{id}",
 }
 
 const defaultDashboardAddress = "127.0.0.1:0"

@@ -18,15 +18,39 @@ import (
 // upload is the body of a request. It knows when it has been read to its end.
 type upload struct {
 	io.ReadCloser
-	read atomic.Bool
+	left     int64 // of its Content-Length; -1: it has none
+	outlives bool  // its attempt may outlive the client's connection
+	read     atomic.Bool
+	found    atomic.Bool // there has been a byte
 }
 
+// Read does not look for an end after Content-Length where the connection may be
+// gone by then.
 func (u *upload) Read(p []byte) (int, error) {
+	if u.outlives && u.read.Load() {
+		return 0, io.EOF
+	}
 	n, err := u.ReadCloser.Read(p)
+	if n > 0 {
+		u.found.Store(true)
+	}
+	if u.outlives && u.left >= 0 && err == nil {
+		if u.left -= int64(n); u.left <= 0 {
+			err = io.EOF
+		}
+	}
 	if err == io.EOF {
 		u.read.Store(true)
 	}
 	return n, err
+}
+
+// Close leaves a body that may outlive its connection to the server.
+func (u *upload) Close() error {
+	if u.outlives {
+		return nil
+	}
+	return u.ReadCloser.Close()
 }
 
 // mayStartEarly reports whether a stream may start before its upstream answers,
@@ -69,8 +93,11 @@ func (b *askingBody) Read(p []byte) (int, error) {
 }
 
 // awaitAsking returns a channel that is closed when the client has asked for a
-// stream: at once, or when its body does.
+// stream: at once, or when its body does. It is nil where that changes nothing.
 func (x *exchange) awaitAsking() <-chan struct{} {
+	if !x.mayStartEarly() {
+		return nil
+	}
 	asked := make(chan struct{})
 	if x.h.EarlyStart.Any || x.accept.only {
 		close(asked)
@@ -95,8 +122,13 @@ func asksForUpgrade(header http.Header) bool {
 
 // watchUpload takes note of whether the request's body has been read.
 func (x *exchange) watchUpload() {
+	if x.keeps() && x.r.ContentLength != 0 && x.r.Body != nil {
+		x.rare.upload = &upload{ReadCloser: x.r.Body, left: x.r.ContentLength, outlives: true}
+		x.attempt.request.Body = x.rare.upload
+		return
+	}
 	if x.r.ProtoMajor == 1 && x.r.ContentLength != 0 {
-		x.rare.upload = &upload{ReadCloser: x.r.Body}
+		x.rare.upload = &upload{ReadCloser: x.r.Body, left: -1}
 		x.attempt.request.Body = x.rare.upload
 	}
 }
@@ -112,13 +144,17 @@ func (x *exchange) startEarly() {
 			return // the upstream's answer will be refused, when it comes
 		}
 	}
-	s := x.newStream(http.StatusOK)
-	s.stage.Store(uint32(stageWaiting))
-	x.stream, x.startedEarly = s, true
 	header := x.w.Header()
 	header["Content-Type"] = []string{eventStreamType}
+	x.startedEarly = true
+	if x.keeps() {
+		x.beginRun(http.StatusOK, http.Header{"Content-Type": {eventStreamType}})
+	}
+	s := x.newStream(http.StatusOK)
+	s.stage.Store(uint32(stageWaiting))
+	x.stream = s
 	x.h.headers.apply(header)
-	if upload := x.rare.upload; upload != nil && !upload.read.Load() {
+	if upload := x.rare.upload; upload != nil && x.r.ProtoMajor == 1 && !upload.read.Load() {
 		// Else net/http takes what is left of the request's body from the
 		// upstream when the headers go out. And as it may panic on the next
 		// request of a connection where some of it is left in the end, there is
@@ -127,6 +163,7 @@ func (x *exchange) startEarly() {
 			header["Connection"] = []string{"close"}
 		}
 	}
+	x.feedStream()
 	x.start()
 }
 
@@ -206,7 +243,7 @@ func (s *stream) failEarly(status int, message string) {
 	s.facts.Lock()
 	s.upstreamStatus = uint16(status)
 	s.facts.Unlock()
-	collector.earlyStartFailures.WithLabelValues(s.h.Name, strconv.Itoa(status)).Inc()
+	countEarlyStartFailure(s.h, status)
 	text := errorEvent(http.StatusBadGateway, "upstream_error", message)
 	if s.sendLocked(s.age(), s.splicer.Block(&s.frames.Frames, nil, text), nil) == nil {
 		s.told = true
@@ -214,9 +251,18 @@ func (s *stream) failEarly(status int, message string) {
 	s.cutLocked()
 }
 
-// errorEvent is an event that tells an error. The SDKs of OpenAI and Anthropic
-// look for the member error, whatever the event's name, and raise.
+func countEarlyStartFailure(h *Handler, status int) {
+	collector.earlyStartFailures.WithLabelValues(h.Name, strconv.Itoa(status)).Inc()
+}
+
+// errorEvent is an event that tells an error.
 func errorEvent(status int, kind, message string) []byte {
+	return fmt.Appendf(nil, "event: error\ndata: %s\n\n", errorData(status, kind, message))
+}
+
+// errorData tells an error. The SDKs of OpenAI and Anthropic look for the member
+// error, whatever the event's name, and raise.
+func errorData(status int, kind, message string) []byte {
 	type failure struct {
 		Type    string `json:"type"`
 		Code    int    `json:"code"`
@@ -230,5 +276,5 @@ func errorEvent(status int, kind, message string) []byte {
 	if err != nil {
 		panic(err) // plain fields
 	}
-	return fmt.Appendf(nil, "event: error\ndata: %s\n\n", data)
+	return data
 }

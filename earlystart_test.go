@@ -253,17 +253,19 @@ func TestAnUpstreamInTimeKeepsItsAnswerToTheLetter(t *testing.T) {
 			answers[proto+path] = ask(cl, path)
 		}
 	}
-	c.reload(site("sse {\nearly_start 1h\n}"))
-	for _, proto := range clientProtocols {
-		cl := c.client(proto)
-		for _, path := range paths {
-			if proto == "h3" && path == "/broken" {
-				continue // the reset may overtake the headers, or not
-			}
-			got, want := ask(cl, path), answers[proto+path]
-			got, want = withoutAltSvc(got), withoutAltSvc(want)
-			if got != want {
-				t.Errorf("%s %s:\ngot  %s\nwant %s", proto, path, got, want)
+	for _, setting := range []string{"early_start 1h", "resume 1m any"} {
+		c.reload(site("sse {\n" + setting + "\n}"))
+		for _, proto := range clientProtocols {
+			cl := c.client(proto)
+			for _, path := range paths {
+				if proto == "h3" && path == "/broken" {
+					continue // the reset may overtake the headers, or not
+				}
+				got, want := ask(cl, path), answers[proto+path]
+				got, want = withoutAltSvc(got), withoutAltSvc(want)
+				if got != want {
+					t.Errorf("%s: %s %s:\ngot  %s\nwant %s", setting, proto, path, got, want)
+				}
 			}
 		}
 	}

@@ -254,6 +254,10 @@ func (s *stream) aborts(why reason) bool {
 		return !s.told && !s.gaveUpCleanly() && !(s.kind.eventSource && s.fed.endedSoftly())
 	case lagged, takenOver:
 		return s.broken || !s.kind.eventSource
+	case clientClosed:
+		// Of a client that is still there: it has its stream ended by another
+		// request.
+		return s.isSentAway() && (s.broken || !s.kind.eventSource)
 	case writeTimeout, deadClient, serverClosed:
 		return true
 	case upstreamTimeout, drained, maxDuration, endedByAdmin:
@@ -276,6 +280,12 @@ func (s *stream) letArrive() {
 	case <-time.After(s.lastHeard + arrivalPatience - s.age()):
 	case <-s.ctx.Done():
 	}
+}
+
+func (s *stream) isSentAway() bool {
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	return s.why == clientClosed
 }
 
 // close waits until nobody writes, and lets nobody write again.

@@ -109,6 +109,9 @@ func (reader *runReader) followRun(ctx context.Context, s *stream) runEnd {
 	case errors.Is(err, io.EOF), errors.Is(err, errRunEnded):
 		return reader.run.outcome()
 	default: // the journal has been discarded
+		if end := reader.run.outcome(); end.reason != notEnded {
+			return end // to make room, once the client had got all of it
+		}
 		return runEnd{reason: upstreamError, err: err}
 	}
 }

@@ -33,6 +33,14 @@ type feed struct {
 	heard  atomic.Int64 // when it has sent something last, an instant
 	waits  atomic.Bool  // for room: the upstream is not listened to
 
+	// unkeep is called when nothing may be kept any more: the upstream has ids of
+	// its own, or sends no events, or one that is too large. It returns false where
+	// nobody is there who could have what comes next. With it, the feed goes on
+	// without keeping.
+	unkeep func() bool
+	passes bool  // it has been called
+	over   error // nobody was there
+
 	// foreign is called when the upstream commits an id of the form that this
 	// module adds.
 	foreign func()
@@ -42,6 +50,9 @@ type feed struct {
 	retry    time.Duration // the last one that the upstream told
 	told     bool          // it has told one
 }
+
+// errNotKept ends a run whose client is away when nothing may be kept any more.
+var errNotKept = errors.New("the stream can't be kept any more, and its client is away")
 
 // errOtherBody ends a run whose body turns out to be none of events.
 var errOtherBody = errors.New("the upstream's body is no event stream")
@@ -73,8 +84,11 @@ func (f *feed) write(p []byte) (int, error) {
 	p = f.endCR(p)
 	for len(p) > 0 {
 		n, idAt, done := f.splicer.ScanBlock(p)
-		if f.splicer.Opaque() && f.policy == journal.KeepNewest {
-			return 0, errOtherBody
+		if f.splicer.Opaque() {
+			if f.policy == journal.KeepNewest {
+				return 0, errOtherBody
+			}
+			f.pass()
 		}
 		if err := f.appendBlock(p[:n], idAt); err != nil {
 			return 0, err
@@ -83,9 +97,23 @@ func (f *feed) write(p []byte) (int, error) {
 		if f.partial = true; done {
 			f.commit()
 		}
+		if f.over != nil {
+			return 0, f.over
+		}
 	}
 	f.journal.Publish()
 	return taken, nil
+}
+
+// pass stops keeping what the upstream sends, once.
+func (f *feed) pass() {
+	if f.passes || f.unkeep == nil {
+		return
+	}
+	f.passes, f.plain = true, true
+	if !f.unkeep() {
+		f.over = errNotKept
+	}
 }
 
 // endCR looks whether a CR at a boundary, where p begins, is followed by its LF.
@@ -112,6 +140,9 @@ func (f *feed) appendBlock(p []byte, idAt int) error {
 	if err := f.append(p[:idAt]); err != nil {
 		return err
 	}
+	if f.plain { // the event is too large to be kept
+		return f.append(p[idAt:])
+	}
 	f.id = f.token.append(f.id[:0], f.events+1)
 	f.line = f.splicer.AppendID(f.line[:0], f.id)
 	if err := f.append(f.line); err != nil {
@@ -124,7 +155,14 @@ func (f *feed) appendBlock(p []byte, idAt int) error {
 func (f *feed) append(p []byte) error {
 	for {
 		n, err := f.journal.Append(p)
-		if p = p[n:]; len(p) == 0 || err != nil {
+		p = p[n:]
+		if errors.Is(err, journal.ErrEventTooLarge) && f.unkeep != nil && !f.passes {
+			if f.pass(); f.over != nil {
+				return f.over
+			}
+			continue
+		}
+		if len(p) == 0 || err != nil {
 			return err
 		}
 		f.waits.Store(true)
@@ -165,6 +203,9 @@ func (f *feed) commit() {
 		f.mu.Unlock()
 	}
 	f.events = f.journal.Commit(block)
+	if f.ownIDs.Load() {
+		f.pass()
+	}
 }
 
 // commitID takes note of an id that the upstream has committed, and returns it
@@ -183,6 +224,9 @@ func (f *feed) commitID(id string) string {
 // again prepares for what the next attempt sends. A ring drops the unfinished
 // event of the last one: no client has seen any of it.
 func (f *feed) again() {
+	if f.policy == journal.KeepUnsent && f.partial && f.splicer.AtBoundary() {
+		f.commit() // no LF comes after the CR
+	}
 	f.journal.Rollback()
 	f.splicer = eventstream.Splicer{}
 	f.partial, f.scanned = false, 0

@@ -17,6 +17,16 @@ import (
 // answer is, what the answer turns out to be, and the stream if it is one. It
 // belongs to the goroutine of the request.
 type exchange struct {
+	// What a write uses stands together.
+	response response // what the attempt's handlers answer to
+	stream   *stream
+	role     role
+
+	headed       bool // what is no stream has got its final header
+	startedEarly bool
+	kind         kind
+	accept       accept
+
 	h       *Handler
 	w       http.ResponseWriter
 	r       *http.Request // the client's; handlers after sse get another one
@@ -26,18 +36,11 @@ type exchange struct {
 	outer    caddy.Replacer  // the same, but does not ask the attempt's
 	attempt  *attempt
 	shown    atomic.Pointer[attempt] // whose placeholders handlers before sse see
-	response response                // what the attempt's handlers answer to
-	stream   *stream
-	told     *report // of the stream, when it has ended
+	told     *report                 // of the stream, when it has ended
 
-	role         role
-	headed       bool   // what is no stream has got its final header
-	ip           string // the client's, as it was when the request came
-	kind         kind
-	frames       *frames // what its client can take
-	startedEarly bool
-	accept       accept
-	place        *place // nil: none has been taken
+	ip     string  // the client's, as it was when the request came
+	frames *frames // what its client can take
+	place  *place  // nil: none has been taken
 
 	rare *rare // nil for most
 }
@@ -58,9 +61,12 @@ type rare struct {
 
 	given   *http.Request // with the ids of ours that handlers after sse do not see
 	brought string        // the id that the client came back with
+	taken   bool          // which is one of ours, and has been taken out
+	unknown bool          // and nobody knows it
 	share   *shareRequest
 	reader  *runReader
 	feed    feedContext
+	keeping *keeping // nil: the stream ends with its client
 	fed     *fed
 }
 
@@ -81,7 +87,7 @@ func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived in
 	x.response.x = x
 	x.kind = kindOf(r, x.accept, h.Resumable)
 	x.frames = h.framesFor(r.Header)
-	if h.sharing != nil {
+	if h.sharing != nil || h.resuming != nil {
 		x.takeID()
 	}
 	x.replacer, _ = r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
@@ -127,6 +133,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 				out.panicked = panicked
 			}
 		}
+		defer x.leaveRun() // when it is known how its stream has ended
 		err = x.leave(out)
 	}()
 	if r.Method == http.MethodHead || r.Method == http.MethodConnect {
@@ -138,7 +145,12 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	}
 	if x.mayShare() {
 		x.findRun()
-		defer x.leaveRun()
+	}
+	if x.mayComeBack() {
+		var back bool
+		if out, back = x.comeBack(); back {
+			return nil
+		}
 	}
 	if out.err = x.enter(); out.err != nil {
 		return nil
@@ -148,6 +160,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		if out, shared = x.callShared(); shared {
 			return nil
 		}
+	}
+	if x.keep(next) {
+		out = x.callRelayed(next)
+		return nil
 	}
 	if x.prepareTries() {
 		out = x.callAgain(next)
@@ -243,13 +259,18 @@ func (x *exchange) takeHeader(header http.Header) {
 // open makes a stream of the answer.
 func (x *exchange) open(status int) {
 	x.role = streaming
-	x.stream = x.newStream(status)
 	header := x.w.Header()
-	if isEncoded(header) {
+	encoded := isEncoded(header)
+	if x.keeps() && !encoded {
+		x.beginRun(status, header)
+	}
+	x.stream = x.newStream(status)
+	if encoded {
 		x.stream.body = encodedBody
 		x.h.unprotected(causeEncodedBody)
 	}
 	x.h.headers.apply(header)
+	x.feedStream()
 	x.start()
 }
 
@@ -330,6 +351,7 @@ func (x *exchange) conclude(out outcome) error {
 		}
 		panic(out.panicked)
 	}
+	s.told = s.told || out.run.told
 	s.account(s.verdict(out))
 	r := s.final()
 	x.uploads().resume()

@@ -56,13 +56,20 @@ func (g *group) reserve(limits limits, client clientID) (reservation, limit) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	full := limits.total > 0 && g.openLocked() >= limits.total
+	tooMany := limits.perClient > 0 && client.isKnown() && g.clients[client] >= limits.perClient
+	var gives *run
 	switch {
-	case full && len(g.runs.idle) == 0:
-		return noPlace, limitTotal
-	case limits.perClient > 0 && client.isKnown() && g.clients[client] >= limits.perClient:
-		return noPlace, limitPerClient
+	case tooMany:
+		if gives = g.oldestIdleLocked(client); gives == nil {
+			return noPlace, limitPerClient
+		}
 	case full:
-		go g.oldestIdleLocked().giveWay() // which wants the group's lock
+		if gives = g.oldestIdleLocked(clientID{}); gives == nil {
+			return noPlace, limitTotal
+		}
+	}
+	if gives != nil {
+		go gives.giveWay() // which wants the group's lock
 	}
 	g.reserved++
 	if g.clients == nil {
@@ -94,6 +101,9 @@ func (g *group) countClients() {
 		return
 	}
 	g.clients = make(map[clientID]int)
+	for _, r := range g.runs.idle {
+		g.countClientLocked(r.clientID(), +1)
+	}
 	for s := g.oldest; s != nil; s = s.next {
 		g.countClientLocked(s.clientID(), +1)
 	}

@@ -7,6 +7,7 @@ package caddysse
 
 import (
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -121,6 +122,9 @@ type Handler struct {
 	// client stays. Default: off.
 	UpstreamRetry *UpstreamRetry `json:"upstream_retry,omitempty"`
 
+	// Lets clients come back to their stream. Default: off.
+	Resume *Resume `json:"resume,omitempty"`
+
 	// One upstream stream for all clients that ask for the same. Default: off.
 	Share *Share `json:"share,omitempty"`
 
@@ -136,6 +140,13 @@ type Handler struct {
 	headers headerPolicy
 	limits  limits
 	sharing *sharing // nil: off
+
+	resuming *resuming // nil: off
+	lost     lostEvent // of either
+
+	// foreignIDs: an upstream has sent ids of the form that this module adds, so
+	// those of no run that is known here are the upstream's.
+	foreignIDs *atomic.Bool
 
 	writeTimeout, upstreamTimeout, deadClientTimeout time.Duration // 0: off
 }
@@ -302,9 +313,13 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		h.agenda.pulse = max(min(h.upstreamTimeout/4, maxPulse), minPulse)
 	}
 	h.drain = newDrain(h.Drain)
+	h.foreignIDs = new(atomic.Bool)
 
 	h.group = live.group(h.Name)
 	if h.sharing, err = newSharing(h, h.Share); err != nil {
+		return err
+	}
+	if h.resuming, err = newResuming(h, ctx); err != nil {
 		return err
 	}
 	collector.expect(h.Name, h.ReconnectOn, h.UpstreamRetry.window() > 0)

@@ -22,10 +22,13 @@ type relay struct {
 	done  chan struct{} // the call has been served
 	over  chan struct{} // closed: nobody serves any more
 	waits bool          // the handlers wait for a call, or have left; the request's goroutine's
+	end   func()        // closes it
 }
 
 func newRelay() *relay {
-	return &relay{calls: make(chan func()), done: make(chan struct{}), over: make(chan struct{})}
+	r := &relay{calls: make(chan func()), done: make(chan struct{}), over: make(chan struct{})}
+	r.end = sync.OnceFunc(func() { close(r.over) })
+	return r
 }
 
 // do runs f on the request's goroutine and waits for it. A panic in f is the
@@ -78,14 +81,14 @@ func (rr *relayedResponse) WriteHeader(status int) {
 }
 
 func (rr *relayedResponse) Write(p []byte) (n int, err error) {
-	if !rr.do(func() { rr.rw.begin(rr.header); n, err = rr.rw.Write(p) }) {
+	if !rr.do(func() { rr.rw.beginWith(rr.header); n, err = rr.rw.Write(p) }) {
 		return 0, errStreamEnded
 	}
 	return n, err
 }
 
 func (rr *relayedResponse) ReadFrom(r io.Reader) (n int64, err error) {
-	if !rr.do(func() { rr.rw.begin(rr.header) }) {
+	if !rr.do(func() { rr.rw.beginWith(rr.header) }) {
 		return 0, errStreamEnded
 	}
 	if rr.rw.x.role != aside {
@@ -98,7 +101,7 @@ func (rr *relayedResponse) ReadFrom(r io.Reader) (n int64, err error) {
 }
 
 func (rr *relayedResponse) FlushError() (err error) {
-	if !rr.do(func() { rr.rw.begin(rr.header); err = rr.rw.FlushError() }) {
+	if !rr.do(func() { rr.rw.beginWith(rr.header); err = rr.rw.FlushError() }) {
 		return errStreamEnded
 	}
 	return err
@@ -150,9 +153,13 @@ func (x *exchange) callRelayed(next caddyhttp.Handler) outcome {
 	relay := newRelay()
 	x.rarely().relay = relay
 	x.rare.abandon = make(chan struct{})
-	defer close(relay.over)
+	defer relay.end()
 	w := &relayedResponse{relay: relay, rw: &x.response, header: x.w.Header().Clone()}
-	x.attempt = x.newAttempt(w)
+	var handlers http.ResponseWriter = w
+	if x.keeps() {
+		handlers = x.rare.keeping.responseAround(w)
+	}
+	x.attempt = x.newAttempt(handlers)
 	x.watchUpload()
 	x.watchBody()
 	x.fixID()
@@ -161,8 +168,10 @@ func (x *exchange) callRelayed(next caddyhttp.Handler) outcome {
 
 	left := make(chan outcome, 1)
 	go func() {
-		out := x.attempt.call(next, w)
-		left <- out
+		out := x.attempt.call(next, handlers)
+		if !x.keeps() || !x.rare.keeping.handlersLeft(out) {
+			left <- out
+		}
 	}()
 	delay := time.NewTimer(x.earlyStartIn())
 	defer delay.Stop()
@@ -170,6 +179,10 @@ func (x *exchange) callRelayed(next caddyhttp.Handler) outcome {
 	clientLeft := x.r.Context().Done()
 	var grace <-chan time.Time
 	for {
+		if x.isKept() {
+			relay.end()
+			return x.followKept(w)
+		}
 		select {
 		case call := <-relay.calls:
 			relay.serve(call)

@@ -78,23 +78,33 @@ func (x *exchange) writeInformational(status int, header http.Header) {
 }
 
 // begin decides for handlers that write or flush before they call WriteHeader,
-// which means 200 (net/http.ResponseWriter).
-func (rw *response) begin(header http.Header) {
+// which means 200 (net/http.ResponseWriter). It asks for the header only where
+// there is something to decide: that goes through every writer around this one.
+func (rw *response) begin() {
+	if rw.x.role == undecided {
+		rw.beginWith(rw.Header())
+	}
+}
+
+// beginWith is begin for handlers whose header map is header.
+func (rw *response) beginWith(header http.Header) {
 	x := rw.x
 	if x.role != undecided {
 		return
 	}
-	if hasEventStreamType(header) || x.relayed() {
+	if hasEventStreamType(header) || x.relayed() && x.startedEarly {
 		rw.writeHeader(http.StatusOK, header)
 	} else {
 		x.role = aside
+		x.headed = true
+		x.takeHeader(header)
 		x.givePlaceBack()
 		x.lendIdleTimeouts()
 	}
 }
 
 func (rw *response) Write(p []byte) (int, error) {
-	rw.begin(rw.Header())
+	rw.begin()
 	switch rw.x.role {
 	case streaming:
 		return rw.x.stream.write(p)
@@ -108,7 +118,7 @@ func (rw *response) Write(p []byte) (int, error) {
 
 // ReadFrom keeps sendfile possible for what is none of our business.
 func (rw *response) ReadFrom(r io.Reader) (int64, error) {
-	rw.begin(rw.Header())
+	rw.begin()
 	if rw.x.role != aside {
 		return io.Copy(writerOnly{rw}, r)
 	}
@@ -120,7 +130,7 @@ type writerOnly struct{ io.Writer }
 
 // FlushError is what http.ResponseController flushes with.
 func (rw *response) FlushError() error {
-	rw.begin(rw.Header())
+	rw.begin()
 	switch rw.x.role {
 	case streaming:
 		return rw.x.stream.flush()

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net/http"
 	"runtime/debug"
-	"strings"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -135,7 +134,7 @@ func (w *runResponse) WriteHeader(status int) {
 		w.kind = w.try.answered(status, w)
 		return
 	}
-	answer := runAnswer{status: status, header: w.clientsHeader(), upstream: w.upstream()}
+	answer := runAnswer{status: status, header: runsHeader(w.header), upstream: w.upstream()}
 	switch {
 	case isStream(status, w.header) && !isEncoded(w.header):
 		answer.kind = answerStream
@@ -166,26 +165,6 @@ func (w *runResponse) standAside(answer runAnswer) {
 	w.kind, answer.kind, w.failed = answerOther, answerOther, errOtherBody
 	w.run.head(answer)
 	w.run.cancel(errRunEnded)
-}
-
-// clientsHeader is what clients get of the header: not what belongs to one
-// client, to one moment or to one connection.
-func (w *runResponse) clientsHeader() http.Header {
-	header := w.header.Clone()
-	for _, declared := range header["Trailer"] {
-		for field := range strings.SplitSeq(declared, ",") {
-			header.Del(strings.TrimSpace(field))
-		}
-	}
-	for field := range header {
-		if strings.HasPrefix(field, http.TrailerPrefix) {
-			delete(header, field)
-		}
-	}
-	for _, field := range notOfRun {
-		delete(header, field)
-	}
-	return header
 }
 
 // notOfRun are the fields of an upstream's answer that no client of a run gets.

@@ -1,6 +1,7 @@
 package caddysse
 
 import (
+	"container/list"
 	"slices"
 	"time"
 
@@ -16,6 +17,11 @@ import (
 type runs struct {
 	byID map[uuid.UUID]*run
 	idle []*run // have no client, and an upstream; longest first
+
+	// Of those whose clients may come back.
+	resumers    map[*Handler]struct{} // the handlers to which they may
+	detached    list.List             // of *run: those without a client, longest first
+	maxDetached int                   // -1: any number
 
 	resumes [resumeResultCount]uint64
 
@@ -69,6 +75,7 @@ func (g *group) removeRun(r *run) {
 	defer g.mu.Unlock()
 	delete(g.runs.byID, r.id)
 	g.dropIdleLocked(r)
+	g.dropDetachedLocked(r)
 }
 
 // addIdle counts a run as one without a client. It counts as an open stream, and
@@ -80,9 +87,15 @@ func (g *group) addIdle(r *run) {
 		return
 	}
 	g.runs.idle = append(g.runs.idle, r)
-	if total := r.h.limits.total; total > 0 && g.openLocked() > total {
-		// The place of its last client has been taken already.
-		go g.oldestIdleLocked().giveWay()
+	client := r.clientID()
+	g.countClientLocked(client, +1)
+	// The place of its last client may have been taken already.
+	limits := r.h.limits
+	switch {
+	case limits.perClient > 0 && client.isKnown() && g.clients[client] > limits.perClient:
+		go g.oldestIdleLocked(client).giveWay()
+	case limits.total > 0 && g.openLocked() > limits.total:
+		go g.oldestIdleLocked(clientID{}).giveWay()
 	}
 }
 
@@ -104,17 +117,20 @@ func (g *group) dropIdle(r *run) {
 func (g *group) dropIdleLocked(r *run) {
 	if i := slices.Index(g.runs.idle, r); i >= 0 {
 		g.runs.idle = slices.Delete(g.runs.idle, i, i+1)
+		g.countClientLocked(r.clientID(), -1)
 	}
 }
 
-// oldestIdleLocked takes off the run that has been without a client for longest.
-func (g *group) oldestIdleLocked() *run {
-	if len(g.runs.idle) == 0 {
-		return nil
+// oldestIdleLocked takes off the run that has been without a client for longest:
+// of all, or of those with that client.
+func (g *group) oldestIdleLocked(client clientID) *run {
+	for _, r := range g.runs.idle {
+		if !client.isKnown() || r.clientID() == client {
+			g.dropIdleLocked(r)
+			return r
+		}
 	}
-	r := g.runs.idle[0]
-	g.runs.idle = slices.Delete(g.runs.idle, 0, 1)
-	return r
+	return nil
 }
 
 // countResume counts what became of a client's id.
@@ -296,4 +312,77 @@ func (h *Handler) tellRunEnded(f runFigures) {
 		zap.Duration("detached_for", f.detached),
 		zap.Uint64("undelivered", f.undelivered),
 		zap.String("reason", f.end.reason.String()))
+}
+
+// addResumer takes note of a handler to which clients may come back. Its
+// configuration says how many runs may be without a client.
+func (g *group) addResumer(h *Handler, maxDetached int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.runs.resumers == nil {
+		g.runs.resumers = make(map[*Handler]struct{})
+	}
+	g.runs.resumers[h] = struct{}{}
+	g.runs.maxDetached = maxDetached
+}
+
+// resumes reports whether there is such a handler.
+func (g *group) resumes() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.runs.resumers) > 0
+}
+
+// dropResumer is called when a handler's configuration is no longer the current
+// one. Its runs stay for their clients, up to a limit; where there is no other
+// handler of the name, nobody can come back.
+func (g *group) dropResumer(h *Handler) {
+	g.mu.Lock()
+	_, known := g.runs.resumers[h]
+	delete(g.runs.resumers, h)
+	left := len(g.runs.resumers)
+	g.mu.Unlock()
+	if !known || exit.exiting() {
+		return
+	}
+	for _, r := range g.allRuns() {
+		if r.kept == nil {
+			continue
+		}
+		if r.h == h {
+			r.endAfter(replacedLimit, drained)
+		}
+		if left == 0 {
+			r.giveWay()
+		}
+	}
+}
+
+// addDetached counts a run as one without a client to which that may come back.
+// Where there are too many, the one that has been alone for longest goes.
+func (g *group) addDetached(r *run) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if r.kept.alone != nil {
+		return
+	}
+	r.kept.alone = g.runs.detached.PushBack(r)
+	if g.runs.maxDetached >= 0 && g.runs.detached.Len() > g.runs.maxDetached {
+		oldest := g.runs.detached.Front().Value.(*run)
+		g.dropDetachedLocked(oldest)
+		go oldest.giveWay() // which wants the group's lock
+	}
+}
+
+func (g *group) dropDetached(r *run) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.dropDetachedLocked(r)
+}
+
+func (g *group) dropDetachedLocked(r *run) {
+	if r.kept != nil && r.kept.alone != nil {
+		g.runs.detached.Remove(r.kept.alone)
+		r.kept.alone = nil
+	}
 }

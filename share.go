@@ -26,13 +26,9 @@ type sharing struct {
 	history int
 	linger  time.Duration
 	runFor  time.Duration
-	lost    lostEvent
 	budget  *journal.Budget
 
-	// foreign: the upstream has sent ids of the form that this module adds, so
-	// those of no run that is known here are the upstream's.
-	foreign atomic.Bool
-	warned  atomic.Int64 // unix nanoseconds of the last warning
+	warned atomic.Int64 // unix nanoseconds of the last warning
 
 	mu     sync.Mutex
 	runs   map[shareSum]*run
@@ -118,7 +114,7 @@ func (sh *sharing) findOrBegin(x *exchange, next caddyhttp.Handler) *runReader {
 	if f == nil {
 		return nil
 	}
-	f.foreign = func() { sh.foreign.Store(true) }
+	f.foreign = func() { sh.h.foreignIDs.Store(true) }
 	r := sh.h.newRun(sharedRun, f)
 	r.host, r.path = printable(x.r.Host, 255), printable(share.key.received.Path, 1024)
 	r.stays = func() time.Duration {

@@ -176,8 +176,8 @@ func newSharing(h *Handler, config *Share) (*sharing, error) {
 		history: config.History,
 		linger:  orDefault(config.Linger, defaultLinger),
 		runFor:  orDefault(config.RunFor, 0),
-		lost:    newLostEvent(config.Lost),
 	}
+	h.lost = newLostEvent(config.Lost)
 	if config.Join == joinLast {
 		sh.last = uint64(config.JoinLast)
 	}

@@ -3,7 +3,6 @@ package caddysse
 import (
 	"context"
 	"fmt"
-	"net/http"
 	"slices"
 	"time"
 
@@ -21,6 +20,9 @@ type feedContext struct {
 
 // context is what attempts of the request are made under.
 func (x *exchange) context() context.Context {
+	if x.keeps() {
+		return x.rare.keeping.ctx
+	}
 	if x.rare != nil && x.rare.feed.ctx != nil {
 		return x.rare.feed.ctx
 	}
@@ -51,7 +53,7 @@ func (x *exchange) upstream() string {
 func (x *exchange) takeID() {
 	id := broughtID(x.r)
 	x.rarely().brought = id
-	if isRunID(id) && x.h.sharing.foreign.Load() {
+	if isRunID(id) && x.h.foreignIDs.Load() {
 		parsed, ok := parseRunID(id)
 		if _, known := runTokens.get(parsed.token); !ok || !known {
 			return // it is the upstream's
@@ -59,15 +61,8 @@ func (x *exchange) takeID() {
 	}
 	if stripped := withoutRunIDs(x.r); stripped != x.r {
 		x.rare.given, x.r = x.r, stripped
+		x.rare.taken = isRunID(id)
 	}
-}
-
-// asGiven is the client's request with all that it came with.
-func (x *exchange) asGiven() *http.Request {
-	if x.rare != nil && x.rare.given != nil {
-		return x.rare.given
-	}
-	return x.r
 }
 
 // lastEventID is the id that the client came with.
@@ -76,6 +71,11 @@ func (x *exchange) lastEventID() string {
 		return x.rare.brought
 	}
 	return x.r.Header.Get(lastEventIDHeader)
+}
+
+// broughtOurs reports whether that is one of those that this module adds.
+func (x *exchange) broughtOurs() bool {
+	return x.rare != nil && x.rare.taken
 }
 
 // upstreamsID is the upstream's id that the client came back with in the header,
@@ -106,15 +106,9 @@ func (x *exchange) joinRun(next caddyhttp.Handler) bool {
 	return x.rare.reader != nil
 }
 
-func (x *exchange) leaveRun() {
-	if x.rare.reader != nil {
-		x.rare.reader.leave()
-	}
-}
-
 // earlyStartIn is how long to wait for the upstream's headers from now on.
 func (x *exchange) earlyStartIn() time.Duration {
-	if x.startedEarly {
+	if x.startedEarly || !x.mayStartEarly() {
 		return never
 	}
 	return time.Duration(x.h.EarlyStart.Delay) - time.Duration(now()-x.arrived)
@@ -124,10 +118,7 @@ func (x *exchange) earlyStartIn() time.Duration {
 // false where the request is to ask the upstream by itself after all.
 func (x *exchange) callShared() (out outcome, shared bool) {
 	reader := x.rare.reader
-	x.rare.fed = &fed{run: reader.run.token().short(), source: reader.run, tried: reader.run.tried.Load(), greeting: x.newGreeting()}
-	if x.h.spared != nil && x.frames == &x.h.frames && !x.kind.eventSource {
-		x.rare.fed.line = &x.h.spared.line
-	}
+	x.rare.fed = x.newFed(reader.run, x.newGreeting())
 	feed := &x.rare.feed
 	feed.ctx, feed.cancel = context.WithCancelCause(x.r.Context())
 	if !x.awaitAnswer(feed.ctx, reader) {
@@ -286,10 +277,19 @@ func (x *exchange) placeIn(reader *runReader) placing {
 	return p
 }
 
+// newFed is what the request's stream is to know of the run that feeds it.
+func (x *exchange) newFed(r *run, g greeting) *fed {
+	f := &fed{run: r.token().short(), source: r, tried: r.tried.Load(), greeting: g}
+	if x.h.spared != nil && x.frames == &x.h.frames && !x.kind.eventSource {
+		f.line = &x.h.spared.line
+	}
+	return f
+}
+
 // newGreeting tells a client its reconnection time, and nothing else.
 func (x *exchange) newGreeting() greeting {
 	g := greeting{eventSource: x.kind.eventSource}
-	if x.frames.retryMin > 0 {
+	if x.frames.retryMin > 0 && x.kind.resumable {
 		g.retry = x.frames.reconnectionTime()
 	}
 	return g
@@ -304,12 +304,12 @@ func (x *exchange) greeting(reader *runReader, p placing) greeting {
 		return g
 	}
 	at := reader.cursor.Begin()
-	if d, told := feed.upstreamRetry(); told && at.Number > 0 {
+	if d, told := feed.upstreamRetry(); told && at.Number > 0 && reader.run.use == sharedRun {
 		g.upstreamRetry = d
 	}
 	switch {
-	case p.lost != "" && x.h.sharing.lost.isToldTo(x.kind.eventSource):
-		g.event, g.data = x.h.sharing.lost.name, p.lost
+	case p.lost != "" && x.h.lost.isToldTo(x.kind.eventSource):
+		g.event, g.data = x.h.lost.name, p.lost
 	case x.kind.eventSource && !p.found && (!p.brought || isRunID(x.rare.brought)):
 		g.event = firstEvent
 	default:

@@ -94,10 +94,14 @@ func (s *stream) boundLastWrite() {
 
 // connectionWriter controls the connection's own writer, past all around it.
 func connectionWriter(w http.ResponseWriter) *http.ResponseController {
+	return http.NewResponseController(innermost(w))
+}
+
+func innermost(w http.ResponseWriter) http.ResponseWriter {
 	for inner := unwrap(w); inner != nil; inner = unwrap(w) {
 		w = inner
 	}
-	return http.NewResponseController(w)
+	return w
 }
 
 // idleTimeoutsOfHandlers is what handlers after sse find as the server's idle

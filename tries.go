@@ -92,15 +92,21 @@ func (x *exchange) prepareTries() bool {
 	t := &tries{
 		live:        x.h.UpstreamRetry.Live,
 		eventSource: x.kind.eventSource,
-		entered:     x.r.Clone(x.r.Context()),
+		entered:     withoutBody(x.r),
 		state:       newIsolation(x.r),
 		waits:       retryWaits{window: window},
 	}
-	t.entered.Body, t.entered.ContentLength = http.NoBody, 0
-	t.entered.TransferEncoding, t.entered.Trailer = nil, nil
 	t.ctx, t.cancel = context.WithCancelCause(x.context())
 	x.rarely().tries = t
 	return true
+}
+
+// withoutBody is the request as it is, for later attempts.
+func withoutBody(r *http.Request) *http.Request {
+	r = r.Clone(r.Context())
+	r.Body, r.ContentLength = http.NoBody, 0
+	r.TransferEncoding, r.Trailer = nil, nil
+	return r
 }
 
 // mayLackBody reports whether a request has no body. One over HTTP/2 or HTTP/3

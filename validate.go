@@ -31,7 +31,7 @@ func (h *Handler) Validate() error {
 		validateLimit("max_streams_per_client", h.MaxStreamsPerClient),
 		validateClientKey(h.ClientKey, h.MaxStreamsPerClient),
 		validateReconnectOn(h.ReconnectOn),
-		h.UpstreamRetry.validate(),
+		h.Resume.validate(h.Resumable, h.Share != nil),
 		h.Share.validate(h.Resumable),
 		h.UpstreamRetry.validate(),
 	} {

@@ -11,7 +11,7 @@ const columns = [
 	{key: "events", label: "Events", show: whole.format, number: true},
 	{key: "bytes", label: "Bytes", show: size, number: true},
 	{key: "heartbeats", label: "Heartbeats", show: whole.format, number: true},
-	{key: "upstream", label: "Upstream", wide: true},
+	{key: "upstream", label: "Upstream", wide: true, rare: true},
 	{key: "user_agent", label: "User agent", wide: true},
 ];
 const moreOrders = [
@@ -25,14 +25,16 @@ const moreOrders = [
 const filterKeys = ["name", "client_ip", "path"];
 const firstOrder = "opened_at";
 
-let asked = readAddress();
+let asked = {sort: firstOrder};
 
 function readAddress() {
 	const given = new URLSearchParams(location.hash.slice(1));
-	const wanted = {sort: firstOrder};
+	const wanted = {};
 	for (const key of [...filterKeys, "sort"]) {
 		if (given.get(key)) wanted[key] = given.get(key);
 	}
+	const orders = [...columns, ...moreOrders].flatMap(({key}) => [key, "-" + key]);
+	if (!orders.includes(wanted.sort)) wanted.sort = firstOrder;
 	return wanted;
 }
 
@@ -49,7 +51,10 @@ async function ask(wanted) {
 	const problem = await refusal("streams?" + filters);
 	say($("wrong"), problem);
 	$("client_ip").setAttribute("aria-invalid", String(problem.startsWith("client_ip")));
-	if (problem) return;
+	if (problem) {
+		if (!source) connect();
+		return;
+	}
 	asked = wanted;
 	history.replaceState(null, "", "#" + query());
 	showAsked();
@@ -70,6 +75,9 @@ async function refusal(call) {
 }
 
 function showAsked() {
+	if (asked.name && ![...$("name").options].some((option) => option.value === asked.name)) {
+		$("name").append(element("option", asked.name, {value: asked.name}));
+	}
 	for (const key of filterKeys) $(key).value = asked[key] || "";
 	const reversed = asked.sort.startsWith("-");
 	$("sort").value = reversed ? asked.sort.slice(1) : asked.sort;

@@ -67,12 +67,9 @@ function showNames(names) {
 	table($("names"), names.map((n) => [n.name, whole.format(n.open), whole.format(n.opened), whole.format(n.events), size(n.bytes)]));
 	showEmpty("names", names.length === 0);
 	const choice = $("name"), known = new Set([...choice.options].map((option) => option.value));
-	const wanted = names.map((n) => n.name);
-	if (asked.name && !wanted.includes(asked.name)) wanted.push(asked.name);
-	for (const name of wanted) {
+	for (const {name} of names) {
 		if (!known.has(name)) choice.append(element("option", name, {value: name}));
 	}
-	if (asked.name && !known.has(asked.name)) choice.value = asked.name;
 }
 
 // Charts

@@ -3,6 +3,7 @@
 for (const column of columns) {
 	const head = element("th", undefined, {scope: "col", role: "columnheader", "data-key": column.key});
 	if (column.number) head.classList.add("number");
+	if (column.rare) head.classList.add("rare");
 	const button = head.appendChild(element("button", column.label, {type: "button"}));
 	button.addEventListener("click", () => ask({...asked, sort: asked.sort === column.key ? "-" + column.key : column.key}));
 	$("columns").append(head);
@@ -31,13 +32,7 @@ $("pause").addEventListener("click", () => {
 });
 $("list").addEventListener("pointerover", (event) => { pointedAt = event.pointerType === "mouse" && event.target.closest("tbody") !== null; });
 $("list").addEventListener("pointerleave", () => { pointedAt = false; });
-window.addEventListener("hashchange", () => {
-	asked = readAddress();
-	showAsked();
-	connect();
-});
+window.addEventListener("hashchange", () => ask(readAddress()));
 
-if (asked.name) $("name").append(element("option", asked.name, {value: asked.name}));
 showAsked();
-connect();
-lookForGaps();
+ask(readAddress());

@@ -8,6 +8,7 @@ function makeRow(stream) {
 		const cell = column.head ? element("th", "", {scope: "row", role: "rowheader"}) : element("td", "", {role: "cell", "data-label": column.label});
 		if (column.number) cell.classList.add("number");
 		if (column.wide) cell.classList.add("wide");
+		if (column.rare) cell.classList.add("rare");
 		row.append(cell);
 		return column.head ? cell.appendChild(element("button", "", {type: "button", class: "text"})) : cell;
 	});

@@ -68,9 +68,6 @@ type Scanner struct {
 	id     lastEventID
 	events uint64
 
-	retry     uint64 // milliseconds
-	retryLine uint64 // the retry field being read
-
 	utf8 utf8Checker
 
 	name       [len("retry")]byte // of the field being read; no known name is longer
@@ -82,6 +79,10 @@ type Scanner struct {
 	lineEnding LineEnding
 	pendingCR  bool
 	hasRetry   bool
+
+	// Last, as few bodies have such a field.
+	retry     uint64 // milliseconds
+	retryLine uint64 // the retry field being read
 }
 
 // opening is what the body begins with. The states up to bomRead count the

@@ -20,7 +20,6 @@ import (
 // The zero value is ready for the first byte. As a [Scanner], it must not be
 // copied after first use, nor used by two goroutines at a time.
 type Splicer struct {
-	scan Scanner
 	owed *owed // nil: nothing
 
 	bomHeld    uint8 // how much of a byte order mark has come and not gone out
@@ -29,6 +28,8 @@ type Splicer struct {
 	spoken     bool  // the client has got something
 	resumed    bool  // the body is not the first one
 	overdue    bool  // a heartbeat was due where none may go
+
+	scan Scanner // last, as what a write uses of it is in front
 }
 
 // owed is what goes out before anything else.

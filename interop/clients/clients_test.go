@@ -96,11 +96,11 @@ func startBrowser(t testing.TB, page string, streams ...string) program {
 	return startNode(t, "browser.mjs", append([]string{page}, streams...), harness.Env("CHROMIUM="+chromium, "TMPDIR="+harness.ShortTempDir(t)))
 }
 
-func startPython(t testing.TB, arguments []string, settings ...harness.Setting) program {
+func startPython(t testing.TB, file string, arguments []string, settings ...harness.Setting) program {
 	t.Helper()
 	dir := harness.Root(t, "interop", "clients", "python")
 	python := filepath.Join(harness.Python(t, filepath.Join(dir, "requirements.txt")), "bin", "python")
-	return program{harness.Start(t, append([]string{python, filepath.Join(dir, "clients.py")}, arguments...), settings...)}
+	return program{harness.Start(t, append([]string{python, filepath.Join(dir, file)}, arguments...), settings...)}
 }
 
 func rootCA(c *harness.Caddy) harness.Setting { return harness.Env("ROOT_CA=" + c.RootCA) }

@@ -28,7 +28,7 @@ var chatScript = []string{
 	"",
 	chunk(`{"content":"lo"}`),
 	"",
-	chunk(`{"content":"!"}`),
+	strings.Replace(chunk(`{"content":"!"}`), `"finish_reason":null`, `"finish_reason":"stop"`, 1),
 	"data: [DONE]\n\n",
 }
 
@@ -59,6 +59,18 @@ var responsesEvents = []event{
 	{"response.completed", "Hello!", ""},
 }
 
+// messagesScript is an answer of Anthropic's API.
+var messagesScript = []string{
+	responseEvent("message_start", `"message":{"id":"msg_1","type":"message","role":"assistant","model":"stand-in","content":[],`+
+		`"stop_reason":null,"stop_sequence":null,"usage":{"input_tokens":1,"output_tokens":1}}`),
+	responseEvent("content_block_start", `"index":0,"content_block":{"type":"text","text":""}`),
+	responseEvent("content_block_delta", `"index":0,"delta":{"type":"text_delta","text":"Hel"}`),
+	responseEvent("content_block_delta", `"index":0,"delta":{"type":"text_delta","text":"lo!"}`),
+	responseEvent("content_block_stop", `"index":0`),
+	responseEvent("message_delta", `"delta":{"stop_reason":"end_turn","stop_sequence":null},"usage":{"output_tokens":2}`),
+	"event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n",
+}
+
 // serveLLM is a stand-in for an LLM API: /v1, /ids/v1, which has an id with each
 // event, /slow/v1, which takes a second for its headers, and /broken/v1, which
 // takes one to fail.
@@ -70,7 +82,7 @@ func serveLLM(t *testing.T) (addr string) {
 			return
 		}
 		kind, path, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "v1/")
-		script := map[string][]string{"chat/completions": chatScript, "responses": responsesScript}[path]
+		script := map[string][]string{"chat/completions": chatScript, "responses": responsesScript, "messages": messagesScript}[path]
 		switch kind {
 		case "slow/":
 			time.Sleep(time.Second)
@@ -157,7 +169,7 @@ func TestLLMClientsInEveryStyle(t *testing.T) {
 
 func pythonLLM(client string) func(*testing.T, []string) program {
 	return func(t *testing.T, streams []string) program {
-		return startPython(t, append([]string{client}, streams...))
+		return startPython(t, "clients.py", append([]string{client}, streams...))
 	}
 }
 
@@ -184,25 +196,49 @@ func TestAnAnswerOutlivesAReload(t *testing.T) {
 	}
 }
 
-// TestAnEarlyStartForAnSDK: openai asks with Accept: application/json, so it
-// needs `any`.
+// TestAnEarlyStartForAnSDK: their requests say in their bodies that they want a
+// stream, and not in Accept. They raise on the error of an early start, since its
+// data has a member "error".
 func TestAnEarlyStartForAnSDK(t *testing.T) {
 	t.Parallel()
-	caddy := harness.StartSite(t, styleSite(serveLLM(t), "early_start 300ms any"))
-	running := pythonLLM("chat")(t, []string{
-		"slow=" + caddy.URL + "/block/slow/v1",
-		"broken=" + caddy.URL + "/block/broken/v1",
-	})
-	running.awaitCount(t, "end", 1, "slow", "broken")
-	all := running.reports()
-	if text, _ := verdict(events(all, "slow"), chatEvents); text != "exact" || len(of(all, "slow", "error")) > 0 {
-		t.Errorf("slow: %s, %v", text, of(all, "slow", "error"))
+	caddy := harness.StartSite(t, styleSite(serveLLM(t), "early_start 300ms"))
+	var streams []string
+	for client, base := range map[string]string{"openai": "/v1", "anthropic": ""} {
+		for _, kind := range []string{"slow", "broken"} {
+			streams = append(streams, client+"/"+kind+"="+caddy.URL+"/block/"+kind+base)
+		}
 	}
-	// It takes the module's `event: error` for a chunk, as it looks for a member
-	// "error" in the data and not at the event's name.
-	failed := events(all, "broken")
-	t.Logf("an upstream that fails after an early start: events %q, errors %v", failed, of(all, "broken", "error"))
-	if len(failed) != 1 || !strings.Contains(failed[0].Data, `"status":502`) || failed[0].Type != "no choices" {
-		t.Errorf("broken: %q", failed)
+	inPython, inNode := startPython(t, "answers.py", streams), startNode(t, "answers.mjs", streams)
+	for _, row := range []struct {
+		client  string
+		running program
+		raises  string
+	}{
+		{"openai", inPython, "APIError: "},
+		{"anthropic", inPython, "APIStatusError: "},
+		{"openai", inNode, "APIError: "},
+		{"anthropic", inNode, "APIError: "},
+	} {
+		slow, broken := row.client+"/slow", row.client+"/broken"
+		row.running.awaitCount(t, "end", 1, slow, broken)
+		all := row.running.reports()
+		if got := fmt.Sprint(events(all, slow), of(all, slow, "error")); got != "[{text Hello! }] []" {
+			t.Errorf("%s: %s", slow, got)
+		}
+		failures := of(all, broken, "error")
+		t.Logf("%s: %v", broken, failures)
+		if len(events(all, broken)) > 0 || len(failures) != 1 ||
+			!strings.HasPrefix(failures[0].Error, row.raises) || !strings.Contains(failures[0].Error, "the upstream answered 500") {
+			t.Errorf("%s: events %q, errors %v", broken, events(all, broken), failures)
+		}
+	}
+	for _, closed := range caddy.ClosedStreams() {
+		want := "upstream_closed"
+		if strings.HasPrefix(closed.Path, "/block/broken/") {
+			want = "upstream_error"
+		}
+		if closed.Reason != want {
+			t.Errorf("%+v", closed)
+		}
 	}
 }

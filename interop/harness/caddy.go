@@ -231,6 +231,7 @@ func (c *Caddy) environment() Setting {
 // Closed is a `stream closed` line of the log.
 type Closed struct {
 	Reason            string  `json:"reason"`
+	Method            string  `json:"method"`
 	Path              string  `json:"path"`
 	Proto             string  `json:"proto"`
 	Level             string  `json:"level"`

@@ -76,8 +76,8 @@ func installPackages(t testing.TB, packages ...string) error {
 	return run(t, install, quiet)
 }
 
-// Python is a virtual environment with the requirements of a file, which has
-// to pin all of them. Its programs: filepath.Join(venv, "bin", "gunicorn").
+// Python is a virtual environment with the packages that a file pins, and no
+// others: what a package requires and a test does not use need not be there. Its programs: filepath.Join(venv, "bin", "gunicorn").
 func Python(t testing.TB, requirements string) (venv string) {
 	t.Helper()
 	python := Program(t, "python3", "python3", "python3-venv")
@@ -101,7 +101,7 @@ func Python(t testing.TB, requirements string) (venv string) {
 			}
 		}
 		return run(t, Command(filepath.Join(dir, "bin", "python"), "-m", "pip", "install",
-			"--quiet", "--disable-pip-version-check", "-r", requirements))
+			"--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile", "-r", requirements))
 	})
 	if err != nil {
 		Missing(t, "the Python packages of "+filepath.Base(filepath.Dir(requirements)), err)

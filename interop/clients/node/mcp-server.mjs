@@ -1,6 +1,6 @@
 // node mcp-server.mjs <port>: an MCP server with sessions and resumable
 // streams, much as the SDK's own examples have it. POST /notify?text=… outside of MCP
-// has it send a log message to every session.
+// has it send a log message to every session, POST /go-on ends calls that have left.
 import { randomUUID } from 'node:crypto';
 import { setTimeout as sleep } from 'node:timers/promises';
 
@@ -11,6 +11,7 @@ import { isInitializeRequest } from '@modelcontextprotocol/sdk/types.js';
 import { z } from 'zod';
 
 const sessions = new Map();
+const goOns = []; // of calls that have left
 
 // Not the SDK's example store: that takes the stream's name for what is in front
 // of an event id's first "_", and so can't resume the stream "_GET_stream".
@@ -51,6 +52,16 @@ function newServer() {
 			return { content: [{ type: 'text', text: `counted to ${to}` }] };
 		},
 	);
+	server.registerTool(
+		'leave',
+		{ description: 'Has its client come back by GET for the result, which is there once it is told to go on' },
+		async ({ closeSSEStream }) => {
+			const goOn = new Promise((resolve) => goOns.push(resolve));
+			closeSSEStream();
+			await goOn;
+			return { content: [{ type: 'text', text: 'went on' }] };
+		},
+	);
 	return server;
 }
 
@@ -64,6 +75,7 @@ app.all('/mcp', async (req, res) => {
 		const transport = new StreamableHTTPServerTransport({
 			sessionIdGenerator: randomUUID,
 			eventStore: new EventStore(),
+			retryInterval: 200,
 			onsessioninitialized: (id) => sessions.set(id, session),
 		});
 		session = { server, transport };
@@ -82,6 +94,11 @@ app.post('/notify', async (req, res) => {
 		await server.server.sendLoggingMessage({ level: 'info', data: req.query.text });
 	}
 	res.json({ sessions: sessions.size });
+});
+
+app.post('/go-on', (req, res) => {
+	res.json({ calls: goOns.length });
+	for (const goOn of goOns) goOn();
 });
 
 app.listen(Number(process.argv[2]), '127.0.0.1', () => console.log('listening'));

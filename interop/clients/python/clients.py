@@ -34,6 +34,22 @@ def follow_httpx(stream, url):
                         return
 
 
+def follow_lines(stream, url):
+    """As scripts do without a library for event streams."""
+    with httpx.stream("GET", url, headers={"Accept": "text/event-stream"}, timeout=30) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if line.startswith("data: "):
+                report(stream, "event", type="message", data=line.removeprefix("data: "))
+
+
+def follow_session(stream, url):
+    """An answer of OpenAI's API that is asked for by GET."""
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    for event in client.beta.agents.sessions.events.stream("session"):
+        report(stream, "event", type="message", data=event.to_json(indent=None))
+
+
 def ask(client):
     messages = [{"role": "user", "content": "Hello"}]
     return client.chat.completions.create(model="stand-in", messages=messages, stream=True)
@@ -83,7 +99,14 @@ def run(client, stream, url):
     report(stream, "end")
 
 
-clients = {"httpx-sse": follow_httpx, "chat": chat, "chat-async": chat_async, "responses": responses}
+clients = {
+    "httpx": follow_lines,
+    "httpx-sse": follow_httpx,
+    "session": follow_session,
+    "chat": chat,
+    "chat-async": chat_async,
+    "responses": responses,
+}
 threads = []
 for argument in sys.argv[2:]:
     stream, _, url = argument.partition("=")

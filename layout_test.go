@@ -1,0 +1,35 @@
+package caddysse
+
+import (
+	"testing"
+	"unsafe"
+)
+
+// Most streams have left the processor's caches by the time of their next write,
+// so each cache line that it uses is fetched from memory.
+func TestWhatAWriteUsesStandsTogether(t *testing.T) {
+	if unsafe.Sizeof(uintptr(0)) != 8 {
+		t.Skip("the lines are those of 64 bits")
+	}
+	const cacheLine = 64
+	var s stream
+	// The last 16 bytes of the splicer are for what few bodies have.
+	end := unsafe.Offsetof(s.splicer) + unsafe.Sizeof(s.splicer) - 16
+	if end > 3*cacheLine {
+		t.Errorf("a write uses the first %d bytes of a stream, want at most %d", end, 3*cacheLine)
+	}
+	for field, offset := range map[string]uintptr{
+		"w": unsafe.Offsetof(s.w), "frames": unsafe.Offsetof(s.frames), "arrived": unsafe.Offsetof(s.arrived),
+		"lastHeard": unsafe.Offsetof(s.lastHeard), "lastBytes": unsafe.Offsetof(s.lastBytes), "moved": unsafe.Offsetof(s.moved),
+		"longestGap": unsafe.Offsetof(s.longestGap), "bytes": unsafe.Offsetof(s.bytes), "wait": unsafe.Offsetof(s.wait),
+		"stage": unsafe.Offsetof(s.stage), "failed": unsafe.Offsetof(s.failed), "gone": unsafe.Offsetof(s.gone),
+	} {
+		if offset > unsafe.Offsetof(s.splicer) {
+			t.Errorf("%s stands after what a write uses", field)
+		}
+	}
+	var x exchange
+	if end := unsafe.Offsetof(x.role); end >= cacheLine {
+		t.Errorf("a write uses the first %d bytes of an exchange", end)
+	}
+}

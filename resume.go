@@ -1,0 +1,216 @@
+package caddysse
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/caddy-sse/caddy-sse/internal/journal"
+)
+
+// mayBeKept reports whether requests of the kind have to do with resume at all.
+// What is left out goes to the upstream as it always did, without an id of ours.
+func (x *exchange) mayBeKept() bool {
+	return x.h.resuming != nil && !isMCP(x.r.Header) && !asksForUpgrade(x.r.Header)
+}
+
+// mayComeBack reports whether the client may be one that comes back.
+func (x *exchange) mayComeBack() bool { return x.mayBeKept() && x.broughtOurs() }
+
+// keep prepares a request whose stream may outlive its client's connection, and
+// reports whether it is one.
+func (x *exchange) keep(next caddyhttp.Handler) bool {
+	if !x.mayBeKept() || !x.h.resuming.any && !x.kind.resumable {
+		return false
+	}
+	k := &keeping{x: x, site: x.w.Header().Clone()}
+	k.ctx, k.cancel = context.WithCancelCause(context.WithoutCancel(x.r.Context()))
+	k.unlink = context.AfterFunc(x.r.Context(), func() { k.cancel(context.Cause(x.r.Context())) })
+	k.next = next
+	if x.h.UpstreamRetry.window() > 0 && x.kind.resumable && mayLackBody(x.r) {
+		k.entered, k.state = withoutBody(x.r), newIsolation(x.r)
+	}
+	x.rarely().keeping = k
+	return true
+}
+
+// keeps reports whether the request's stream may outlive the client's connection.
+func (x *exchange) keeps() bool { return x.rare != nil && x.rare.keeping != nil }
+
+// place is what must be the same when a client comes back: the name, the host
+// and the path that it asked for, and who it is.
+func (x *exchange) keptPlace() [sha256.Size]byte {
+	var b []byte
+	add := func(text string) {
+		b = binary.AppendUvarint(b, uint64(len(text)))
+		b = append(b, text...)
+	}
+	add(x.h.Name)
+	add(x.r.Host)
+	add(originalPath(x.r))
+	for _, name := range x.h.resuming.bind {
+		var value string
+		if x.replacer != nil {
+			value, _ = x.replacer.GetString(name)
+		}
+		add(value)
+	}
+	return sha256.Sum256(b)
+}
+
+// originalPath is the path as the client asked.
+func originalPath(r *http.Request) string {
+	if original, ok := r.Context().Value(caddyhttp.OriginalRequestCtxKey).(http.Request); ok && original.URL != nil {
+		return original.URL.EscapedPath()
+	}
+	return r.URL.EscapedPath()
+}
+
+// findKept finds the run that the client's id is of. How long that takes, and
+// what comes of it, is the same for an id that nobody has and for somebody
+// else's.
+func (x *exchange) findKept() (r *run, n uint64) {
+	id, ok := parseRunID(x.rare.brought)
+	if !ok {
+		return nil, 0
+	}
+	place := x.keptPlace()
+	var its [sha256.Size]byte
+	found, known := runTokens.get(id.token)
+	if known && found.kept != nil {
+		its = found.kept.place
+	}
+	if subtle.ConstantTimeCompare(place[:], its[:]) == 0 {
+		return nil, 0
+	}
+	return found, id.n
+}
+
+// comeBack answers a client that has come back with an id of ours. done is false
+// where the request goes on as a new one.
+func (x *exchange) comeBack() (out outcome, done bool) {
+	r, n := x.findKept()
+	if x.r.Method == http.MethodDelete {
+		return outcome{left: true, err: x.stopKept(r, n)}, true
+	}
+	if r != nil && x.kind.eventSource && r.hasNothingAfter(n) {
+		// It has all of it, and comes back for what is next. What is kept stays: its
+		// connection may break once more before it has another id.
+		return outcome{}, false
+	}
+	if r != nil {
+		if reader := r.enterAt(n); reader != nil {
+			return outcome{left: true, run: x.goOn(reader)}, true
+		}
+	}
+	if x.r.Method != http.MethodGet {
+		x.h.group.countResume(resumeRefused)
+		x.answerLost()
+		return outcome{left: true}, true
+	}
+	x.h.group.countResume(resumeUnknown)
+	x.rare.unknown = true
+	return outcome{}, false
+}
+
+// hasNothingAfter reports whether the run has ended, and event n was the last
+// one.
+func (r *run) hasNothingAfter(n uint64) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.stage >= runEnded && r.feed.journal.Figures().Events == n
+}
+
+// stopKept ends a run because its client says so.
+func (x *exchange) stopKept(r *run, n uint64) error {
+	if r == nil || n > r.feed.journal.Figures().Events || !r.stop(clientClosed) {
+		return caddyhttp.Error(http.StatusNotFound, errors.New("sse: no stream of this host and path has the id"))
+	}
+	x.role = answered
+	x.w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// goOn makes a stream of a run that the client has come back to, from its place
+// on.
+func (x *exchange) goOn(reader *runReader) runEnd {
+	r := reader.run
+	p := placing{brought: true, found: true, missed: reader.cursor.Missed()}
+	if p.missed > 0 {
+		p.lost = fmt.Sprintf(lostHistory, p.missed)
+	}
+	x.h.group.countPlace(p)
+	x.rare.reader = reader
+	x.rare.fed = x.newFed(r, x.greeting(reader, p))
+	x.rare.fed.resumed, x.rare.fed.missed = true, p.missed
+	feed := &x.rare.feed
+	feed.ctx, feed.cancel = context.WithCancelCause(x.r.Context())
+	header := x.w.Header()
+	for field, values := range r.kept.replaced {
+		header[field] = slices.Clone(values)
+	}
+	for field, values := range r.kept.added {
+		// Handlers around this one edit values in place.
+		header[field] = slices.Concat(header[field], values)
+	}
+	x.open(r.answer.status)
+	return reader.followRun(feed.ctx, x.stream)
+}
+
+// The type of the error that says that there is nothing to come back to.
+const (
+	streamLost        = "stream_lost"
+	streamLostMessage = "the stream is over, and what it had for its client is gone; ask again without Last-Event-ID"
+)
+
+// answerLost answers a request that must not go to the upstream again: an answer
+// is not paid for twice. A client that repeats its request after every error does
+// so with the last id that it has, and stops where that is empty.
+func (x *exchange) answerLost() {
+	x.role = answered
+	header := x.w.Header()
+	if !x.accept.eventStream {
+		header["Content-Type"] = []string{"application/json"}
+		header["Cache-Control"] = []string{"no-store"}
+		x.w.WriteHeader(http.StatusGone)
+		// Who has left needs no answer.
+		_, _ = fmt.Fprintf(x.w, "%s\n", errorData(http.StatusGone, streamLost, streamLostMessage))
+		return
+	}
+	header["Content-Type"] = []string{eventStreamType}
+	x.h.headers.apply(header)
+	x.w.WriteHeader(http.StatusOK)
+	_, _ = fmt.Fprintf(x.w, "id:\n%s", errorEvent(http.StatusGone, streamLost, streamLostMessage))
+	_ = http.NewResponseController(x.w).Flush()
+}
+
+// enterAt adds a client that has come back at its place, and ends the streams of
+// those that are still there. It returns nil where there is no such place.
+func (r *run) enterAt(n uint64) *runReader {
+	r.mu.Lock()
+	if r.stage == runEnding || r.stage == runGone {
+		r.mu.Unlock()
+		return nil
+	}
+	reader := &runReader{run: r}
+	if !reader.join(journal.After(n)) {
+		r.mu.Unlock()
+		return nil
+	}
+	before := r.readersLocked()
+	r.addReaderLocked(reader)
+	r.group().dropDetached(r)
+	r.kept.newest = reader
+	r.mu.Unlock()
+	for _, other := range before {
+		other.endStream(takenOver)
+	}
+	return reader
+}
