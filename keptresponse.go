@@ -163,7 +163,7 @@ func (w *keptResponse) fail(status int, message string, err error) {
 func (w *keptResponse) decide() (r *run, ok bool) {
 	r = w.kept()
 	if r == nil {
-		ok = w.do(func() { w.rw.begin(w.header) })
+		ok = w.do(func() { w.rw.beginWith(w.header) })
 		r = w.kept()
 	}
 	if r != nil {

@@ -176,6 +176,11 @@ func (g *group) totals() totals {
 	return t
 }
 
+// counts is what has gone by.
+type counts struct {
+	events, bytes, heartbeats, deferred uint64
+}
+
 func (c *counts) add(other counts) {
 	c.events += other.events
 	c.bytes += other.bytes

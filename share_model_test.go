@@ -70,7 +70,7 @@ func (s *source) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusServiceUnavailable)
 		return
 	}
-	sent, changed, killed := s.at()
+	sent, _, killed := s.at()
 	if last, err := strconv.Atoi(r.Header.Get("Last-Event-ID")); err == nil && s.ids {
 		sent = last
 	}
@@ -80,6 +80,7 @@ func (s *source) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	for {
 		http.NewResponseController(w).Flush()
 		var n int
+		var changed <-chan struct{}
 		for n, changed, _ = s.at(); sent < n; {
 			sent++
 			if _, err := io.WriteString(w, s.event(sent)); err != nil {

@@ -3,7 +3,6 @@ package caddysse
 import (
 	"context"
 	"fmt"
-	"net/http"
 	"slices"
 	"time"
 
@@ -64,14 +63,6 @@ func (x *exchange) takeID() {
 		x.rare.given, x.r = x.r, stripped
 		x.rare.taken = isRunID(id)
 	}
-}
-
-// asGiven is the client's request with all that it came with.
-func (x *exchange) asGiven() *http.Request {
-	if x.rare != nil && x.rare.given != nil {
-		return x.rare.given
-	}
-	return x.r
 }
 
 // lastEventID is the id that the client came with.

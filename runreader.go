@@ -1,0 +1,114 @@
+package caddysse
+
+import (
+	"sync"
+
+	"github.com/caddy-sse/caddy-sse/internal/journal"
+)
+
+// runReader is one client of a run, from when it waits for the answer.
+type runReader struct {
+	run    *run
+	cursor *journal.Cursor // nil until it has a place
+
+	mu     sync.Mutex
+	stream *stream
+	why    reason // of an early end that was asked for before there was a stream
+	left   bool
+}
+
+// enter adds a client. It returns nil where the run takes none any more.
+func (r *run) enter() *runReader {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stage >= runEnding {
+		return nil
+	}
+	reader := &runReader{run: r}
+	if r.answer.kind == answerPending {
+		// Who waits for the answer gets all that follows it.
+		reader.join(journal.Live())
+	}
+	r.addReaderLocked(reader)
+	return reader
+}
+
+func (r *run) addReaderLocked(reader *runReader) {
+	r.readers[reader] = struct{}{}
+	r.joined++
+	if r.idle != nil {
+		r.idle.Stop()
+	}
+	r.group().dropIdle(r)
+}
+
+// leave takes the client off the run.
+func (reader *runReader) leave() {
+	r := reader.run
+	reader.mu.Lock()
+	left := reader.left
+	reader.left = true
+	reader.mu.Unlock()
+	if left {
+		return
+	}
+	if reader.cursor != nil {
+		reader.cursor.Leave()
+	}
+	r.mu.Lock()
+	delete(r.readers, reader)
+	last := len(r.readers) == 0
+	if last {
+		r.alone = now()
+	}
+	r.mu.Unlock()
+	if last {
+		r.restIfAlone()
+	}
+}
+
+// join gives the client a place in the journal, instead of the one that it has.
+func (reader *runReader) join(at journal.Start) bool {
+	c, ok := reader.run.feed.journal.Join(at, func() { reader.endStream(lagged) })
+	if !ok {
+		return false
+	}
+	if reader.cursor != nil {
+		reader.cursor.Leave()
+	}
+	reader.cursor = c
+	return true
+}
+
+// leaveJournal gives up the client's place: who does not read falls behind.
+func (reader *runReader) leaveJournal() {
+	if reader.cursor != nil {
+		reader.cursor.Leave()
+		reader.cursor = nil
+	}
+}
+
+// feeds says which stream the client's is.
+func (reader *runReader) feeds(s *stream) {
+	reader.mu.Lock()
+	reader.stream = s
+	why := reader.why
+	reader.mu.Unlock()
+	if why != notEnded {
+		s.end(why)
+	}
+}
+
+// endStream ends the client's stream at an event boundary, and never waits for
+// the client.
+func (reader *runReader) endStream(why reason) {
+	reader.mu.Lock()
+	s := reader.stream
+	if reader.why == notEnded {
+		reader.why = why
+	}
+	reader.mu.Unlock()
+	if s != nil {
+		s.end(why)
+	}
+}

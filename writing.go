@@ -1,0 +1,183 @@
+package caddysse
+
+import (
+	"errors"
+	"net/http"
+	"os"
+	"time"
+)
+
+// slowWrite is how long a write may take before it counts that the upstream can
+// send nothing meanwhile.
+const slowWrite = 100 * time.Millisecond
+
+// write passes on what the upstream sent, and flushes it. Only a stream whose
+// first bytes meet a frame or a retry field can take bytes without passing them
+// on: those of a BOM, which must not follow anything, or an LF that the client
+// has already.
+func (s *stream) write(p []byte) (int, error) {
+	if _, err := s.pass(p); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// pass is write, and returns how much of p the stream has had use for: less than
+// all where it ends early.
+func (s *stream) pass(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.unlock()
+	if s.at() == stageRetrying {
+		return 0, errStreamEnded // of an attempt that is over
+	}
+	if err := s.errLocked(); err != nil || len(p) == 0 {
+		return 0, err
+	}
+	events, ends := s.splicer.Scanner().Events(), s.endsSilenceLocked()
+	lead, body, n := s.followLocked(p)
+	if len(lead) == 0 && len(body) == 0 {
+		if s.splicer.Overdue() {
+			s.beatLocked() // the silence is still on, and here a frame may go
+		}
+		return n, s.errLocked()
+	}
+	if err := s.sendLocked(s.lastBytes, lead, body); err != nil {
+		return 0, err
+	}
+	if ends {
+		s.wait = s.frames.wait()
+	}
+	first, slow := events == 0 && s.splicer.Scanner().Events() > 0, s.lastHeard-s.lastBytes > slowWrite
+	if first || slow {
+		s.facts.Lock()
+		if first {
+			s.firstEvent = s.lastHeard
+		}
+		s.lastBytes = s.lastHeard // the upstream was not listened to meanwhile
+		s.facts.Unlock()
+	}
+	if first {
+		collector.observeFirstEvent(s)
+	}
+	return n, nil
+}
+
+// followLocked takes note of what the upstream sent and returns what the client
+// gets for it, and for how much of it.
+func (s *stream) followLocked(p []byte) (lead, body []byte, n int) {
+	age := s.age()
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	s.longestGap = max(s.longestGap, age-s.lastBytes)
+	s.lastBytes = age
+	n = len(p)
+	switch {
+	case s.body == encodedBody:
+		body = p
+	case s.isEndingLocked():
+		done := false
+		if lead, body, n, done = s.splicer.SpliceToEnd(&s.frames.Frames, p); done {
+			s.hurryLocked()
+		}
+	default:
+		lead, body = s.splicer.Splice(&s.frames.Frames, p)
+	}
+	s.bytes += uint64(n)
+	if s.fed != nil && s.fed.line != nil && s.splicer.HasOwnIDs() {
+		if !s.fed.source.feed.ownIDs.Load() {
+			s.frames = s.fed.line
+		}
+		s.fed.line = nil
+	}
+	if s.body == eventStreamBody && s.splicer.Opaque() {
+		if s.refuseLocked() {
+			return nil, nil, n
+		}
+		s.body = otherBody
+		s.h.unprotected(causeOtherBody)
+	}
+	return lead, body, n
+}
+
+// flush sends what a handler may have left in a buffer on the way. Every write
+// has been flushed already, so there is nothing to do, and doing nothing keeps
+// one write one flush.
+func (s *stream) flush() error {
+	s.mu.Lock()
+	defer s.unlock()
+	if err := s.errLocked(); err != nil {
+		return err
+	}
+	if !s.unflushed {
+		return nil
+	}
+	s.moves(s.age())
+	defer s.rests()
+	return s.flushLocked()
+}
+
+func (s *stream) errLocked() error {
+	if s.isCut() || s.gone || s.failed != notEnded {
+		return errStreamEnded
+	}
+	return nil
+}
+
+// failLocked notes that the client can't be written to any more.
+func (s *stream) failLocked(err error) {
+	s.failed = clientClosed
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		s.failed = writeTimeout
+	}
+}
+
+// sendLocked writes and flushes. since is the age at which the bytes were there
+// to be written.
+func (s *stream) sendLocked(since time.Duration, lead, body []byte) error {
+	if err := s.passLocked(since, lead, body); err != nil {
+		return err
+	}
+	s.lastHeard = s.age()
+	return nil
+}
+
+// endsSilenceLocked reports whether what is sent next ends a silence of another
+// length than the usual one: the prelude, or one in which a frame was due where
+// none may go.
+func (s *stream) endsSilenceLocked() bool {
+	return s.wait > 0 && (!s.splicer.Spoken() || s.splicer.Overdue())
+}
+
+// passLocked writes piece by piece, so that a client that is slow is not taken
+// for one that takes nothing.
+func (s *stream) passLocked(since time.Duration, lead, body []byte) error {
+	defer s.rests() // also after a panic
+	for _, part := range [2][]byte{lead, body} {
+		for len(part) > 0 {
+			s.moves(since)
+			piece := part[:min(len(part), progressUnit)]
+			s.unflushed = true
+			if _, err := s.w.Write(piece); err != nil {
+				s.failLocked(err)
+				return err
+			}
+			if part = part[len(piece):]; len(part) > 0 {
+				since = s.age()
+			}
+		}
+	}
+	return s.flushLocked()
+}
+
+func (s *stream) flushLocked() error {
+	if !s.unflushed {
+		return nil
+	}
+	s.unflushed = false
+	err := http.NewResponseController(s.w).Flush()
+	if err == nil || errors.Is(err, http.ErrNotSupported) {
+		return nil
+	}
+	s.failLocked(err)
+	return err
+}
