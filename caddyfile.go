@@ -155,8 +155,10 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			}
 		}
 	}
-	if err := h.Share.validate(h.Resumable); err != nil {
-		return d.WrapErr(err)
+	for _, err := range []error{h.Resume.validate(h.Resumable, h.Share != nil), h.Share.validate(h.Resumable)} {
+		if err != nil {
+			return d.WrapErr(err)
+		}
 	}
 	// Only the whole of them tells whether a comment is ever sent.
 	if err := h.Heartbeat.validate(); err != nil {

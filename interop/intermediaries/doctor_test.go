@@ -55,32 +55,40 @@ func (d diagnosis) evidence(code, key string) any {
 	return nil
 }
 
-// check runs `caddy sse check`. While it runs, during is called.
-func check(t *testing.T, url string, during func(pid int), flags ...string) diagnosis {
+// checking is a `caddy sse check` that runs.
+type checking struct {
+	cmd           *exec.Cmd
+	out, progress bytes.Buffer
+	limit         *time.Timer
+}
+
+func startCheck(t *testing.T, url string, flags ...string) *checking {
 	t.Helper()
 	args := append([]string{"sse", "check", url, "--token", "sesame", "--insecure", "--json"}, flags...)
-	cmd := exec.Command(harness.CaddyBinary(t), args...)
-	var out, progress bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &progress
-	if err := cmd.Start(); err != nil {
+	c := &checking{cmd: exec.Command(harness.CaddyBinary(t), args...)}
+	c.cmd.Stdout, c.cmd.Stderr = &c.out, &c.progress
+	if err := c.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	if during != nil {
-		during(cmd.Process.Pid)
-	}
-	limit := time.AfterFunc(3*time.Minute, func() { cmd.Process.Kill() })
-	defer limit.Stop()
-	err := cmd.Wait()
+	t.Cleanup(func() { c.cmd.Process.Kill() })
+	c.limit = time.AfterFunc(3*time.Minute, func() { c.cmd.Process.Kill() })
+	return c
+}
+
+func (c *checking) diagnosis(t *testing.T) diagnosis {
+	t.Helper()
+	err := c.cmd.Wait()
+	c.limit.Stop()
 	var d diagnosis
 	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 		d.status = exit.ExitCode()
 	} else if err != nil {
 		t.Fatal(err)
 	}
-	if err := json.Unmarshal(out.Bytes(), &d); err != nil {
-		t.Fatalf("%v in %q, after %s", err, out.String(), progress.String())
+	if err := json.Unmarshal(c.out.Bytes(), &d); err != nil {
+		t.Fatalf("%v in %q, after %s", err, c.out.String(), c.progress.String())
 	}
-	d.text = out.String() + progress.String()
+	d.text = c.out.String() + c.progress.String()
 	return d
 }
 
@@ -133,7 +141,7 @@ func TestTheDoctorNamesWhatIsWrongOnTheWay(t *testing.T) {
 	caddy := startProbe(t)
 	const http11 = "proxy_http_version 1.1;\nproxy_set_header Connection \"\";\n"
 	between := func(t *testing.T, site string) string { return startSite(t, site).URL }
-	for _, test := range []struct {
+	tests := []struct {
 		name  string
 		url   func(t *testing.T) string
 		flags []string
@@ -172,10 +180,16 @@ func TestTheDoctorNamesWhatIsWrongOnTheWay(t *testing.T) {
 				t.Errorf("%v", coding)
 			}
 		}},
-	} {
+	}
+	// All at once, and not as parallel tests: they would take the places of tests
+	// that have something to do.
+	var running []*checking
+	for _, test := range tests {
+		running = append(running, startCheck(t, test.url(t), test.flags...))
+	}
+	for i, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			t.Parallel()
-			d := check(t, test.url(t), nil, test.flags...)
+			d := running[i].diagnosis(t)
 			if got := d.codes(); got != test.codes {
 				t.Errorf("found %q, want %q", got, test.codes)
 			}
@@ -209,7 +223,7 @@ func TestTheDoctorNamesACaddyThatRefuses(t *testing.T) {
 	t.Parallel()
 	caddy := startProbe(t)
 	front := startSite(t, "reverse_proxy "+caddy.URL+" {\n\tresponse_buffers 4KiB\n}")
-	d := check(t, front.URL, nil)
+	d := startCheck(t, front.URL).diagnosis(t)
 	for _, named := range []string{"501", "Caddy", "response_buffers"} {
 		if !strings.Contains(d.Error, named) {
 			t.Errorf("%q does not name %s", d.Error, named)
@@ -228,12 +242,12 @@ func TestADoctorThatIsStoppedFindsNothing(t *testing.T) {
 	for _, after := range []time.Duration{1500 * time.Millisecond, 4 * time.Second, 30 * time.Second} {
 		t.Run(after.String(), func(t *testing.T) {
 			t.Parallel()
-			d := check(t, caddy.URL, func(pid int) {
-				time.Sleep(after)
-				syscall.Kill(pid, syscall.SIGSTOP)
-				time.Sleep(2 * time.Second)
-				syscall.Kill(pid, syscall.SIGCONT)
-			})
+			c := startCheck(t, caddy.URL)
+			time.Sleep(after)
+			syscall.Kill(c.cmd.Process.Pid, syscall.SIGSTOP)
+			time.Sleep(2 * time.Second)
+			syscall.Kill(c.cmd.Process.Pid, syscall.SIGCONT)
+			d := c.diagnosis(t)
 			if d.status != 0 || d.codes() != "" {
 				t.Errorf("status %d, found %q\n%s", d.status, d.codes(), d.text)
 			}
