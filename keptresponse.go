@@ -24,6 +24,7 @@ type keptResponse struct {
 
 	// What follows belongs to the handlers' goroutine, but for what is written
 	// while they wait.
+	aside    bool // the answer is no stream
 	answered bool // the upstream's answer is known
 	failed   error
 	end      runEnd // of an answer that is of no use
@@ -161,9 +162,12 @@ func (w *keptResponse) fail(status int, message string, err error) {
 // decide has it known what the answer is, for handlers that write or flush before
 // they call WriteHeader. It returns the run, if there is one.
 func (w *keptResponse) decide() (r *run, ok bool) {
+	if w.aside {
+		return nil, true
+	}
 	r = w.kept()
 	if r == nil {
-		ok = w.do(func() { w.rw.beginWith(w.header) })
+		ok = w.do(func() { w.rw.beginWith(w.header); w.aside = w.rw.x.role == aside })
 		r = w.kept()
 	}
 	if r != nil {

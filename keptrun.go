@@ -12,6 +12,7 @@ import (
 
 	"github.com/quic-go/quic-go"
 	h3 "github.com/quic-go/quic-go/http3"
+	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
@@ -89,7 +90,7 @@ func (x *exchange) beginRun(status int, header http.Header) {
 	var r *run
 	f := openFeed(rs.budget, journal.KeepUnsent, rs.history, x.upstreamsID(), func() { go r.giveWay() })
 	if f == nil {
-		x.h.unprotected(causeNoRoom)
+		x.h.notKept()
 		return
 	}
 	if !k.unlink() { // the client has left
@@ -135,6 +136,19 @@ func (x *exchange) beginRun(status int, header http.Header) {
 
 // causeNoRoom is why a stream can't be kept.
 const causeNoRoom = "journal_full"
+
+// notKept counts a stream that is as without resume, because the journals of the
+// name are full, and warns of it at most once a minute.
+func (h *Handler) notKept() {
+	collector.unprotected.WithLabelValues(h.Name, causeNoRoom).Inc()
+	at := time.Now().UnixNano()
+	last := h.resuming.warned.Load()
+	if at-last < int64(time.Minute) || !h.resuming.warned.CompareAndSwap(last, at) {
+		return
+	}
+	h.logger.Warn("resume: the journals have used up the total of history; new streams end with their clients",
+		zap.String("name", h.Name))
+}
 
 // isKept reports whether the request's stream has become a run's.
 func (x *exchange) isKept() bool { return x.keeps() && x.rare.reader != nil }
@@ -280,7 +294,8 @@ func (x *exchange) leaveKept() {
 	case notEnded:
 		stay = 0
 	case clientClosed:
-		if cancel := x.h.resuming.cancel; cancel != stay && x.hasCancelled() {
+		cancel := x.h.resuming.cancel
+		if cancel != stay && x.r.Context().Err() != nil && x.hasCancelled() {
 			stay = cancel
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -190,6 +191,7 @@ type resuming struct {
 	bind    []string // placeholders, without braces
 	runFor  time.Duration
 	budget  *journal.Budget
+	warned  atomic.Int64 // unix nanoseconds of the last warning
 }
 
 // newResuming makes what the configuration says, and lets it be known that the
@@ -224,6 +226,7 @@ func newResuming(h *Handler, ctx caddy.Context) (*resuming, error) {
 	}
 	rs.budget = h.group.budget(journal.KeepUnsent, total)
 	h.lost = newLostEvent(config.Lost)
+	collector.unprotected.WithLabelValues(h.Name, causeNoRoom)
 	detached := config.Detached
 	if detached == 0 {
 		detached = defaultDetached

@@ -48,13 +48,15 @@ func (up *testUpstream) expectNoCall(t testing.TB) {
 	}
 }
 
-// waitForRun waits until the only run is in a state with as many clients.
+// waitForRun waits until a run is in a state with as many clients.
 func (c *testCaddy) waitForRun(state string, clients int) {
 	c.t.Helper()
 	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
 		list := c.runs("")
-		if len(list.Runs) == 1 && list.Runs[0].State == state && list.Runs[0].Clients == clients {
-			return
+		for _, run := range list.Runs {
+			if run.State == state && run.Clients == clients {
+				return
+			}
 		}
 		if time.Now().After(deadline) {
 			c.t.Fatalf("no run is %s with %d clients: %+v", state, clients, list)

@@ -241,6 +241,9 @@ func (r *run) stop(why reason) bool {
 	r.mu.Lock()
 	if r.stage >= runEnding {
 		ended := r.stage == runEnded
+		if ended {
+			r.why = why // nothing stays when its clients have left
+		}
 		readers := r.readersLocked()
 		r.mu.Unlock()
 		if ended { // its clients have not got the rest yet

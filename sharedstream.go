@@ -61,8 +61,8 @@ func (x *exchange) takeID() {
 	}
 	if stripped := withoutRunIDs(x.r); stripped != x.r {
 		x.rare.given, x.r = x.r, stripped
-		x.rare.taken = isRunID(id)
 	}
+	x.rare.taken = isRunID(id) // perhaps by an outer handler
 }
 
 // lastEventID is the id that the client came with.
