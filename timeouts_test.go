@@ -466,7 +466,6 @@ func TestTheRequestOfAStreamMayBeAsSlowAsTheStream(t *testing.T) {
 			for _, proto := range clientProtocols {
 				for _, kind := range []string{eventStream, "text/plain"} {
 					t.Run(proto+" "+kind, func(t *testing.T) {
-						t.Parallel()
 						in, out := io.Pipe()
 						cl := c.client(proto)
 						body := cl.do(t, cl.request(t, "POST", "/?type="+kind, in, acceptStream)).follow()
