@@ -211,10 +211,14 @@ func (h *Handler) drainOver(window time.Duration, stop <-chan struct{}) bool {
 	}
 	slices.SortStableFunc(turns, func(a, b turn) int { return cmp.Compare(a.due, b.due) })
 	for _, turn := range turns {
-		select {
-		case <-time.After(turn.due - time.Duration(now()-start)):
-		case <-stop:
+		due := time.NewTimer(turn.due - time.Duration(now()-start))
+		h.drain.awaitIdle(due.C, stop)
+		due.Stop()
+		if isClosed(stop) {
 			return false
+		}
+		if h.drain.requests.Load() == 0 {
+			break // all have left, and with them who was spared
 		}
 		turn.s.endDrained()
 	}
@@ -223,11 +227,15 @@ func (h *Handler) drainOver(window time.Duration, stop <-chan struct{}) bool {
 	over := time.NewTimer(time.Duration(end) - time.Duration(now()))
 	defer over.Stop()
 	h.drain.awaitIdle(over.C, stop)
+	return !isClosed(stop)
+}
+
+func isClosed(c <-chan struct{}) bool {
 	select {
-	case <-stop:
-		return false
-	default:
+	case <-c:
 		return true
+	default:
+		return false
 	}
 }
 
