@@ -587,3 +587,25 @@ func TestResumableSaysWhoIsDrained(t *testing.T) {
 	never.call.end()
 	never.body.expectEnd(t)
 }
+
+// A stream can be spared for a minute, and its client leave before.
+func TestADrainWaitsForNobodyWhoHasLeft(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := provision(t, silent())
+		leave := make(chan struct{})
+		var streams sync.WaitGroup
+		for range 3 {
+			streams.Go(func() { play(t, h, func(http.ResponseWriter) { <-leave }) })
+		}
+		synctest.Wait()
+		began := time.Now()
+		drained := make(chan bool)
+		go func() { drained <- h.DrainOver(time.Hour, nil) }()
+		time.Sleep(time.Second)
+		close(leave)
+		streams.Wait()
+		if over := <-drained; !over || time.Since(began) > time.Second {
+			t.Errorf("the drain was over, %v, after %v", over, time.Since(began))
+		}
+	})
+}

@@ -358,7 +358,7 @@ func TestCaddyExitsInTheMiddleOfAReloadsWindow(t *testing.T) {
 			second := c.followMany(30)
 			c.reload(current.site, current.global)
 			took := c.stop("SIGTERM")
-			if took > exitLimit {
+			if took > 3*exitLimit { // several exit at the same time; a reload's window is a minute
 				t.Errorf("it took %v", took)
 			}
 			for _, body := range append(first, second...) {
@@ -398,7 +398,7 @@ func TestAtExitRequestScopedStreamsHaveCaddysGracePeriod(t *testing.T) {
 					c.reload(drainSite(up.addr, "drain 1m 500ms\nname other"), global)
 				}
 				took := c.stop(how)
-				if took < 1500*time.Millisecond || took > time.Second+exitLimit { // the grace period and a second
+				if took < 1500*time.Millisecond || took > 2*exitLimit { // the grace period and a second, of several that exit at the same time
 					t.Errorf("it took %v", took)
 				}
 				for i, proto := range clientProtocols {

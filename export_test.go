@@ -26,7 +26,9 @@ func ForgetDrains() {
 }
 
 // DrainOver is what it does at a reload, with another window.
-func (h *Handler) DrainOver(window time.Duration, stop <-chan struct{}) { h.drainOver(window, stop) }
+func (h *Handler) DrainOver(window time.Duration, stop <-chan struct{}) bool {
+	return h.drainOver(window, stop)
+}
 
 // RegisterMetrics puts the module's metrics on a registry.
 var RegisterMetrics = registerMetrics
