@@ -198,6 +198,34 @@ func TestAnInnerHandlerOwnsTheStreamBesideResume(t *testing.T) {
 	call.expectGone()
 }
 
+func TestAnInnerHandlerSeesTheIDThatAnOuterOneHasTakenOut(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		route {
+			sse {
+				name outer
+				resume 1m
+			}
+			sse {
+				name inner
+				heartbeat off
+				resume 1m
+			}
+			reverse_proxy `+up.addr+`
+		}`, withAdmin())
+	cl := c.client("h1")
+	res, one, call, token := beginKept(t, cl, up, "/")
+	call.send(plainEvent(1))
+	one.expect(t, eventOf(token, 1))
+	res.leave()
+	c.waitForRun("open", 0)
+	two := cl.get(t, "/", comingBack(asEventSource, token+".0")...).follow()
+	two.expect(t, eventOf(token, 1))
+	call.end()
+	two.expectEnd(t)
+}
+
 func TestTheRequestsIDIsOneAroundResume(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
