@@ -725,6 +725,42 @@ func TestWhatAClientSaysWeighsNoMoreThanWhatIsTold(t *testing.T) {
 	}
 }
 
+// eager is a client that leaves as soon as it has an event.
+type eager struct {
+	*client
+	leave context.CancelFunc
+	told  func() int
+}
+
+func (c eager) Write(p []byte) (int, error) {
+	n, err := c.client.Write(p)
+	c.leave()
+	for c.told() == 0 {
+		runtime.Gosched() // until its end has been told
+	}
+	return n, err
+}
+
+func TestAClientThatLeavesWithItsFirstEventHasHadIt(t *testing.T) {
+	ctx, leave := context.WithCancel(t.Context())
+	defer leave()
+	config, cancel := caddy.NewContext(toldContext)
+	defer cancel()
+	module, err := config.WithValue(caddyhttp.ServerCtxKey, new(caddyhttp.Server)).LoadModuleByID("http.handlers.sse", []byte("{}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	told.TakeAll()
+	closed := func() int { return told.FilterMessage("stream closed").Len() }
+	c := eager{newClient(t), leave, closed}
+	r := caddyhttp.PrepareRequest(get(eventStream).WithContext(ctx), caddy.NewReplacer(), c, new(caddyhttp.Server))
+	_ = module.(*caddysse.Handler).ServeHTTP(c, r, stream(func(w http.ResponseWriter) { _, _ = io.WriteString(w, "data: 1\n\n") }))
+	fields := told.FilterMessage("stream closed").TakeAll()[0].ContextMap()
+	if took, ok := fields["time_to_first_event"].(time.Duration); fields["reason"] != "client_closed" || !ok || took <= 0 {
+		t.Errorf("told: %v", fields)
+	}
+}
+
 func TestNothingSecretIsTold(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)

@@ -35,31 +35,42 @@ func (s *stream) pass(p []byte) (int, error) {
 	}
 	events, ends := s.splicer.Scanner().Events(), s.endsSilenceLocked()
 	lead, body, n := s.followLocked(p)
+	first := events == 0 && s.splicer.Scanner().Events() > 0
 	if len(lead) == 0 && len(body) == 0 {
 		if s.splicer.Overdue() {
 			s.beatLocked() // the silence is still on, and here a frame may go
 		}
 		return n, s.errLocked()
 	}
+	if first {
+		// The client may have it, and leave, before the write has returned.
+		s.noteFirstEvent(s.lastBytes)
+	}
 	if err := s.sendLocked(s.lastBytes, lead, body); err != nil {
+		if first {
+			s.noteFirstEvent(0)
+		}
 		return 0, err
 	}
 	if ends {
 		s.wait = s.frames.wait()
 	}
-	first, slow := events == 0 && s.splicer.Scanner().Events() > 0, s.lastHeard-s.lastBytes > slowWrite
-	if first || slow {
+	if first || s.lastHeard-s.lastBytes > slowWrite {
 		s.facts.Lock()
-		if first {
-			s.firstEvent = s.lastHeard
-		}
 		s.lastBytes = s.lastHeard // the upstream was not listened to meanwhile
 		s.facts.Unlock()
 	}
 	if first {
+		s.noteFirstEvent(s.lastHeard)
 		collector.observeFirstEvent(s)
 	}
 	return n, nil
+}
+
+func (s *stream) noteFirstEvent(age time.Duration) {
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	s.firstEvent = age
 }
 
 // followLocked takes note of what the upstream sent and returns what the client
