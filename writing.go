@@ -94,7 +94,7 @@ func (s *stream) followLocked(p []byte) (lead, body []byte, n int) {
 		lead, body = s.splicer.Splice(&s.frames.Frames, p)
 	}
 	s.bytes += uint64(n)
-	if s.fed != nil && s.fed.line != nil && s.splicer.HasOwnIDs() {
+	if s.splicer.HasOwnIDs() && s.fed != nil && s.fed.line != nil {
 		if !s.fed.source.feed.ownIDs.Load() {
 			s.frames = s.fed.line
 		}
