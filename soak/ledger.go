@@ -235,7 +235,7 @@ var retryOnly = regexp.MustCompile(`^retry: \d+\n\n$`)
 // mayReconnect reports whether a response may be such an answer, as far as it
 // was read.
 func (s *sighting) mayReconnect() bool {
-	return s.site.retryMax > 0 && s.method == http.MethodGet && (len(s.body) == 0 || retryOnly.Match(s.body))
+	return s.site.retryMax > 0 && s.comesBack() && (len(s.body) == 0 || retryOnly.Match(s.body))
 }
 
 // compare returns the number of events that the client got.
@@ -299,9 +299,11 @@ func (line *closedLine) explains(s *sighting, script script) error {
 	var can []string
 	switch s.ending {
 	case complete:
-		can = []string{"upstream_closed", "drained", "max_duration", "admin"}
-		if script.broken {
-			can = can[1:]
+		if !script.broken {
+			can = append(can, "upstream_closed")
+		}
+		if s.comesBack() {
+			can = append(can, "drained", "max_duration", "admin")
 		}
 		if s.site.early {
 			can = append(can, "upstream_error") // told in the stream
@@ -310,6 +312,8 @@ func (line *closedLine) explains(s *sighting, script script) error {
 		can = []string{"upstream_error", "admin"} // admin aborts what is no event stream
 		if s.kind == "flood" {
 			can = append(can, "write_timeout", "drained", "max_duration") // whatever it is, a write is in the way
+		} else if !s.comesBack() {
+			can = append(can, "drained", "max_duration") // a clean end would pass for a whole answer
 		}
 	case left:
 		return nil // something else may have been faster
@@ -342,11 +346,18 @@ func (s *sighting) parse() (eventstreamtest.Result, error) {
 	return got, fmt.Errorf("reconnection times %v: the configured one is not the first", got.Retries)
 }
 
-// getsRetry reports whether the configured reconnection time comes first: not
-// in a body that shows by its first byte that it is JSON.
+// comesBack reports whether the client opens its stream again when that ends:
+// it asks as an EventSource does, unless it sends a body.
+func (s *sighting) comesBack() bool {
+	return s.method == http.MethodGet
+}
+
+// getsRetry reports whether the configured reconnection time comes first: only
+// for a client that comes back, and not in a body that shows by its first byte
+// that it is JSON.
 func (s *sighting) getsRetry() bool {
 	first := bytes.TrimLeft(bytes.TrimPrefix(s.body, []byte("\uFEFF")), " \t\r\n")
-	return s.site.retryMax > 0 && len(first) > 0 && first[0] != '{' && first[0] != '['
+	return s.site.retryMax > 0 && s.comesBack() && len(first) > 0 && first[0] != '{' && first[0] != '['
 }
 
 func (s *sighting) withoutHeartbeats(events []eventstreamtest.Event) []eventstreamtest.Event {

@@ -18,7 +18,7 @@ func whole(t *testing.T) (seed uint64, body string, events int) {
 	for seed := range uint64(100) {
 		s := newScript(seed)
 		text := s.text()
-		sighting := sighting{body: []byte(text), site: sites[0]}
+		sighting := sighting{body: []byte(text), site: sites[0], method: "GET"}
 		if n := len(eventstreamtest.Parse([]byte(text)).Events); n > 5 && !s.broken && !s.lingers && sighting.getsRetry() && !strings.HasPrefix(text, "\uFEFF") {
 			return seed, text, n
 		}
@@ -39,7 +39,10 @@ func siteOf(t *testing.T, name string) site {
 
 // problems settles a ledger with one stream in it.
 func problems(s sighting, reason string, events int) []string {
-	s.kind, s.method, s.proto = "script", "GET", "h1"
+	s.kind, s.proto = "script", "h1"
+	if s.method == "" {
+		s.method = "GET"
+	}
 	path := fmt.Sprintf("/%s/script/%d", s.site.name, s.seed)
 	l := newLedger()
 	l.saw(path, &s)
@@ -67,9 +70,11 @@ func TestWhatIsRightIsNoProblem(t *testing.T) {
 		"killed upstream":    {sighting{site: siteOf(t, "line"), ending: aborted, body: []byte(half)}, "upstream_error", n},
 		"told of an early start that failed": {sighting{site: siteOf(t, "early"), ending: complete,
 			body: []byte(":heartbeat\n\nevent: error\ndata: {\"status\":502,\"message\":\"no\"}\n\n")}, "upstream_error", 0},
-		"asked to come back": {sighting{site: siteOf(t, "block"), ending: complete, body: []byte("retry: 500\n\n")}, "", 0},
-		"refused":            {sighting{site: siteOf(t, "line"), ending: refused}, "", 0},
-		"never opened":       {sighting{site: siteOf(t, "line"), ending: unopened}, "client_closed", 0},
+		"asked to come back":          {sighting{site: siteOf(t, "block"), ending: complete, body: []byte("retry: 500\n\n")}, "", 0},
+		"one that does not come back": {sighting{site: siteOf(t, "block"), method: "POST", ending: complete, body: []byte(body)}, "upstream_closed", n},
+		"one that is cut for a drain": {sighting{site: siteOf(t, "block"), method: "POST", ending: aborted, body: []byte(half)}, "drained", n},
+		"refused":                     {sighting{site: siteOf(t, "line"), ending: refused}, "", 0},
+		"never opened":                {sighting{site: siteOf(t, "line"), ending: unopened}, "client_closed", 0},
 	} {
 		test.s.seed = seed
 		for _, problem := range problems(test.s, test.reason, test.events) {
@@ -99,6 +104,8 @@ func TestWhatIsWrongIsAProblem(t *testing.T) {
 		"too many are counted":    {sighting{site: line, ending: complete, body: []byte(body)}, "upstream_closed", n + 1, "were logged"},
 		"an unexplained end":      {sighting{site: line, ending: complete, body: []byte(body)}, "client_closed", n, "expected a reason"},
 		"an unexplained abort":    {sighting{site: line, ending: aborted, body: []byte(body)}, "upstream_closed", n, "expected a reason"},
+		"a clean end of a half":   {sighting{site: line, method: "POST", ending: complete, body: []byte(body)}, "drained", n, "expected a reason"},
+		"retry for nobody":        {sighting{site: siteOf(t, "block"), method: "POST", ending: complete, body: []byte("retry: 500\n" + body)}, "upstream_closed", n, "reconnection times"},
 		"never closed":            {sighting{site: line, ending: complete, body: []byte(body)}, "", 0, "never closed"},
 		"told of what is refused": {sighting{site: line, ending: refused}, "upstream_closed", 0, "for what is none"},
 	} {
