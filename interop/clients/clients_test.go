@@ -90,10 +90,16 @@ func startNode(t testing.TB, file string, arguments []string, settings ...harnes
 	return program{harness.Start(t, append([]string{node, file}, arguments...), settings...)}
 }
 
-func startBrowser(t testing.TB, page string, streams ...string) program {
+// startChromium starts a program of node/ that opens a page in Chromium.
+func startChromium(t testing.TB, file string, arguments []string) program {
 	t.Helper()
 	chromium := harness.Program(t, "chromium", "chromium")
-	return startNode(t, "browser.mjs", append([]string{page}, streams...), harness.Env("CHROMIUM="+chromium, "TMPDIR="+harness.ShortTempDir(t)))
+	return startNode(t, file, arguments, harness.Env("CHROMIUM="+chromium, "TMPDIR="+harness.ShortTempDir(t)))
+}
+
+func startBrowser(t testing.TB, page string, streams ...string) program {
+	t.Helper()
+	return startChromium(t, "browser.mjs", append([]string{page}, streams...))
 }
 
 func startPython(t testing.TB, file string, arguments []string, settings ...harness.Setting) program {

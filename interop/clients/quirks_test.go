@@ -65,6 +65,7 @@ func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 		{"openai-python", "openai", true},
 		{"openai-python, async", "openai-async", true},
 		{"openai-python, Azure", "azure", true},
+		{"openai-python, Azure, async", "azure-async", true},
 		{"langchain-openai", "langchain", true},
 		{"groq (Python)", "groq", true},
 		{"groq (Python), async", "groq-async", true},
