@@ -139,7 +139,7 @@ func TestTheUpstreamsBytesRestartTheClock(t *testing.T) {
 			})
 		})
 	}
-	t.Run("and the next frame is due behind the last of them", func(t *testing.T) {
+	t.Run("and the next frame is due after the last of them", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			interval := 10 * time.Second
 			for at := range 20 {
@@ -300,7 +300,7 @@ func TestFramesByStyleAndPlace(t *testing.T) {
 		{"block", "data: a\n\ndata: b\r\n\r\n", ":heartbeat\r\n\r\n"},
 		{"block", "data: a\r\n\r\ndata: b\n\n", ":heartbeat\n\n"},
 	} {
-		t.Run(fmt.Sprintf("%s behind %q", test.style, test.before), func(t *testing.T) {
+		t.Run(fmt.Sprintf("%s after %q", test.style, test.before), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				settings := styles[test.style]
 				settings.Interval, settings.Prelude = caddy.Duration(10*time.Second), -1
@@ -313,7 +313,7 @@ func TestFramesByStyleAndPlace(t *testing.T) {
 				if got := c.body.String(); got != want {
 					t.Errorf("got %q, want %q", got, want)
 				}
-				// And the same behind single bytes.
+				// And the same after single bytes.
 				c = play(t, h, func(w http.ResponseWriter) {
 					for i := range len(test.before) {
 						write(t, w, test.before[i:i+1])
@@ -331,7 +331,7 @@ func TestFramesByStyleAndPlace(t *testing.T) {
 // A "|" stands for a silence.
 func TestAFrameBetweenCRAndLFMakesNoBlankLine(t *testing.T) {
 	for _, test := range []struct{ style, body, want string }{
-		// The client gets the LF before the frame, and not once more behind it.
+		// The client gets the LF before the frame, and not once more after it.
 		{"block", "data: a\r|\n\r\n", "data: a\r\n:heartbeat\r\n\r\n"},
 		{"block", "data: a\r||\n\r\n", "data: a\r\n:heartbeat\r\n:heartbeat\r\n\r\n"},
 		{"block", "data: a\r\n\r|\ndata: b", "data: a\r\n\r\n:heartbeat\r\n\r\ndata: b"},

@@ -94,7 +94,7 @@ const (
 // ignoresComments is what the standard asks for.
 var ignoresComments = map[string]string{"block": "", "line": "", "event": "ping"}
 
-// blankLineIsAnEvent reports an event without data at a blank line behind a
+// blankLineIsAnEvent reports an event without data at a blank line after a
 // comment, some only once the stream has had an id.
 var blankLineIsAnEvent = map[string]string{"block": "empty", "line": "", "event": "ping"}
 

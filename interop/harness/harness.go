@@ -230,7 +230,7 @@ func ReadFile(t testing.TB, path string) string {
 	return string(content)
 }
 
-// Replace is text with each old string replaced by the new one behind it. An
+// Replace is text with each old string replaced by the new one that follows it. An
 // old one that is not there fails the test: a Caddyfile of an example that has
 // changed must not be tested with its own ports by accident.
 func Replace(t testing.TB, text string, oldnew ...string) string {

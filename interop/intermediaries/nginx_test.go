@@ -110,7 +110,7 @@ func TestNginxHoldsEventsBackWithoutTheModule(t *testing.T) {
 
 // Over HTTP/2 with TLS, nginx holds the headers back too, whatever its
 // buffering, until something follows them: an EventSource stays CONNECTING. The
-// first heartbeat, a second behind the headers, sets them free.
+// first heartbeat, a second after the headers, sets them free.
 func TestNginxHoldsHeadersBackUntilABodyFollows(t *testing.T) {
 	t.Parallel()
 	upstream := startOrigin(t)

@@ -171,11 +171,11 @@ func (e *example) events(t *testing.T) {
 		t.Errorf("closed: %+v", closed)
 	}
 
-	// Ended from the proxy's side, the client comes back and goes on behind
+	// Ended from the proxy's side, the client comes back and goes on after
 	// the last event that it has, nothing lost and nothing twice.
 	stream = harness.Open(t, e.client, e.url+"/events", harness.Header("Last-Event-ID", "41"))
 	if event := stream.Next(t, 3*time.Second); event.ID != "42" {
-		t.Errorf("behind Last-Event-ID 41: %+v", event)
+		t.Errorf("after Last-Event-ID 41: %+v", event)
 	}
 	stream.Next(t, 3*time.Second)
 	for _, id := range e.caddy.OpenStreams(t, "/events") {
@@ -193,7 +193,7 @@ func (e *example) events(t *testing.T) {
 	last := events[len(events)-1]
 	stream = harness.Open(t, e.client, e.url+"/events", harness.Header("Last-Event-ID", last.ID))
 	if event, want := stream.Next(t, 3*time.Second), plusOne(t, last.ID); event.ID != want {
-		t.Errorf("behind Last-Event-ID %s: %+v", last.ID, event)
+		t.Errorf("after Last-Event-ID %s: %+v", last.ID, event)
 	}
 	stream.Close()
 	e.awaitCount(t, "events", 0)
@@ -264,7 +264,7 @@ func (e *example) broadcast(t *testing.T) {
 		checkHeaders(t, stream.Response)
 		// Before any event of the upstream there is a first heartbeat.
 		if beat := stream.NextComment(t, 3*time.Second); beat.At.Sub(stream.HeadersAt) > time.Second+slack {
-			t.Errorf("the first heartbeat came %v behind the headers", beat.At.Sub(stream.HeadersAt))
+			t.Errorf("the first heartbeat came %v after the headers", beat.At.Sub(stream.HeadersAt))
 		}
 	}
 	e.awaitCount(t, "broadcast", clients)
@@ -371,7 +371,7 @@ func (e *example) publish(t *testing.T, text string) {
 
 // publishUntil sends messages until the upstream counts so many clients at
 // /broadcast, and tells how many it took: some upstreams notice at a write that
-// a client has left, and the first write behind the client's end does not fail.
+// a client has left, and the first write after the client's end does not fail.
 func (e *example) publishUntil(t *testing.T, want int) (messages int) {
 	t.Helper()
 	for next := time.Now(); ; time.Sleep(20 * time.Millisecond) {
