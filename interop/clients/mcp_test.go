@@ -18,8 +18,8 @@ import (
 	"github.com/caddy-sse/caddy-sse/interop/harness"
 )
 
-// TestMCP has a client of the MCP TypeScript SDK talk to a server of it through
-// the proxy: answers to POST as event streams, the session's GET stream, its
+// TestMCP has a client of the MCP TypeScript SDK talk to a server of the same SDK
+// through the proxy: answers to POST as event streams, the session's GET stream, its
 // resumption, and the session's end.
 func TestMCP(t *testing.T) {
 	for _, style := range styles {
@@ -134,15 +134,15 @@ func testMCP(t *testing.T, upstream, style string) {
 	caddy.CheckNoErrors(t)
 }
 
-// TestMCPCallsOutliveAReload: a call's answer has left its client, which waits for
-// the rest by GET with Last-Event-ID. To end that GET would lose the call with some
-// SDKs, and cost the others a try.
+// TestMCPCallsOutliveAReload: the server has closed the answer to a call, and the
+// client waits for the rest by GET with Last-Event-ID. If that GET ended, some SDKs
+// would lose the call, and the others one of their few tries.
 func TestMCPCallsOutliveAReload(t *testing.T) {
 	for _, test := range []struct {
 		name  string
 		start func(t *testing.T, stream string) watched
-		// resumable: no setting makes a request of MCP resumable. The Python SDK
-		// names several types in Accept, so always is what it needs to be spared.
+		// No setting makes a request of MCP resumable. The Python SDK names several
+		// types in Accept, so only with always does that rule matter to it.
 		resumable string
 	}{
 		{"TypeScript SDK", func(t *testing.T, stream string) watched { return startNode(t, "mcp-call.mjs", []string{stream}) }, "auto"},
@@ -188,7 +188,7 @@ func TestMCPCallsOutliveAReload(t *testing.T) {
 	}
 }
 
-// startGoMCP calls the tool whose answer leaves its client, with the MCP SDK for Go.
+// startGoMCP calls the tool "leave" with the MCP SDK for Go.
 func startGoMCP(t *testing.T, stream string) watched {
 	name, url, _ := strings.Cut(stream, "=")
 	w := new(goWatched)

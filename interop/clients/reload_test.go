@@ -18,7 +18,7 @@ const (
 	whole = 12 // and in all
 )
 
-// dialect is what a client wants an answer to look like.
+// dialect is what the events of an answer look like to one kind of client.
 type dialect struct {
 	event string // %d is its number
 	end   string // what follows the last one
@@ -36,8 +36,8 @@ var dialects = map[string]dialect{
 	"replicate":          {"event: output\n" + numbered, "id: done\nevent: done\ndata: {}\n\n"},
 }
 
-// serveAnswer is an answer by GET that takes until after the reload: half of it,
-// the rest once reloaded is closed. Who comes back for more waits for ever.
+// serveAnswer answers a GET with half of an answer, and with the rest once reloaded
+// is closed. A client that has all of it and asks for more waits for ever.
 func serveAnswer(t *testing.T, reloaded <-chan struct{}) (addr string) {
 	return harness.Serve(t, func(w http.ResponseWriter, r *http.Request) {
 		path := strings.SplitN(r.URL.Path, "/", 4) // "", dialect, number, the client's own
@@ -78,9 +78,9 @@ type reader struct {
 }
 
 // TestNobodyTakesHalfAnAnswerForAWholeOne has clients ask by GET for an answer
-// that a reload cuts in the middle: who comes back by itself has all of it in the
-// end, and each event once; everybody else has an error and no quiet end. Those
-// whose requests are not resumable keep their connection.
+// that a reload cuts in the middle. Clients that come back by themselves get all of
+// it, each event once. The others get an error, not a quiet end. Requests that are
+// not resumable keep their connection.
 func TestNobodyTakesHalfAnAnswerForAWholeOne(t *testing.T) {
 	t.Parallel()
 	type outcome int
@@ -95,7 +95,7 @@ func TestNobodyTakesHalfAnAnswerForAWholeOne(t *testing.T) {
 	rows := []struct {
 		name   string
 		reader *reader
-		client string // which one, where the reader has several
+		client string // one of the reader's, where it has several
 		path   string
 		want   outcome
 	}{

@@ -22,8 +22,8 @@ import (
 	"time"
 )
 
-// Patience bounds every wait for something that has to happen; nothing waits
-// for it where all is well.
+// Patience bounds every wait for something that has to happen. If all is well,
+// nothing takes that long.
 const Patience = 30 * time.Second
 
 // Missing is for what this machine can't provide. It skips the test, or fails
