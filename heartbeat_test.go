@@ -66,7 +66,7 @@ func TestNoSilenceIsLongerThanTheInterval(t *testing.T) {
 	}
 }
 
-func TestTheDefaultIsAFrameInEveryFifteenSecondsBehindAPreludeAfterOne(t *testing.T) {
+func TestByDefaultThePreludeComesAfterASecondAndAFrameEveryFifteen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := play(t, provision(t, &caddysse.Handler{}), func(http.ResponseWriter) { quiet(time.Hour) })
 		silences := c.silences()
@@ -379,7 +379,7 @@ func playScript(t testing.TB, w io.Writer, script string) {
 	}
 }
 
-func TestAByteOrderMarkBehindAFrameIsDropped(t *testing.T) {
+func TestAByteOrderMarkAfterAFrameIsDropped(t *testing.T) {
 	for _, test := range []struct{ body, want string }{
 		{"|\xEF\xBB\xBFdata: a\n\n", ":heartbeat\n\ndata: a\n\n"},
 		{"|\xEF\xBB\xBF", ":heartbeat\n\n"},
@@ -417,7 +417,7 @@ func TestAByteOrderMarkBehindAFrameIsDropped(t *testing.T) {
 	}
 }
 
-func TestWhereAFrameWasDueInMidLineItFollowsOnlyIfTheSilenceIsStillOn(t *testing.T) {
+func TestAFrameThatWasDueInMidLineFollowsOnlyIfTheSilenceLasts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		interval := 10 * time.Second
 		c := play(t, provision(t, heartbeat(interval, -1)), func(w http.ResponseWriter) {
@@ -485,7 +485,7 @@ func TestAnEncodedBodyGetsNoFrames(t *testing.T) {
 	}
 }
 
-func TestABodyThatFramesCannotGoIntoIsWarnedOfOnceAMinute(t *testing.T) {
+func TestABodyThatTakesNoFramesIsWarnedAboutOnceAMinute(t *testing.T) {
 	for name, answer := range map[string]caddyhttp.HandlerFunc{
 		"encoded": func(w http.ResponseWriter, _ *http.Request) error {
 			w.Header().Set("Content-Type", "text/event-stream")
@@ -633,7 +633,7 @@ func TestAClientThatTakesNothingDelaysNoOtherStream(t *testing.T) {
 
 // A piece of a byte order mark is the one thing of an upstream's that a client
 // may have to wait for.
-func TestAFrameThatMayNotGoIsWaitedForWithoutHaste(t *testing.T) {
+func TestAFrameWithoutAPlaceIsTriedAgainWithoutHaste(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := provision(t, &caddysse.Handler{
 			Name:      t.Name(),

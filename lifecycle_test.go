@@ -673,9 +673,9 @@ func TestNothingAClientSendsForgesALineOrBreaksATerminal(t *testing.T) {
 	}
 }
 
-// What a client says is cut before it is copied, and the copy does not hold on to
+// What a client sends is cut before it is copied, and the copy does not hold on to
 // the rest.
-func TestWhatAClientSaysWeighsNoMoreThanWhatIsTold(t *testing.T) {
+func TestWhatAClientSendsTakesNoMoreMemoryThanWhatIsLogged(t *testing.T) {
 	for name, text := range map[string]string{
 		"bytes that are no text": strings.Repeat("\x80", 15_000),
 		"long runes":             strings.Repeat("\U0001F600", 4_000),
