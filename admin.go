@@ -315,8 +315,8 @@ func newFilter(values map[string]string) (f filter, err error) {
 	return f, nil
 }
 
-// parseQuery wants each key known and given once, with a value: a filter that
-// was misspelt and so ignored would end every stream.
+// parseQuery accepts known keys only, each given once and with a value: a misspelt
+// filter that was ignored would end every stream.
 func parseQuery(from *url.URL, known ...string) (map[string]string, error) {
 	query, err := url.ParseQuery(from.RawQuery) // URL.Query drops what it can't read
 	if err != nil {

@@ -138,8 +138,8 @@ func (x *exchange) watchBody() {
 	}
 }
 
-// callAgain lets the handlers answer, and again each time that the upstream
-// breaks off where it can go on.
+// callAgain lets the handlers answer, and calls them again each time that the
+// upstream breaks off where it can go on.
 func (x *exchange) callAgain(next caddyhttp.Handler) (out outcome) {
 	defer func() { x.rare.tries.over = true }()
 	if x.mayStartEarly() || x.startedEarly {
