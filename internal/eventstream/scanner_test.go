@@ -159,7 +159,7 @@ func TestAnyCutGivesTheSameAnswers(t *testing.T) {
 	}
 }
 
-func TestScanToBoundaryStopsBehindTheFirstByteThatReachesOne(t *testing.T) {
+func TestScanToBoundaryStopsAfterTheFirstByteThatReachesOne(t *testing.T) {
 	for _, body := range eventstreamtest.Bodies() {
 		t.Run(body.Name, func(t *testing.T) {
 			text := []byte(body.Text)
