@@ -297,7 +297,7 @@ func TestReloadsWithinTheWindowDrainEachTheirOwn(t *testing.T) {
 	for i, g := range all {
 		for _, o := range g {
 			if at, err := endOf(t, o.body); err != io.EOF || at.Sub(reloaded[i]) > 900*time.Millisecond {
-				t.Errorf("%s ended %v behind the reload: %v", o.path, at.Sub(reloaded[i]), err)
+				t.Errorf("%s ended %v after the reload: %v", o.path, at.Sub(reloaded[i]), err)
 			}
 			line := c.closedLine(t, o.path)
 			expectEnd(t, line, "drained", "info")
@@ -428,7 +428,7 @@ func TestAStreamThatOpensWhileItsConfigurationDrainsJoinsIn(t *testing.T) {
 			continue
 		}
 		if at, err := endOf(t, o.body); err != io.EOF || at.Sub(began) > time.Second {
-			t.Errorf("%s ended behind %v with %v", o.path, at.Sub(began), err)
+			t.Errorf("%s ended after %v with %v", o.path, at.Sub(began), err)
 		}
 		expectEnd(t, c.closedLine(t, o.path), "drained", "info")
 	}

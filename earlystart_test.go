@@ -598,7 +598,7 @@ func TestARequestBodyThatIsNotReadDoesNotHarmItsConnection(t *testing.T) {
 		// Nobody accepts, and reverse_proxy tries again for a while.
 		"an early start": {"reverse_proxy 127.0.0.1:1 {\nlb_try_duration 1s\nlb_try_interval 10ms\n}",
 			errorEvent("the upstream did not answer"), true},
-		"an early start behind the body": {"reverse_proxy " + up.addr, "data: 1\n\n", false},
+		"an early start after the body": {"reverse_proxy " + up.addr, "data: 1\n\n", false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := startCaddy(t, "sse {\nearly_start 30ms\n}\n"+test.directives, withAdmin())

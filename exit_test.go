@@ -309,7 +309,7 @@ func TestCaddyExitsWithinTheExitWindowWithManyStreamsOpen(t *testing.T) {
 			streams := exitingStreams(t)
 			bodies := c.followMany(streams)
 			began := time.Now()
-			var ends [4]int // in each quarter of the window, and behind it
+			var ends [4]int // in each quarter of the window, and after it
 			var mu sync.Mutex
 			var waiting sync.WaitGroup
 			for _, body := range bodies {

@@ -224,7 +224,7 @@ func TestDeadlinesOfHandlersDoNotEndAStream(t *testing.T) {
 					send("data: 1\n\n")
 					// The deadline passes, and so do frames after it.
 					if got, err := body.wait(func(unread string) bool { return strings.Count(unread, ":heartbeat") >= 4 }); err != nil {
-						t.Fatalf("%s: behind %q: %v", proto, got, err)
+						t.Fatalf("%s: after %q: %v", proto, got, err)
 					}
 					send("data: 2\n\n")
 					call.end()
@@ -403,7 +403,7 @@ func TestAClientThatTakesNothingIsEndedThroughAnOpaqueWriterToo(t *testing.T) {
 					t.Errorf("%s: it took %v", proto, took)
 				}
 				if n, err := io.Copy(io.Discard, res.Body); err == nil {
-					t.Errorf("%s: behind %d bytes the stream looks whole", proto, n)
+					t.Errorf("%s: after %d bytes the stream looks whole", proto, n)
 				}
 				res.leave()
 			}
@@ -687,7 +687,7 @@ func TestAWriteTimesOutWhenItGetsNoFurther(t *testing.T) {
 					return nil
 				}()
 				if aborted := panicked != nil; aborted != test.ends {
-					t.Fatalf("aborted: %v, behind %v", panicked, ended.Sub(began))
+					t.Fatalf("aborted: %v, after %v", panicked, ended.Sub(began))
 				}
 				wait := timeout
 				if test.text == "" {
@@ -752,7 +752,7 @@ func TestAClientThatTakesNothingIsEndedAfterTheWriteTimeout(t *testing.T) {
 					t.Errorf("it took %v", took)
 				}
 				if n, err := io.Copy(io.Discard, res.Body); err == nil {
-					t.Errorf("behind %d bytes the stream looks whole", n)
+					t.Errorf("after %d bytes the stream looks whole", n)
 				}
 				res.leave()
 				before := len(other.all())
@@ -783,7 +783,7 @@ func TestAClientOfFewBytesASecondLives(t *testing.T) {
 	piece := make([]byte, 16<<10)
 	for began := time.Now(); time.Since(began) < 4*time.Second; time.Sleep(40 * time.Millisecond) {
 		if _, err := io.ReadFull(conn, piece); err != nil {
-			t.Fatalf("behind %v: %v", time.Since(began), err)
+			t.Fatalf("after %v: %v", time.Since(began), err)
 		}
 	}
 	if passed := c.listed(t, "/few")["bytes"].(float64); passed > 4<<20 {
@@ -806,7 +806,7 @@ func TestAClientThatReadsSlowlyLivesAndLeavesAsAClient(t *testing.T) {
 			piece := make([]byte, 512<<10)
 			for began := time.Now(); time.Since(began) < 2*time.Second; time.Sleep(100 * time.Millisecond) {
 				if _, err := io.ReadFull(res.Body, piece); err != nil {
-					t.Fatalf("behind %v: %v", time.Since(began), err)
+					t.Fatalf("after %v: %v", time.Since(began), err)
 				}
 			}
 			res.leave()
@@ -829,7 +829,7 @@ func TestAWriteTimeoutThatIsOffEndsNobody(t *testing.T) {
 			t.Errorf("%v", s)
 		}
 		if n, err := io.CopyN(io.Discard, res.Body, 4<<20); err != nil {
-			t.Errorf("behind %d bytes: %v", n, err)
+			t.Errorf("after %d bytes: %v", n, err)
 		}
 		res.leave()
 		expectEnd(t, c.closedLine(t, path), "client_closed", "info")
