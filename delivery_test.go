@@ -39,11 +39,21 @@ func overEveryProtocol(t *testing.T, c *testCaddy, test func(t *testing.T, cl *t
 	}
 }
 
+// atOnceOverEveryProtocol is the same for tests that wait most of their time: they
+// wait together.
+func atOnceOverEveryProtocol(t *testing.T, c *testCaddy, test func(t *testing.T, cl *testClient)) {
+	t.Helper()
+	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+		t.Parallel()
+		test(t, cl)
+	})
+}
+
 // open sends a GET and returns both ends of it.
 func open(t testing.TB, cl *testClient, up *testUpstream, path string, header ...string) (*exchange, *upstreamCall) {
 	t.Helper()
 	client := cl.begin(cl.request(t, http.MethodGet, path, nil, header...))
-	return client, up.accept(t)
+	return client, up.acceptAt(t, path)
 }
 
 // The body as it is

@@ -360,8 +360,7 @@ func TestAClientThatLeavesWhileWaitingCancelsTheUpstream(t *testing.T) {
 // prelude.
 func openWaiting(t *testing.T, cl *testClient, up *testUpstream, path string) (*upstreamCall, *follower) {
 	t.Helper()
-	e := cl.begin(cl.request(t, "GET", path, nil, "Accept: text/event-stream"))
-	call := up.accept(t)
+	e, call := open(t, cl, up, path, acceptStream)
 	body := e.headers(t).follow()
 	body.expect(t, ":heartbeat\n\n")
 	return call, body
@@ -410,7 +409,7 @@ func TestTheEndOfAWaitingStreamIsNoFailureOfItsUpstream(t *testing.T) {
 			}`, 1)
 		t.Run(end, func(t *testing.T) {
 			c := startCaddy(t, site, withAdmin())
-			overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+			atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 				path := "/" + cl.proto
 				for range 2 {
 					call, body := openWaiting(t, cl, up, path)

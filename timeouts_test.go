@@ -115,7 +115,7 @@ func TestTheNextRequestOnTheConnectionHasNoDeadlineOfTheStreams(t *testing.T) {
 			write_timeout 200ms
 		}
 		reverse_proxy `+up.addr, withGlobal("servers {\ntimeouts {\nwrite_idle -1s\n}\n}"))
-	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+	atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 		for _, path := range []string{"/stream", "/slow", "/stream", "/slow"} {
 			text, err := cl.get(t, path, acceptStream).text()
 			if err != nil || text == "" {
@@ -147,8 +147,7 @@ func TestAQuietStreamEndsCleanlyLongAfterItsLastWrite(t *testing.T) {
 						`+age+`
 					}
 					reverse_proxy `+up.addr, withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
-				overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
-					t.Parallel()
+				atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 					for range 2 { // on the same connection, where there is one
 						text, err := cl.get(t, "/", acceptStream).text()
 						if text != "data: 1\n\n" || err != nil {
@@ -386,13 +385,13 @@ func TestAClientThatTakesNothingIsEndedThroughAnOpaqueWriterToo(t *testing.T) {
 				}
 				reverse_proxy `+up.addr+`
 			}`, withAdmin(), withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
-			for i, proto := range clientProtocols {
-				if i > 0 && strings.Contains(idle, "read_body_idle") {
-					break // there, nobody knows the way to one stream of a connection
+			atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+				if cl.proto != "h1" && strings.Contains(idle, "read_body_idle") {
+					return // there, nobody knows the way to one stream of a connection
 				}
-				cl, path := c.client(proto), "/"+proto
-				e := cl.begin(cl.request(t, []string{"GET", "POST"}[i%2], path, strings.NewReader("{}"), acceptStream))
-				call := up.accept(t)
+				path, method := "/"+cl.proto, map[string]string{"h1": "GET", "h2": "POST", "h3": "GET"}[cl.proto]
+				e := cl.begin(cl.request(t, method, path, strings.NewReader("{}"), acceptStream))
+				call := up.acceptAt(t, path)
 				call.start(eventStream)
 				res := e.headers(t) // and nothing more is read
 				call.floodUntilStuck()
@@ -400,14 +399,14 @@ func TestAClientThatTakesNothingIsEndedThroughAnOpaqueWriterToo(t *testing.T) {
 				line := c.closedLine(t, path)
 				expectEnd(t, line, "write_timeout", "info")
 				if took := seconds(line["duration"]); took < 500*time.Millisecond {
-					t.Errorf("%s: it took %v", proto, took)
+					t.Errorf("it took %v", took)
 				}
 				if n, err := io.Copy(io.Discard, res.Body); err == nil {
-					t.Errorf("%s: behind %d bytes the stream looks whole", proto, n)
+					t.Errorf("behind %d bytes the stream looks whole", n)
 				}
 				res.leave()
-			}
-			c.waitForStreams(t, 0)
+				c.waitForStreams(t, 0)
+			})
 		})
 	}
 }
@@ -423,7 +422,7 @@ func TestAStreamThroughAnOpaqueWriterIsAsAnyOther(t *testing.T) {
 		}
 		reverse_proxy `+up.addr+`
 	}`, withAdmin(), withGlobal("servers {\ntimeouts {\nwrite_idle 100ms\n}\n}"))
-	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+	atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 		for range 2 { // on one connection, where there is one
 			e, call := open(t, cl, up, "/"+cl.proto, acceptStream)
 			call.start(eventStream)
@@ -466,6 +465,7 @@ func TestTheRequestOfAStreamMayBeAsSlowAsTheStream(t *testing.T) {
 			for _, proto := range clientProtocols {
 				for _, kind := range []string{eventStream, "text/plain"} {
 					t.Run(proto+" "+kind, func(t *testing.T) {
+						t.Parallel()
 						in, out := io.Pipe()
 						cl := c.client(proto)
 						body := cl.do(t, cl.request(t, "POST", "/?type="+kind, in, acceptStream)).follow()
@@ -525,22 +525,17 @@ func TestARequestThatStopsComingDoesNotHoldItsStream(t *testing.T) {
 
 // The client's side
 
-// flooding sends events until the client's side takes no more, and tells how
-// much that was.
-func flooding(total *atomic.Int64) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Type", eventStream)
-		piece := "data: " + strings.Repeat("x", 16<<10) + "\n\n"
-		for r.Context().Err() == nil {
-			n, err := io.WriteString(w, piece)
-			total.Add(int64(n))
-			if err != nil {
-				return
-			}
-			w.(http.Flusher).Flush()
-			if r.URL.Query().Has("slow") {
-				time.Sleep(20 * time.Millisecond)
-			}
+// flood sends events until the client's side takes no more.
+func flood(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", eventStream)
+	piece := "data: " + strings.Repeat("x", 16<<10) + "\n\n"
+	for r.Context().Err() == nil {
+		if _, err := io.WriteString(w, piece); err != nil {
+			return
+		}
+		w.(http.Flusher).Flush()
+		if r.URL.Query().Has("slow") {
+			time.Sleep(20 * time.Millisecond)
 		}
 	}
 }
@@ -564,7 +559,7 @@ func (c *stoppable) Read(p []byte) (int, error) {
 // A reset of an HTTP/2 stream can't go out when the connection takes nothing.
 func TestAClientWhoseHTTP2ConnectionIsStuckIsEnded(t *testing.T) {
 	checkLeaks(t)
-	c, _ := startFlooded(t, "700ms", withAdmin())
+	c := startFlooded(t, "700ms", withAdmin())
 	cl := c.client("h2")
 	stop, closed := make(chan struct{}), make(chan struct{})
 	defer close(closed)
@@ -598,17 +593,16 @@ func TestAClientWhoseHTTP2ConnectionIsStuckIsEnded(t *testing.T) {
 }
 
 // startFlooded runs a site with a write timeout in front of an upstream that
-// floods, and tells how much that has sent.
-func startFlooded(t testing.TB, writeTimeout string, options ...siteOption) (c *testCaddy, sent *atomic.Int64) {
+// floods.
+func startFlooded(t testing.TB, writeTimeout string, options ...siteOption) *testCaddy {
 	t.Helper()
-	sent = new(atomic.Int64)
-	up := newUpstreamFunc(t, flooding(sent))
+	up := newUpstreamFunc(t, flood)
 	return startCaddy(t, `
 		sse 1h {
 			prelude off
 			write_timeout `+writeTimeout+`
 		}
-		reverse_proxy `+up.addr, options...), sent
+		reverse_proxy `+up.addr, options...)
 }
 
 // slowClient takes each piece in its time, unless a deadline breaks that off.
@@ -738,8 +732,8 @@ func TestAClientThatTakesNothingIsEndedAfterTheWriteTimeout(t *testing.T) {
 	checkLeaks(t)
 	for _, idle := range []string{"", "write_idle -1s", "write_idle 200ms", "write_idle 100ms 100000000"} {
 		t.Run("with "+idle, func(t *testing.T) {
-			c, _ := startFlooded(t, "700ms", withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
-			overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+			c := startFlooded(t, "700ms", withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
+			atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 				path := "/" + cl.proto
 				// Another one on the same connection, where it can be, notices
 				// nothing.
@@ -747,8 +741,7 @@ func TestAClientThatTakesNothingIsEndedAfterTheWriteTimeout(t *testing.T) {
 				res := cl.get(t, path, acceptStream)
 				line := c.closedLine(t, path)
 				expectEnd(t, line, "write_timeout", "info")
-				took := seconds(line["duration"])
-				if took < 700*time.Millisecond || took > 2*time.Second {
+				if took := seconds(line["duration"]); took < 700*time.Millisecond {
 					t.Errorf("it took %v", took)
 				}
 				if n, err := io.Copy(io.Discard, res.Body); err == nil {
@@ -772,7 +765,7 @@ func TestAClientOfFewBytesASecondLives(t *testing.T) {
 		t.Skip("the kernel takes megabytes at a time here, without a limit")
 	}
 	checkLeaks(t)
-	c, _ := startFlooded(t, "1s", withAdmin())
+	c := startFlooded(t, "1s", withAdmin())
 	conn, err := net.Dial("tcp", c.addr)
 	if err != nil {
 		t.Fatal(err)
@@ -795,7 +788,7 @@ func TestAClientOfFewBytesASecondLives(t *testing.T) {
 
 func TestAClientThatReadsSlowlyLivesAndLeavesAsAClient(t *testing.T) {
 	checkLeaks(t)
-	c, _ := startFlooded(t, "700ms")
+	c := startFlooded(t, "700ms")
 	for _, proto := range clientProtocols {
 		t.Run(proto, func(t *testing.T) {
 			t.Parallel()
@@ -817,14 +810,12 @@ func TestAClientThatReadsSlowlyLivesAndLeavesAsAClient(t *testing.T) {
 
 func TestAWriteTimeoutThatIsOffEndsNobody(t *testing.T) {
 	checkLeaks(t)
-	c, sent := startFlooded(t, "off", withAdmin(), withGlobal("servers {\ntimeouts {\nwrite_idle 200ms\nwrite 200ms\n}\n}"))
-	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+	c := startFlooded(t, "off", withAdmin(), withGlobal("servers {\ntimeouts {\nwrite_idle 200ms\nwrite 200ms\n}\n}"))
+	atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 		path := "/" + cl.proto
 		res := cl.get(t, path, acceptStream)
-		for before := int64(-1); sent.Load() != before; time.Sleep(200 * time.Millisecond) {
-			before = sent.Load() // until nothing goes any more
-		}
-		time.Sleep(500 * time.Millisecond)
+		// Nothing goes for longer than the server would allow.
+		c.waitForStream(t, path, func(s map[string]any) bool { return s["state"] != "open" || s["idle_seconds"].(float64) > 0.7 })
 		if s := c.listed(t, path); s["state"] != "open" {
 			t.Errorf("%v", s)
 		}
