@@ -168,6 +168,7 @@ func TestTopShowsAWatchComesBackAndLeavesTheTerminalAsItWas(t *testing.T) {
 		"by signal": func(_ *pseudoTerminal, stop func()) { stop() },
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			admin, say, asked := watchServer(t)
 			p := newPseudoTerminal(t)
 			before := p.settings()

@@ -903,7 +903,7 @@ func TestThousandsOfShortPOSTStreamsArriveWhole(t *testing.T) {
 	c := startCaddy(t, `
 		sse
 		reverse_proxy `+up.addr, withoutLogs())
-	totals := map[string]int{"h1": 10000, "h2": 4000, "h3": 1000}
+	totals := map[string]int{"h1": 4000, "h2": 2000, "h3": 500}
 	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 		total := totals[cl.proto]
 		if raceEnabled || testing.Short() {

@@ -17,7 +17,7 @@ import (
 // frozen) has not listened; its upstreams were not silent. When it goes on,
 // timers fire before sockets are read.
 func TestATimeInWhichTheProcessWasStoppedIsNoSilenceOfItsUpstreams(t *testing.T) {
-	checkLeaks(t)
+	t.Parallel()
 	const timeout = time.Second
 	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", eventStream)

@@ -28,11 +28,11 @@ import (
 // serverTimeouts are short ones, for everything that is no stream.
 const serverTimeouts = `servers {
 	timeouts {
-		read_body 900ms
-		write 900ms
+		read_body 450ms
+		write 450ms
 		idle 2s
-		read_body_idle 300ms 1000
-		write_idle 300ms 1000
+		read_body_idle 150ms 1000
+		write_idle 150ms 1000
 	}
 }`
 
@@ -46,7 +46,7 @@ func TestServerWideTimeoutsSpareStreamsAndNothingElse(t *testing.T) {
 					return
 				}
 				w.(http.Flusher).Flush()
-				time.Sleep(250 * time.Millisecond)
+				time.Sleep(120 * time.Millisecond)
 			}
 			return
 		}
@@ -54,13 +54,13 @@ func TestServerWideTimeoutsSpareStreamsAndNothingElse(t *testing.T) {
 		for range 4 {
 			io.WriteString(w, "data: 1\n\n")
 			w.(http.Flusher).Flush()
-			time.Sleep(400 * time.Millisecond)
+			time.Sleep(200 * time.Millisecond)
 		}
 		io.WriteString(w, "data: end\n\n")
 	})
 	for name, global := range map[string]string{
 		"timeouts and rates": serverTimeouts,
-		"no idle timeouts":   "servers {\ntimeouts {\nread_body 900ms\nwrite 900ms\nidle 2s\nread_body_idle -1s\nwrite_idle -1s\n}\n}",
+		"no idle timeouts":   "servers {\ntimeouts {\nread_body 450ms\nwrite 450ms\nidle 2s\nread_body_idle -1s\nwrite_idle -1s\n}\n}",
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := startCaddy(t, `
@@ -137,26 +137,35 @@ func TestAQuietStreamEndsCleanlyLongAfterItsLastWrite(t *testing.T) {
 		case <-r.Context().Done():
 		}
 	})
+	site := func(path, age string) string {
+		return `
+		handle ` + path + ` {
+			sse {
+				heartbeat off
+				write_timeout 100ms
+				` + age + `
+			}
+			reverse_proxy ` + up.addr + `
+		}`
+	}
 	for _, idle := range []string{"", "write_idle -1s", "write_idle 100ms"} {
-		for _, age := range []string{"", "max_duration 200ms"} {
-			t.Run(idle+" "+age, func(t *testing.T) {
-				c := startCaddy(t, `
-					sse {
-						heartbeat off
-						write_timeout 100ms
-						`+age+`
-					}
-					reverse_proxy `+up.addr, withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
-				atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
-					for range 2 { // on the same connection, where there is one
-						text, err := cl.get(t, "/", acceptStream).text()
-						if text != "data: 1\n\n" || err != nil {
-							t.Errorf("got %q, %v", text, err)
+		t.Run(idle, func(t *testing.T) {
+			c := startCaddy(t, site("/upstream", "")+site("/age", "max_duration 200ms"),
+				withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
+			for _, path := range []string{"/upstream", "/age"} {
+				t.Run("ended by the "+path[1:], func(t *testing.T) {
+					t.Parallel()
+					atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+						for range 2 { // on the same connection, where there is one
+							text, err := cl.get(t, path, acceptStream).text()
+							if text != "data: 1\n\n" || err != nil {
+								t.Errorf("got %q, %v", text, err)
+							}
 						}
-					}
+					})
 				})
-			})
-		}
+			}
+		})
 	}
 }
 
@@ -182,7 +191,6 @@ func TestDeadlinesOfHandlersDoNotEndAStream(t *testing.T) {
 	checkLeaks(t)
 	const within = 50 * time.Millisecond
 	h := newTestHandler(t)
-	n := 0
 	for name, site := range map[string]string{
 		"the handler's":                "sse 40ms {\nprelude off\n}\n" + h.directive,
 		"the handler's, started early": "sse 40ms {\nprelude off\nearly_start 10ms\n}\n" + h.directive,
@@ -193,15 +201,9 @@ func TestDeadlinesOfHandlersDoNotEndAStream(t *testing.T) {
 		for _, idle := range []string{"", "write_idle -1s", "write_idle 50ms"} {
 			t.Run(name+" "+idle, func(t *testing.T) {
 				c := startCaddy(t, site, withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
-				n++
-				protocols := clientProtocols[n%3:][:1]
-				if strings.Contains(name, "the handler's") {
-					protocols = clientProtocols
-				}
-				for _, proto := range protocols {
-					cl, path := c.client(proto), "/"+proto
-					e := cl.begin(cl.request(t, "GET", path, nil, acceptStream))
-					call := h.accept(t)
+				atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+					path := "/" + cl.proto
+					e, call := open(t, cl, h.testUpstream, path, acceptStream)
 					if strings.Contains(name, "early") {
 						e.headers(t) // the stream has started
 					}
@@ -223,16 +225,16 @@ func TestDeadlinesOfHandlersDoNotEndAStream(t *testing.T) {
 					send("data: 1\n\n")
 					// The deadline passes, and so do frames after it.
 					if got, err := body.wait(func(unread string) bool { return strings.Count(unread, ":heartbeat") >= 4 }); err != nil {
-						t.Fatalf("%s: behind %q: %v", proto, got, err)
+						t.Fatalf("behind %q: %v", got, err)
 					}
 					send("data: 2\n\n")
 					call.end()
 					got, err := body.rest()
 					if text := strings.ReplaceAll(got, ":heartbeat\n\n", ""); text != "data: 1\n\ndata: 2\n\n" || err != io.EOF {
-						t.Errorf("%s: got %q, %v", proto, got, err)
+						t.Errorf("got %q, %v", got, err)
 					}
 					expectEnd(t, c.closedLine(t, path), "upstream_closed", "info")
-				}
+				})
 			})
 		}
 	}
@@ -454,38 +456,41 @@ func duplex(w http.ResponseWriter, r *http.Request) {
 func TestTheRequestOfAStreamMayBeAsSlowAsTheStream(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstreamFunc(t, duplex)
-	for _, early := range []string{"", "early_start 50ms any"} {
-		t.Run(early, func(t *testing.T) {
-			c := startCaddy(t, `
-				sse 1h {
-					prelude off
-					`+early+`
-				}
-				reverse_proxy `+up.addr, withGlobal(strings.Replace(serverTimeouts, "servers {", "servers {\nenable_full_duplex", 1)))
-			for _, proto := range clientProtocols {
-				for _, kind := range []string{eventStream, "text/plain"} {
-					t.Run(proto+" "+kind, func(t *testing.T) {
-						t.Parallel()
-						in, out := io.Pipe()
-						cl := c.client(proto)
-						body := cl.do(t, cl.request(t, "POST", "/?type="+kind, in, acceptStream)).follow()
-						for range 4 {
-							if _, err := io.WriteString(out, "a\n"); err != nil {
-								break
-							}
-							time.Sleep(400 * time.Millisecond)
-						}
-						out.Close()
-						text, err := body.rest()
-						if whole := strings.Repeat("data: a\n\n", 4); kind == eventStream && (text != whole || err != io.EOF) {
-							t.Errorf("got %q, %v", text, err)
-						} else if kind != eventStream && err == io.EOF && text == whole {
-							t.Errorf("what is no stream was not cut")
-						}
-					})
-				}
+	site := func(path, early string) string {
+		return `
+		handle ` + path + ` {
+			sse 1h {
+				prelude off
+				` + early + `
 			}
-		})
+			reverse_proxy ` + up.addr + `
+		}`
+	}
+	c := startCaddy(t, site("/in-time", "")+site("/early", "early_start 50ms any"),
+		withGlobal(strings.Replace(serverTimeouts, "servers {", "servers {\nenable_full_duplex", 1)))
+	for _, path := range []string{"/in-time", "/early"} {
+		for _, kind := range []string{eventStream, "text/plain"} {
+			t.Run(path[1:]+" "+kind, func(t *testing.T) {
+				t.Parallel()
+				atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+					in, out := io.Pipe()
+					body := cl.do(t, cl.request(t, "POST", path+"?type="+kind, in, acceptStream)).follow()
+					for range 4 {
+						if _, err := io.WriteString(out, "a\n"); err != nil {
+							break
+						}
+						time.Sleep(200 * time.Millisecond)
+					}
+					out.Close()
+					text, err := body.rest()
+					if whole := strings.Repeat("data: a\n\n", 4); kind == eventStream && (text != whole || err != io.EOF) {
+						t.Errorf("got %q, %v", text, err)
+					} else if kind != eventStream && err == io.EOF && text == whole {
+						t.Errorf("what is no stream was not cut")
+					}
+				})
+			})
+		}
 	}
 }
 
@@ -774,7 +779,7 @@ func TestAClientOfFewBytesASecondLives(t *testing.T) {
 	fmt.Fprintf(conn, "GET /few HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n", acceptStream)
 	// Loopback has segments of 64 KiB, and a window opens by no less.
 	piece := make([]byte, 16<<10)
-	for began := time.Now(); time.Since(began) < 4*time.Second; time.Sleep(40 * time.Millisecond) {
+	for began := time.Now(); time.Since(began) < 2500*time.Millisecond; time.Sleep(40 * time.Millisecond) {
 		if _, err := io.ReadFull(conn, piece); err != nil {
 			t.Fatalf("behind %v: %v", time.Since(began), err)
 		}
