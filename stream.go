@@ -273,7 +273,7 @@ func (s *stream) untilEndLocked(age time.Duration, writing bool) (wait time.Dura
 	if timeout := s.h.writeTimeout; timeout > 0 {
 		left := timeout
 		if moved := time.Duration(s.moved.Load()); writing && moved > 0 {
-			left = sum(moved, timeout) - age
+			left = max(sum(moved, timeout)-age, s.h.agenda.writeGrace())
 		}
 		if left < wait {
 			wait, why = left, writeTimeout
