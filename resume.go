@@ -30,6 +30,10 @@ func (x *exchange) keep(next caddyhttp.Handler) bool {
 	if !x.mayBeKept() || !x.h.resuming.any && !x.kind.resumable {
 		return false
 	}
+	if quirkOf(x.r.Header) == noFrames {
+		// It fails on an id as it does on a comment, and comes back for nothing.
+		return false
+	}
 	k := &keeping{x: x, site: x.w.Header().Clone()}
 	k.ctx, k.cancel = context.WithCancelCause(context.WithoutCancel(x.r.Context()))
 	k.unlink = context.AfterFunc(x.r.Context(), func() { k.cancel(context.Cause(x.r.Context())) })

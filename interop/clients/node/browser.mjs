@@ -24,7 +24,7 @@ await page.evaluate((streams) => {
 		source.onopen = () => report(stream, 'open');
 		source.onerror = () => report(stream, 'error', { state: source.readyState });
 		source.addEventListener('sse', (e) => report(stream, 'place', { data: e.data, id: e.lastEventId }));
-		for (const name of ['message', 'named', 'half', 'ping', 'lost', 'broadcast']) {
+		for (const name of ['message', 'named', 'half', 'ping', 'lost', 'info', 'warning', 'alert', 'broadcast']) {
 			source.addEventListener(name, (e) => report(stream, 'event', { type: e.type, data: e.data, id: e.lastEventId }));
 		}
 		return source;
