@@ -4,6 +4,7 @@ package clients
 
 import (
 	"fmt"
+	"io"
 	"net/http"
 	"slices"
 	"strings"
@@ -16,7 +17,8 @@ import (
 // teller is an upstream without ids and without a replay: on each path it counts
 // from 1 for each request, as far as it has been told to.
 type teller struct {
-	addr string
+	addr  string
+	whole int // where an answer ends; 0: nowhere
 
 	mutex   sync.Mutex
 	changed chan struct{}
@@ -38,6 +40,7 @@ func (u *teller) serve(w http.ResponseWriter, r *http.Request) {
 		u.had[r.URL.Path] = append(u.had[r.URL.Path], id)
 	}
 	u.mutex.Unlock()
+	io.Copy(io.Discard, r.Body)
 	harness.Begin(w)
 	for n := 0; ; {
 		u.mutex.Lock()
@@ -45,6 +48,9 @@ func (u *teller) serve(w http.ResponseWriter, r *http.Request) {
 		u.mutex.Unlock()
 		for ; n < told; n++ {
 			harness.Send(w, fmt.Sprintf("data: %d\n\n", n+1))
+		}
+		if n > 0 && n == u.whole {
+			return
 		}
 		select {
 		case <-changed:
