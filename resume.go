@@ -17,8 +17,10 @@ import (
 
 // mayBeKept reports whether requests of the kind have to do with resume at all.
 // What is left out goes to the upstream as it always did, without an id of ours.
+// OPTIONS is: the preflight of a page of another origin has the query of the
+// request that follows it, an id there too (Fetch, section 4.8).
 func (x *exchange) mayBeKept() bool {
-	return x.h.resuming != nil && !isMCP(x.r.Header) && !asksForUpgrade(x.r.Header)
+	return x.h.resuming != nil && x.r.Method != http.MethodOptions && !isMCP(x.r.Header) && !asksForUpgrade(x.r.Header)
 }
 
 // mayComeBack reports whether the client may be one that comes back.

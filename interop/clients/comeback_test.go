@@ -34,6 +34,13 @@ func serveTeller(t *testing.T) *teller {
 }
 
 func (u *teller) serve(w http.ResponseWriter, r *http.Request) {
+	// Pages of other origins may ask.
+	w.Header().Set("Access-Control-Allow-Origin", "*")
+	w.Header().Set("Access-Control-Allow-Headers", "Content-Type, Last-Event-ID")
+	if r.Method == http.MethodOptions {
+		w.WriteHeader(http.StatusNoContent)
+		return
+	}
 	u.mutex.Lock()
 	u.asked[r.URL.Path]++
 	if id := r.Header.Get("Last-Event-ID"); id != "" {

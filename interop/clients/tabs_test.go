@@ -128,13 +128,15 @@ func servePosts(t *testing.T) *telling {
 // and sends each again, with the last id, when it is seen.
 func TestFetchEventSourceOnTabSwitches(t *testing.T) {
 	for _, test := range []struct {
-		protocol string
-		streams  int // Chromium opens six connections to a host over HTTP/1.1
+		name           string
+		tls, elsewhere bool // the streams are of another origin than the page
+		streams        int  // Chromium opens six connections to a host over HTTP/1.1
 	}{
-		{"HTTP/1.1", 4},
-		{"HTTP/2", 20},
+		{"HTTP/1.1", false, false, 4},
+		{"HTTP/2", true, false, 20},
+		{"HTTP/2, another origin", true, true, 20},
 	} {
-		t.Run(test.protocol, func(t *testing.T) {
+		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			const whole = 12
 			upstream, posts := serveTeller(t), servePosts(t)
@@ -148,6 +150,8 @@ func TestFetchEventSourceOnTabSwitches(t *testing.T) {
 		reverse_proxy `+upstream.addr+`
 	}
 	handle /late {
+		# The answer that says that a stream is lost is Caddy's own.
+		header >Access-Control-Allow-Origin *
 		sse {
 			name late
 			resume 1s any
@@ -156,8 +160,12 @@ func TestFetchEventSourceOnTabSwitches(t *testing.T) {
 	}`)
 			awaitTLS(t, caddy.TLSURL)
 			base := caddy.URL
-			if test.protocol == "HTTP/2" {
+			if test.tls {
 				base = caddy.TLSURL
+			}
+			origin := base
+			if test.elsewhere {
+				origin = strings.Replace(base, "localhost", "127.0.0.1", 1)
 			}
 			paths := []string{"/late"}
 			for i := range test.streams {
@@ -166,7 +174,7 @@ func TestFetchEventSourceOnTabSwitches(t *testing.T) {
 			kept := paths[1:]
 			var streams []string
 			for _, path := range paths {
-				streams = append(streams, path+"="+base+path)
+				streams = append(streams, path+"="+origin+path)
 			}
 			tell := func(to int, paths ...string) {
 				for _, path := range paths {
