@@ -72,14 +72,14 @@ func (s site) block(upstream string) string {
 
 // proxy is Caddy with the module, in a process of its own.
 type proxy struct {
-	dir      string
-	site     string // its configuration
-	plain    string // address without TLS
-	secure   string // address with it: HTTP/2 and HTTP/3
-	reloads  int
-	command  *exec.Cmd
-	admin    *measure.Caddy
-	logged   chan error // the log was read to its end
+	dir     string
+	site    string // its configuration
+	plain   string // address without TLS
+	secure  string // address with it: HTTP/2 and HTTP/3
+	reloads int
+	command *exec.Cmd
+	admin   *measure.Caddy
+	logged  chan error // the log was read to its end
 }
 
 // startProxy starts it. What it prints goes to a logReader.
