@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/url"
+	"sort"
 	"strconv"
 	"strings"
 	"sync"
@@ -23,7 +24,7 @@ type numbered struct {
 	mu       sync.Mutex
 	paths    map[string]int // requests
 	requests int
-	returns  []time.Time // of the last second, of requests with a Last-Event-ID
+	returns  []time.Time // of the last ten seconds, of requests with a Last-Event-ID
 	told     requestsTold
 }
 
@@ -33,9 +34,10 @@ type requestsTold struct {
 	Paths    int `json:"paths"` // that were asked for
 	Most     int `json:"most"`  // requests for one path
 	Returns  int `json:"returns"`
-	// ReturnsPerSecond is the most of them in any second.
-	ReturnsPerSecond int `json:"returns_per_second"`
-	Foreign          int `json:"foreign"` // ids that the proxy has made
+	// The most of them in any second, and in any ten seconds.
+	InASecond    int `json:"in_a_second"`
+	InTenSeconds int `json:"in_ten_seconds"`
+	Foreign      int `json:"foreign"` // ids that the proxy has made
 }
 
 func (u *numbered) handle(mux *http.ServeMux) {
@@ -59,11 +61,14 @@ func (u *numbered) note(r *http.Request) {
 	}
 	u.told.Returns++
 	now := time.Now()
-	for len(u.returns) > 0 && now.Sub(u.returns[0]) >= time.Second {
-		u.returns = u.returns[1:]
-	}
 	u.returns = append(u.returns, now)
-	u.told.ReturnsPerSecond = max(u.told.ReturnsPerSecond, len(u.returns))
+	within := func(d time.Duration) int {
+		return len(u.returns) - sort.Search(len(u.returns), func(i int) bool { return now.Sub(u.returns[i]) < d })
+	}
+	u.told.InASecond = max(u.told.InASecond, within(time.Second))
+	tenSeconds := within(10 * time.Second)
+	u.told.InTenSeconds = max(u.told.InTenSeconds, tenSeconds)
+	u.returns = u.returns[len(u.returns)-tenSeconds:]
 }
 
 func (u *numbered) tell(w http.ResponseWriter, _ *http.Request) {
