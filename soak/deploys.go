@@ -72,7 +72,7 @@ func (s *stage) deploy(streams int, shared bool) error {
 			hop: s.hop.addr, method: "GET", secure: i%4 == 3, random: random,
 			target: fmt.Sprintf("/numbered/%d?%s", i%streams, want.query()),
 		}}
-		pause(ctx, time.Duration(random.Int64N(int64(min(10*time.Second, cycle/2)))))
+		pause(ctx, time.Duration(random.Int64N(int64(min(10*time.Second, cycle/4)))))
 		if err := s.followDeploys(ctx, f, want, shared, ends); err != nil {
 			s.problems.add("client %d (HTTP/2: %t), connection %d: %v", i, f.secure, f.connections, err)
 		}
