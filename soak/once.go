@@ -11,7 +11,7 @@ import (
 )
 
 // resumeWindow is the window of `resume` in trials.
-const resumeWindow = 30 * time.Second
+const resumeWindow = 20 * time.Second
 
 func onceSite(s size, upstream string) string {
 	return fmt.Sprintf(`

@@ -17,12 +17,12 @@ func stallsSite(_ size, upstream string) string {
 	return fmt.Sprintf(`
 	sse {
 		name stalls
-		resume 1m {
+		resume %v {
 			history 64KiB
 		}
 	}
 	reverse_proxy %s
-`, upstream)
+`, resumeWindow, upstream)
 }
 
 const (
@@ -61,7 +61,7 @@ func (s *stage) stalls() error {
 		s.connections.Add(int64(f.connections))
 		s.events.Add(int64(f.seen - f.lost))
 	})
-	if err := s.awaitNoRuns(time.Minute); err != nil {
+	if err := s.awaitNoRuns(resumeWindow); err != nil {
 		return err
 	}
 	told, err := s.upstream.requests()
