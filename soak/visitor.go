@@ -118,9 +118,10 @@ type visitor struct {
 type visitEnd int
 
 const (
-	satisfied visitEnd = iota // by the visitor
-	broken                    // by the connection, or there was no answer
-	clean                     // the response is complete
+	satisfied  visitEnd = iota // by the visitor
+	unanswered                 // there were no headers, so there was no stream
+	broken                     // by the connection
+	clean                      // the response is complete
 )
 
 // errFinal is an answer after which an EventSource does not come back.
@@ -146,7 +147,7 @@ func (v *visitor) visit(ctx context.Context, c cut, pace func(), on func(message
 	}
 	request, err := http.NewRequestWithContext(ctx, v.method, base+v.target, body)
 	if err != nil {
-		return broken, err
+		return unanswered, err
 	}
 	request.GetBody = nil // whoever repeats it is the visitor
 	request.Header.Set("Accept", "text/event-stream")
@@ -161,11 +162,11 @@ func (v *visitor) visit(ctx context.Context, c cut, pace func(), on func(message
 	}
 	response, err := transport.RoundTrip(request)
 	if err != nil {
-		return broken, nil
+		return unanswered, nil
 	}
 	defer response.Body.Close()
 	if response.StatusCode != http.StatusOK || response.Header.Get("Content-Type") != "text/event-stream" {
-		return broken, fmt.Errorf("%w: %s, %s", errFinal, response.Status, response.Header.Get("Content-Type"))
+		return unanswered, fmt.Errorf("%w: %s, %s", errFinal, response.Status, response.Header.Get("Content-Type"))
 	}
 	stream := messages{from: bufio.NewReaderSize(response.Body, 1<<10), id: v.id, last: v.id}
 	for {
