@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"weak"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
@@ -198,13 +199,13 @@ func (h *Handler) drainOver(window time.Duration, stop <-chan struct{}) bool {
 	h.drain.until.Store(int64(end))
 	streams := h.drainable()
 	type turn struct {
-		s   *stream
-		due time.Duration // from start
+		s   weak.Pointer[stream] // one that ends before is not kept for the window
+		due time.Duration        // from start
 	}
 	turns := make([]turn, len(streams))
 	phase := rand.Float64() // so that many handlers with few streams don't begin together
 	for i, s := range streams {
-		turns[i] = turn{s, time.Duration(float64(window) * (float64(i) + phase) / float64(len(streams)))}
+		turns[i] = turn{weak.Make(s), time.Duration(float64(window) * (float64(i) + phase) / float64(len(streams)))}
 		if spared := s.spared(); spared > 0 {
 			turns[i].due = spared
 		}
@@ -220,7 +221,9 @@ func (h *Handler) drainOver(window time.Duration, stop <-chan struct{}) bool {
 		if h.drain.requests.Load() == 0 {
 			break // all have left, and with them who was spared
 		}
-		turn.s.endDrained()
+		if s := turn.s.Value(); s != nil {
+			s.endDrained()
+		}
 	}
 	// Who opens a stream from now on ends it in time (joinDrain), but would not
 	// notice that the process exits.
@@ -269,7 +272,12 @@ func (s *stream) joinDrain() {
 	if spared := s.spared(); spared > 0 {
 		wait = spared
 	}
-	time.AfterFunc(wait, s.endDrained)
+	ends := weak.Make(s)
+	time.AfterFunc(wait, func() {
+		if s := ends.Value(); s != nil {
+			s.endDrained()
+		}
+	})
 }
 
 // endDrained ends a stream whose turn in a window has come, unless its body has

@@ -211,7 +211,7 @@ func (c *caddyProcess) stop(how string) time.Duration {
 		c.t.Fatalf("%s: Caddy still ran after %v\nclosed: %v\n%s", how, patience, c.closedReasons(), c.stderr.String())
 	}
 	if code := c.cmd.ProcessState.ExitCode(); code != 0 {
-		c.t.Errorf("%s: exit status %d", how, code)
+		c.t.Errorf("%s: exit status %d\n%s", how, code, c.stderr.String()) // the race detector's words, if it is 66
 	}
 	return time.Since(began)
 }
