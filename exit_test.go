@@ -282,6 +282,10 @@ func (c *caddyProcess) followMany(n int) []*follower {
 		key := fmt.Sprint(proto, i/240)
 		if clients[key] == nil {
 			clients[key] = c.client(proto)
+			// Many first requests would make many connections. One that is still in
+			// its handshake when a reload begins is never told to go, by plain Caddy
+			// neither, which then waits for it at exit.
+			clients[key].get(c.t, "/up").text()
 		}
 		cl := clients[key]
 		req := cl.request(c.t, "GET", fmt.Sprint("/", i), nil, acceptStream)
