@@ -25,7 +25,7 @@ const (
 	noFrames
 )
 
-// quirks are those that are known. The interop suite runs each with and without
+// quirks are the known ones. The interop suite runs each with and without
 // its entry, so that one that is no longer needed shows; docs/clients.md has them.
 //
 // Google's SDKs take any line but one of data for an error, an id as well: resume

@@ -55,7 +55,9 @@ func (x *exchange) takeID() {
 	x.rarely().brought = id
 	if isRunID(id) && x.h.foreignIDs.Load() {
 		parsed, ok := parseRunID(id)
-		if _, known := runTokens.get(parsed.token); !ok || !known {
+		// The upstream may be a site of this process, too, whose runs have another
+		// name.
+		if r, known := runTokens.get(parsed.token); !ok || !known || r.group() != x.h.group {
 			return // it is the upstream's
 		}
 	}

@@ -42,9 +42,9 @@ func part(text string) string {
 	return `data: {"candidates":[{"content":{"parts":[{"text":"` + text + `"}],"role":"model"}}]}` + "\n\n"
 }
 
-// TestClientsThatFailOnCommentsAreSpared holds the table of clients to be true in
-// both directions: with it they see their answer and nothing else, and without it
-// they fail. One that has been fixed is an entry that can go.
+// TestClientsThatFailOnCommentsAreSpared checks the table of clients in both
+// directions: with it they see their answer and nothing else, and without it they
+// fail. The entry of a client that has been fixed can go.
 func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 	t.Parallel()
 	caddy := harness.StartSite(t, `
@@ -65,11 +65,12 @@ func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 		{"openai-python", "openai", true},
 		{"openai-python, async", "openai-async", true},
 		{"openai-python, Azure", "azure", true},
+		{"openai-python, Azure, async", "azure-async", true},
 		{"langchain-openai", "langchain", true},
 		{"groq (Python)", "groq", true},
 		{"groq (Python), async", "groq-async", true},
 		{"litellm, through openai-python", "litellm-openai", true},
-		// What it asks by itself, not through an SDK of the provider.
+		// Its own requests, not through an SDK of the provider.
 		{"litellm", "litellm", false},
 		{"Google GenAI SDK for Python", "google", true},
 		{"Google GenAI SDK for Go", "google-go", true},
@@ -97,7 +98,7 @@ func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 			if row.client == "google-go" {
 				running = inGo
 			}
-			// saw is what the application saw of an answer, in the end.
+			// saw is all that the application saw of an answer.
 			saw := func(style string) string {
 				name := row.client + "/" + style
 				harness.Eventually(t, patience, "the answer "+name, func() bool { return len(of(running.reports(), name, "end")) > 0 })

@@ -82,7 +82,7 @@ func StartCaddy(t testing.TB, caddyfile string) *Caddy {
 }
 
 // StartSite is StartCaddy with the directives of one site, which answers at
-// URL and TLSURL. Global options may be given behind them.
+// URL and TLSURL. Global options may follow.
 //
 //	c := harness.StartSite(t, "sse\nreverse_proxy "+addr)
 func StartSite(t testing.TB, site string, global ...string) *Caddy {
