@@ -377,6 +377,27 @@ php_value[session.save_path] = %[1]s
 	})
 }
 
+// Rack::ETag of Rack 2.2, which Rails includes, reads all of a stream first.
+func TestRailsHoldsStreamsBackForTheirETag(t *testing.T) {
+	t.Parallel()
+	ruby := harness.Program(t, "ruby", "ruby", "ruby-railties", "puma")
+	rack := harness.Run(t, harness.Patience, harness.Command(ruby, "-e", `require "rack"; print Rack.release`))
+	holds := strings.HasPrefix(rack, "2.2.")
+	addr := harness.FreeAddr(t)
+	puma := harness.Program(t, "puma", "puma", "ruby-railties")
+	dir := harness.Root(t, "interop", "upstreams", "rails")
+	harness.Start(t, harness.Command(puma, "--bind", "tcp://"+addr, "config.ru"), harness.In(dir)).AwaitHTTP(t, "http://"+addr)
+	caddy := harness.StartSite(t, "sse\nreverse_proxy "+addr)
+	for query, want := range map[string]bool{"": holds, "?last_modified=1": false} {
+		t.Run("/events"+query, func(t *testing.T) {
+			t.Parallel()
+			if held, _ := heldFor(t, caddy.URL+"/events"+query); (held > atEnd) != want {
+				t.Errorf("Rack %s: the first event took %v; want it to wait for the end: %v", rack, held, want)
+			}
+		})
+	}
+}
+
 // The time is Tomcat's default for asynchronous requests.
 func TestSpringEndsAnEmitterWithoutATimeoutAfter30Seconds(t *testing.T) {
 	t.Parallel()
