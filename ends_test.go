@@ -210,9 +210,9 @@ func TestAllEndsAtOnceGiveEachStreamOneEnd(t *testing.T) {
 					name ` + name + `
 					prelude 10ms
 					drain 1ms
-					upstream_timeout 1500ms
-					write_timeout 1500ms
-					max_duration 1500ms
+					upstream_timeout 600ms
+					write_timeout 600ms
+					max_duration 600ms
 					max_streams_per_client 1000
 					` + more + `
 				}

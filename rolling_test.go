@@ -36,8 +36,8 @@ type rolling struct {
 func TestEveryClientGetsEveryEventOnceOverReloadsAndAKilledUpstream(t *testing.T) {
 	checkLeaks(t)
 	size := rolling{
-		clients: 100, reloads: 3, every: 1200 * time.Millisecond, window: time.Second,
-		retryMin: 100 * time.Millisecond, retryMax: time.Second,
+		clients: 100, reloads: 3, every: 700 * time.Millisecond, window: 500 * time.Millisecond,
+		retryMin: 100 * time.Millisecond, retryMax: 600 * time.Millisecond,
 		down: 300 * time.Millisecond, period: 20 * time.Millisecond,
 	}
 	if os.Getenv(rollingVariable) != "" {

@@ -22,7 +22,7 @@ func TestMain(m *testing.M) { harness.Main(m) }
 // report is a line that a client program prints.
 type report struct {
 	Stream string `json:"stream"` // its name
-	Kind   string `json:"kind"`   // open, event, error, end; failure is one of the program itself
+	Kind   string `json:"kind"`   // open, place (the event "sse"), event, error, end; failure is one of the program itself
 	Type   string `json:"type"`
 	Data   string `json:"data"`
 	ID     string `json:"id"`

@@ -15,11 +15,11 @@ import (
 	"github.com/caddy-sse/caddy-sse/interop/harness"
 )
 
-// serveAnswers is an LLM API that sends ids with its events, under /v1 and where
-// Groq's SDK looks for it, and Google's API.
-func serveAnswers(t *testing.T) (addr string) {
+// serveAnswers is an LLM API, under /v1 and where Groq's SDK looks for it, that
+// sends ids with its events or not, and Google's API, which never does.
+func serveAnswers(t *testing.T, withIDs bool) (addr string) {
 	return harness.Serve(t, func(w http.ResponseWriter, r *http.Request) {
-		script, ids := chatScript, true
+		script, ids := chatScript, withIDs
 		if strings.HasSuffix(r.URL.Path, ":streamGenerateContent") {
 			script, ids = []string{"", part("Hel"), "", part("lo"), part("!"), ""}, false
 		}
@@ -50,13 +50,13 @@ func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 	caddy := harness.StartSite(t, `
 	handle_path /auto/* {
 		sse 1s
-		reverse_proxy `+serveAnswers(t)+`
+		reverse_proxy `+serveAnswers(t, true)+`
 	}
 	handle_path /block/* {
 		sse 1s {
 			heartbeat_style block
 		}
-		reverse_proxy `+serveAnswers(t)+`
+		reverse_proxy `+serveAnswers(t, true)+`
 	}`)
 	rows := []struct {
 		name, client string
@@ -113,6 +113,56 @@ func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestIDsOfResumeDoNoHarmToAnSDK: with `any` the answers of an API without ids get
+// some, and silences beside them.
+func TestIDsOfResumeDoNoHarmToAnSDK(t *testing.T) {
+	t.Parallel()
+	var site strings.Builder
+	for path, upstream := range map[string]string{"answers": serveAnswers(t, false), "llm": serveLLM(t)} {
+		fmt.Fprintf(&site, `
+	handle_path /%s/* {
+		sse 1s {
+			resume 1m any
+		}
+		reverse_proxy %s
+	}`, path, upstream)
+	}
+	caddy := harness.StartSite(t, site.String())
+	var inPython []string
+	for _, client := range []string{"openai", "openai-async", "azure", "langchain", "groq", "groq-async", "litellm", "litellm-openai"} {
+		inPython = append(inPython, client+"/python="+caddy.URL+"/answers/v1")
+	}
+	inPython = append(inPython, "anthropic/python="+caddy.URL+"/llm", "google/python="+caddy.URL+"/answers")
+	inNode := []string{"openai/node=" + caddy.URL + "/llm/v1", "anthropic/node=" + caddy.URL + "/llm"}
+	inGo := new(goWatched)
+	go inGo.askGoogle(t.Context(), "google/go", caddy.URL+"/answers")
+	for _, running := range []struct {
+		watched
+		streams []string
+	}{
+		{startPython(t, "answers.py", inPython), inPython},
+		{startNode(t, "answers.mjs", inNode), inNode},
+		{inGo, []string{"google/go"}},
+	} {
+		for _, stream := range running.streams {
+			name, _, _ := strings.Cut(stream, "=")
+			harness.Eventually(t, patience, "the answer "+name, func() bool { return len(of(running.reports(), name, "end")) > 0 })
+			got := fmt.Sprint(events(running.reports(), name), of(running.reports(), name, "error"))
+			if got != "[{text Hello! }] []" {
+				t.Errorf("%s: %s", name, got)
+			}
+		}
+	}
+	for _, closed := range caddy.ClosedStreams() {
+		// Google's fail on ids.
+		google := strings.HasSuffix(closed.Path, ":streamGenerateContent")
+		if closed.Reason != "upstream_closed" || (closed.Run == "") != google {
+			t.Errorf("%+v", closed)
+		}
+	}
+	caddy.CheckNoErrors(t)
 }
 
 // askGoogle asks with Google's SDK for Go.

@@ -249,6 +249,9 @@ type Closed struct {
 	IncompleteEvent   bool    `json:"incomplete_event"`
 	Error             string  `json:"error"`
 	HeartbeatDeferred int     `json:"heartbeats_deferred"`
+	Run               string  `json:"run"`
+	Resumed           bool    `json:"resumed"`
+	Missed            int     `json:"missed"`
 }
 
 // Log is the log so far: the lines whose message is msg, or all for "".

@@ -10,7 +10,8 @@ await page.evaluate((streams) => {
 		const source = new EventSource(url);
 		source.onopen = () => report(stream, 'open');
 		source.onerror = () => report(stream, 'error', { state: source.readyState });
-		for (const name of ['message', 'named', 'half', 'ping']) {
+		source.addEventListener('sse', (e) => report(stream, 'place', { data: e.data, id: e.lastEventId }));
+		for (const name of ['message', 'named', 'half', 'ping', 'lost', 'info', 'warning', 'alert', 'broadcast']) {
 			source.addEventListener(name, (e) => report(stream, 'event', { type: e.type, data: e.data, id: e.lastEventId }));
 		}
 		return source;
