@@ -1,6 +1,7 @@
 package caddysse_test
 
 import (
+	"fmt"
 	"net/http"
 	"testing"
 	"time"
@@ -10,7 +11,7 @@ import (
 
 const (
 	// deadTimeout is the dead_client_timeout of these tests.
-	deadTimeout = 2 * time.Second
+	deadTimeout = time.Second
 
 	// deadGrace is how much later the end may come: the kernel counts from the
 	// first retransmission, and the machine may be busy.
@@ -49,7 +50,7 @@ func TestAClientThatVanishesEndsAsDeadClient(t *testing.T) {
 			c := startCaddy(t, `
 				sse {
 					heartbeat 500ms
-					dead_client_timeout 2s
+					dead_client_timeout `+deadTimeout.String()+`
 					drain off
 				}
 				reverse_proxy `+up.addr, test.options...)
@@ -103,6 +104,16 @@ func TestAClientThatVanishesEndsAsDeadClient(t *testing.T) {
 }
 
 func TestAClientThatTakesNothingIsNoDeadClient(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		sse {
+			heartbeat off
+			write_timeout off
+			dead_client_timeout `+deadTimeout.String()+`
+			drain off
+		}
+		reverse_proxy `+up.addr)
 	for _, vanishes := range []bool{false, true} {
 		for _, proto := range []string{"h1", "TLS"} {
 			name := proto
@@ -110,23 +121,14 @@ func TestAClientThatTakesNothingIsNoDeadClient(t *testing.T) {
 				name += ", whose host vanishes"
 			}
 			t.Run(name, func(t *testing.T) {
-				checkLeaks(t)
+				t.Parallel()
 				host := peertest.NewHost(t)
-				up := newUpstream(t)
-				c := startCaddy(t, `
-					sse {
-						heartbeat off
-						write_timeout off
-						dead_client_timeout 2s
-						drain off
-					}
-					reverse_proxy `+up.addr)
 				client := c.client("h1").from(host)
 				if proto == "TLS" {
 					client = c.client("h2").overTLS().from(host)
 				}
-				exchange := client.begin(client.request(t, "GET", "/", nil))
-				call := up.accept(t)
+				path := fmt.Sprint("/", proto, vanishes)
+				exchange, call := open(t, client, up, path)
 				call.start(eventStream)
 				stalls := exchange.headers(t)
 				defer stalls.leave()
@@ -135,9 +137,7 @@ func TestAClientThatTakesNothingIsNoDeadClient(t *testing.T) {
 					host.Vanish()
 				}
 				call.expectGone()
-				if entry := c.waitForLog("stream closed", 0); entry["reason"] != "write_timeout" {
-					t.Errorf("it is %s, want write_timeout", entry["reason"])
-				}
+				expectEnd(t, c.closedLine(t, path), "write_timeout", "info")
 			})
 		}
 	}

@@ -137,8 +137,8 @@ func (h *Handler) drainStreams() {
 			h.drain.awaitIdle(nil, stop)
 		}
 	}
-	// The process exits, maybe in the middle of a reload's window: who is left
-	// has the time of an exit.
+	// The process exits, maybe in the middle of a reload's window: the streams that
+	// are left have the time of an exit.
 	if exit.exiting() && h.drain.exit > 0 {
 		h.drainOver(h.drain.exit, nil)
 	}
@@ -218,11 +218,11 @@ func (h *Handler) drainOver(window time.Duration, stop <-chan struct{}) bool {
 			return false
 		}
 		if h.drain.requests.Load() == 0 {
-			break // all have left, and with them who was spared
+			break // all have left, those that were spared too
 		}
 		turn.s.endDrained()
 	}
-	// Who opens a stream from now on ends it in time (joinDrain), but would not
+	// A stream that opens from now on ends in time (joinDrain), but would not
 	// notice that the process exits.
 	over := time.NewTimer(time.Duration(end) - time.Duration(now()))
 	defer over.Stop()
@@ -269,7 +269,15 @@ func (s *stream) joinDrain() {
 	if spared := s.spared(); spared > 0 {
 		wait = spared
 	}
-	time.AfterFunc(wait, s.endDrained)
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	if s.rare == nil {
+		s.rare = new(rareStream)
+	}
+	s.rare.drainDue = now().plus(wait)
+	if !s.gone {
+		s.h.agenda.hasten(s, s.rare.drainDue)
+	}
 }
 
 // endDrained ends a stream whose turn in a window has come, unless its body has

@@ -6,11 +6,13 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -90,15 +92,17 @@ func startCaddyProcess(t testing.TB, site, global string) *caddyProcess {
 	}
 }
 
-// freeAddress is an address that nobody listens on, for TCP and UDP.
+// freeAddress is an address that nobody listens on, for TCP and UDP. Its port is
+// below those that systems give to connections, one of which could take it before
+// the process has.
 func freeAddress(t testing.TB) string {
 	t.Helper()
 	for range 100 {
-		tcp, err := net.Listen("tcp", "127.0.0.1:0")
+		addr := fmt.Sprint("127.0.0.1:", 10_000+rand.IntN(22_000))
+		tcp, err := net.Listen("tcp", addr)
 		if err != nil {
-			t.Fatal(err)
+			continue
 		}
-		addr := tcp.Addr().String()
 		udp, err := net.ListenPacket("udp", addr)
 		tcp.Close()
 		if err == nil {
@@ -212,19 +216,42 @@ func (c *caddyProcess) stop(how string) time.Duration {
 	return time.Since(began)
 }
 
-// closedReasons counts the ends that the log of an exited Caddy tells of.
-func (c *caddyProcess) closedReasons() map[string]int {
+// closedLines are the lines about streams that have closed, so far.
+func (c *caddyProcess) closedLines() (closed []logEntry) {
 	c.t.Helper()
 	text, err := os.ReadFile(c.logs)
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	reasons := make(map[string]int)
 	for line := range bytes.Lines(text) {
 		var entry logEntry
 		if json.Unmarshal(line, &entry) == nil && entry.message() == "stream closed" {
-			reasons[fmt.Sprint(entry["reason"])]++
+			closed = append(closed, entry)
 		}
+	}
+	return closed
+}
+
+// closedLine waits for the one about the stream at path.
+func (c *caddyProcess) closedLine(t testing.TB, path string) (line logEntry) {
+	t.Helper()
+	eventually(t, path+" is told", func() bool {
+		for _, line = range c.closedLines() {
+			if line["path"] == path {
+				return true
+			}
+		}
+		return false
+	})
+	return line
+}
+
+// closedReasons counts the ends that the log tells of.
+func (c *caddyProcess) closedReasons() map[string]int {
+	c.t.Helper()
+	reasons := make(map[string]int)
+	for _, line := range c.closedLines() {
+		reasons[fmt.Sprint(line["reason"])]++
 	}
 	return reasons
 }
@@ -289,38 +316,37 @@ func exitingStreams(t testing.TB) int {
 	return 500
 }
 
-// exitLimit is a window of a second and a second more; under the race detector
-// the process is ten times as slow.
+// exitLimit is less than handlers have to leave, and more than an exit takes that
+// waits for nothing but its window, with others beside it. The process is ten
+// times as slow under the race detector.
 var exitLimit = func() time.Duration {
 	if raceEnabled {
-		return 8 * time.Second
+		return 10 * time.Second
 	}
-	return 2 * time.Second
+	return 5 * time.Second
 }()
 
 // Plain Caddy does not return at all with one stream open: its grace period is
 // eternal by default.
 func TestCaddyExitsWithinTheExitWindowWithManyStreamsOpen(t *testing.T) {
-	checkLeaks(t)
+	t.Parallel()
 	up := newUpstreamFunc(t, eventThenSilence)
 	for _, how := range []string{"SIGTERM", "caddy stop"} {
 		t.Run(how, func(t *testing.T) {
+			const window = time.Second
 			c := startCaddyProcess(t, drainSite(up.addr, "drain 1m 1s"), "")
 			streams := exitingStreams(t)
 			bodies := c.followMany(streams)
+			ends := make([]time.Duration, streams)
 			began := time.Now()
-			var ends [4]int // in each quarter of the window, and behind it
-			var mu sync.Mutex
 			var waiting sync.WaitGroup
-			for _, body := range bodies {
+			for i, body := range bodies {
 				waiting.Go(func() {
-					if at, err := endOf(t, body); err != io.EOF {
+					at, err := endOf(t, body)
+					if err != io.EOF {
 						t.Errorf("a stream ended with %v", err)
-					} else {
-						mu.Lock()
-						ends[min(int(at.Sub(began)*4/time.Second), 3)]++
-						mu.Unlock()
 					}
+					ends[i] = at.Sub(began)
 				})
 			}
 			took := c.stop(how)
@@ -331,16 +357,21 @@ func TestCaddyExitsWithinTheExitWindowWithManyStreamsOpen(t *testing.T) {
 			if reasons := c.closedReasons(); reasons["drained"] != streams || len(reasons) != 1 {
 				t.Errorf("told: %v", reasons)
 			}
-			if !raceEnabled && (ends[0] > streams/2 || ends[1] < streams/10 || ends[2] < streams/10) {
-				t.Errorf("the streams ended in bursts: %v", ends)
+			// Two servers have a window each, which they begin anywhere in their first
+			// slot. The machine may make an end late, never early.
+			slices.Sort(ends)
+			for i, end := range ends {
+				if slot := window * time.Duration(i-2) / time.Duration(streams); end < slot {
+					t.Errorf("the %dth stream of %d ended at %v, its turn was at %v", i, streams, end, slot)
+				}
 			}
-			t.Logf("%d streams: %v, by quarters of the window %v", streams, took, ends)
+			t.Logf("%d streams: %v", streams, took)
 		})
 	}
 }
 
 func TestCaddyExitsInTheMiddleOfAReloadsWindow(t *testing.T) {
-	checkLeaks(t)
+	t.Parallel()
 	up := newUpstreamFunc(t, eventThenSilence)
 	for name, current := range map[string]struct{ site, global string }{
 		"with sse":                     {drainSite(up.addr, "drain 1m 500ms\nname other"), ""},
@@ -358,7 +389,7 @@ func TestCaddyExitsInTheMiddleOfAReloadsWindow(t *testing.T) {
 			second := c.followMany(30)
 			c.reload(current.site, current.global)
 			took := c.stop("SIGTERM")
-			if took > 3*exitLimit { // several exit at the same time; a reload's window is a minute
+			if took > 3*exitLimit { // a reload's window is a minute
 				t.Errorf("it took %v", took)
 			}
 			for _, body := range append(first, second...) {
@@ -375,7 +406,7 @@ func TestCaddyExitsInTheMiddleOfAReloadsWindow(t *testing.T) {
 }
 
 func TestAtExitRequestScopedStreamsHaveCaddysGracePeriod(t *testing.T) {
-	checkLeaks(t)
+	t.Parallel()
 	up := newUpstreamFunc(t, eventThenSilence)
 	for _, how := range []string{"SIGTERM", "caddy stop"} {
 		for _, reloaded := range []bool{false, true} {
@@ -394,11 +425,13 @@ func TestAtExitRequestScopedStreamsHaveCaddysGracePeriod(t *testing.T) {
 					ending = append(ending, post("/end", proto))
 					stuck = append(stuck, post("/stuck", proto))
 				}
+				began := time.Now()
 				if reloaded {
 					c.reload(drainSite(up.addr, "drain 1m 500ms\nname other"), global)
 				}
 				took := c.stop(how)
-				if took < 1500*time.Millisecond || took > 2*exitLimit { // the grace period and a second, of several that exit at the same time
+				// The grace period of what a reload has replaced begins with the reload.
+				if time.Since(began) < 1500*time.Millisecond || took > 2*exitLimit { // the grace period and a second, of several that exit at the same time
 					t.Errorf("it took %v", took)
 				}
 				for i, proto := range clientProtocols {

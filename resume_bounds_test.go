@@ -442,6 +442,7 @@ func TestAWaitingClientGetsTheLateAnswer(t *testing.T) {
 }
 
 func TestRunsWithoutAClientEndWithTheProcess(t *testing.T) {
+	t.Parallel()
 	up := newUpstream(t)
 	c := startCaddyProcess(t, resumeSite(up, "10m", ""), "grace_period 5s")
 	cl := c.client("h1")

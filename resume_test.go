@@ -396,3 +396,50 @@ func TestWhatIsNeverResumedGoesToTheUpstreamWithoutAnID(t *testing.T) {
 	call.end()
 	head.headers(t).text()
 }
+
+// Another Caddy with this module is the upstream: what begins with sse1- may be its
+// own.
+func TestAnUpstreamsIDsOfOurFormAreItsOwn(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, resumeSite(up, "1m any", ""), withAdmin())
+	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+		c.reload(resumeSite(up, "1m any", "history "+map[string]string{"h1": "1MiB", "h2": "2MiB", "h3": "3MiB"}[cl.proto])) // nothing is known yet
+		path, theirs := "/"+cl.proto, "sse1-AAAAAAAAAAAAAAAAAAAAAA."
+		brings := func(header ...string) string {
+			t.Helper()
+			e, call := open(t, cl, up, path, header...)
+			call.start(eventStream)
+			e.headers(t)
+			call.end()
+			return call.Header.Get("Last-Event-ID")
+		}
+		if got := brings(comingBack(asEventSource, theirs+"7")...); got != "" {
+			t.Errorf("before the upstream has sent any, it gets %q", got)
+		}
+
+		_, f, call, _ := beginKept(t, cl, up, path)
+		call.send("id: " + theirs + "1\ndata: 1\n\n")
+		f.expect(t, "id: "+theirs+"1\ndata: 1\n\n")
+		if got := brings(comingBack(asEventSource, theirs+"1")...); got != theirs+"1" {
+			t.Errorf("the upstream gets %q for its own id", got)
+		}
+		res := cl.begin(cl.request(t, "POST", path, strings.NewReader("{}"), comingBack(nil, theirs+"1")...))
+		again := up.accept(t)
+		if got := again.Header.Get("Last-Event-ID"); again.Method != "POST" || got != theirs+"1" {
+			t.Errorf("the upstream gets %s with %q", again.Method, got)
+		}
+		again.end()
+		res.headers(t).text()
+
+		// A run that is known here is still one of ours.
+		_, kept, other, own := beginKept(t, cl, up, path+"/own")
+		other.send(plainEvent(1))
+		kept.expect(t, eventOf(own, 1))
+		back := cl.get(t, path+"/own", comingBack(asEventSource, own+".0")...).follow()
+		back.expect(t, eventOf(own, 1))
+		up.expectNoCall(t)
+		call.end()
+		other.end()
+	})
+}

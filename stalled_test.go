@@ -20,7 +20,7 @@ import (
 // as fast as it can. The others must not notice.
 func TestStalledClientsDelayNobodyElse(t *testing.T) {
 	checkLeaks(t)
-	clients, ticks := 60, 30
+	clients, ticks := 60, 20
 	if os.Getenv(rollingVariable) != "" {
 		clients, ticks = 2000, 200
 	}

@@ -107,6 +107,7 @@ type rareStream struct {
 	panicked any                      // on a goroutine where no server would recover it
 	control  *http.ResponseController // of the connection, where writers in between hide it
 	tries    *tries                   // nil: the upstream is not asked again; set before the stream starts
+	drainDue instant                  // when it ends as its handler drained as it opened; 0: it did not
 }
 
 // newStream makes the stream of a request. It has not started yet.
@@ -272,7 +273,7 @@ func (s *stream) untilEndLocked(age time.Duration, writing bool) (wait time.Dura
 	if timeout := s.h.writeTimeout; timeout > 0 {
 		left := timeout
 		if moved := time.Duration(s.moved.Load()); writing && moved > 0 {
-			left = sum(moved, timeout) - age
+			left = max(sum(moved, timeout)-age, s.h.agenda.writeGrace())
 		}
 		if left < wait {
 			wait, why = left, writeTimeout
@@ -289,6 +290,11 @@ func (s *stream) untilEndLocked(age time.Duration, writing bool) (wait time.Dura
 		jitter := time.Duration(s.share() * float64(max(limit.Jitter, 0)))
 		if left := sum(s.opened, time.Duration(limit.Duration), jitter) - age; left < wait {
 			wait, why = left, maxDuration
+		}
+	}
+	if s.rare != nil && s.rare.drainDue != 0 && s.resumesLocked() {
+		if left := time.Duration(s.rare.drainDue - now()); left < wait {
+			wait, why = left, drained
 		}
 	}
 	return wait, why

@@ -259,7 +259,7 @@ func TestAWatchEndsCleanlyAtAReload(t *testing.T) {
 
 // Caddy's exit status tells whether its admin listener could be stopped.
 func TestAWatchThatDoesNotReadDelaysNoExit(t *testing.T) {
-	checkLeaks(t)
+	t.Parallel()
 	up := newUpstreamFunc(t, eventThenSilence)
 	c := startCaddyProcess(t, drainSite(up.addr, "drain off"), "grace_period 1s")
 	c.followMany(210)

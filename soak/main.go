@@ -88,6 +88,7 @@ type soak struct {
 	crowd    *crowd
 	last     map[string]float64 // scrape
 	kills    int
+	profiles string // a folder for heap profiles; empty: none are kept
 }
 
 func run() error {
@@ -97,6 +98,7 @@ func run() error {
 	isFull := flag.Bool("full", false, "trials in their full size")
 	clients := flag.Int("clients", 0, "clients of a trial")
 	binary := flag.String("caddy", "", "a Caddy binary with the module, instead of one that is built from the checkout")
+	profile := flag.String("profile", "", "a folder to keep Caddy's heap profiles of before and after the soak in")
 	seed := flag.Uint64("seed", rand.Uint64(), "of what is drawn in the soak")
 	flag.Parse()
 
@@ -131,7 +133,7 @@ func run() error {
 		return err
 	}
 	if *only == "" {
-		s := &soak{streams: *streams, seed: *seed, book: newLedger(), upstream: new(upstream)}
+		s := &soak{streams: *streams, seed: *seed, profiles: *profile, book: newLedger(), upstream: new(upstream)}
 		err = s.run(ctx, cmp.Or(*length, time.Minute), *binary, dir)
 	}
 	sized := func(t trial) size {
@@ -227,7 +229,11 @@ func (s *soak) phase(ctx context.Context, name string, length time.Duration) (sa
 	if err := s.upstream.start(); err != nil {
 		return sample{}, err
 	}
-	return s.calm()
+	last, err := s.calm()
+	if err == nil && s.profiles != "" {
+		err = s.proxy.keepHeap(filepath.Join(s.profiles, name+".heap"))
+	}
+	return last, err
 }
 
 // calm waits until no stream is open and nothing changes any more.

@@ -42,6 +42,10 @@ var sites = []site{
 	{name: "early", directives: "early_start 1s any", early: true},
 }
 
+// reloadDigit stands for the last digit of the number of the reload in a
+// configuration.
+const reloadDigit = "<reload>"
+
 // allSites is the configuration of all of them.
 func allSites(upstream string) string {
 	var handles strings.Builder
@@ -51,7 +55,14 @@ func allSites(upstream string) string {
 	return handles.String()
 }
 
+// block names the site line after the number of the reload: a client is ended by
+// one reload a minute at most, and that is counted by name. Ten reloads take
+// longer than a drain matters.
 func (s site) block(upstream string) string {
+	name := s.name
+	if name == "line" {
+		name += reloadDigit
+	}
 	retry := ""
 	if s.retryMax > 0 {
 		retry = fmt.Sprintf("retry %dms %dms\n", s.retryMin, s.retryMax)
@@ -59,7 +70,7 @@ func (s site) block(upstream string) string {
 	return fmt.Sprintf(`
 	handle /%[1]s/* {
 		sse 1s {
-			name %[1]s
+			name %[5]s
 			write_timeout 5s
 			drain 4s 1s
 			%[2]s
@@ -67,7 +78,7 @@ func (s site) block(upstream string) string {
 		}
 		reverse_proxy %[4]s
 	}
-`, s.name, s.directives, retry, upstream)
+`, s.name, s.directives, retry, upstream, name)
 }
 
 // proxy is Caddy with the module, in a process of its own.
@@ -166,7 +177,7 @@ https://localhost:%s {
 	tls internal
 	import site
 }
-`, filepath.Join(p.dir, "admin"), p.reloads, p.site, plain, secure)
+`, filepath.Join(p.dir, "admin"), p.reloads, strings.ReplaceAll(p.site, reloadDigit, strconv.Itoa(p.reloads%10)), plain, secure)
 }
 
 // again tries what a reload may get in the way of: Caddy replaces the admin API's
@@ -195,6 +206,15 @@ func (p *proxy) runtime() (r measure.Runtime, err error) {
 		return err
 	})
 	return r, err
+}
+
+// keepHeap writes a profile of the heap, for go tool pprof.
+func (p *proxy) keepHeap(file string) error {
+	profile, err := p.ask(http.MethodGet, "/debug/pprof/heap?gc=1", "", nil)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(file, profile, 0o600)
 }
 
 func (p *proxy) reload() error {
