@@ -273,7 +273,7 @@ func (x *exchange) placeIn(reader *runReader) placing {
 		}
 		reader.join(start)
 	}
-	if isRunID(id) {
+	if x.broughtOurs() {
 		p.lost = lostUnknown
 	}
 	return p
@@ -312,7 +312,7 @@ func (x *exchange) greeting(reader *runReader, p placing) greeting {
 	switch {
 	case p.lost != "" && x.h.lost.isToldTo(x.kind.eventSource):
 		g.event, g.data = x.h.lost.name, p.lost
-	case x.kind.eventSource && !p.found && (!p.brought || isRunID(x.rare.brought)):
+	case x.kind.eventSource && !p.found && (!p.brought || x.broughtOurs()):
 		g.event = firstEvent
 	default:
 		return g
