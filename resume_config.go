@@ -136,6 +136,7 @@ var resumeSubdirectives = map[string]subdirective{
 	"detached": {"<n>", 1, 1, setResumeDetached},
 	"run_for":  {"<duration>", 1, 1, setResumeRunFor},
 	"lost":     {"<event>|off", 1, 1, setResumeLost},
+	"store":    {"<name> { ... }", 1, 1, nil}, // unmarshalStore reads it
 }
 
 func setResume(h *Handler, args []string) (err error) {
@@ -287,6 +288,9 @@ func (h *Handler) unmarshalStore(d *caddyfile.Dispenser) error {
 		return d.Err("sse: resume: store: wrong number of arguments (0); usage: store <name> { ... }")
 	}
 	name := d.Val()
+	if _, err := caddy.GetModule(store.Namespace + "." + name); err != nil {
+		return d.Errf("sse: resume: store: this Caddy has none with the name %q; each is a Go module of its own, which the binary is built with", name)
+	}
 	module, err := caddyfile.UnmarshalModule(d, store.Namespace+"."+name)
 	if err != nil {
 		return err

@@ -136,8 +136,9 @@ type Handle struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 
-	mu  sync.Mutex
-	cut bool
+	mu    sync.Mutex
+	cut   bool
+	nodes []store.Node // that have renewed their lease here
 }
 
 // SetCut cuts this node alone off, or not.
@@ -145,6 +146,17 @@ func (h *Handle) SetCut(cut bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.cut = cut
+}
+
+// Die cuts this node off for good, and ends its lease.
+func (h *Handle) Die() {
+	h.SetCut(true)
+	h.mu.Lock()
+	nodes := h.nodes
+	h.mu.Unlock()
+	for _, node := range nodes {
+		h.m.EndLease(node)
+	}
 }
 
 var errClosed = errors.New("the store has been closed")
@@ -328,6 +340,11 @@ func (h *Handle) Read(ctx context.Context, key store.Key, after uint64, maxBytes
 
 // Renew implements [store.Store].
 func (h *Handle) Renew(ctx context.Context, node store.Node, lease time.Duration) error {
+	h.mu.Lock()
+	if !slices.Contains(h.nodes, node) {
+		h.nodes = append(h.nodes, node)
+	}
+	h.mu.Unlock()
 	return h.do(ctx, 0, func() bool {
 		h.m.leases[node] = time.Now().Add(lease)
 		return true
