@@ -60,6 +60,8 @@ type depot struct {
 	refuses atomic.Int64 // when it has refused to write something last, an instant; 0: it has not
 	back    atomic.Int64 // since when it can be asked, an instant; 0: it has never been
 	renew   chan struct{}
+	leasing sync.Mutex // held while the lease is renewed
+	leaves  bool       // it is not any more; leasing
 	warned  atomic.Int64 // unix nanoseconds of the last warning
 	looked  instant      // when the receiver has looked for silent readers last
 
@@ -167,6 +169,13 @@ func (d *depot) takeLeave() {
 	for !d.isWritten() && ctx.Err() == nil {
 		time.Sleep(time.Millisecond)
 	}
+	for !d.leasing.TryLock() {
+		if time.Sleep(time.Millisecond); ctx.Err() != nil {
+			return
+		}
+	}
+	defer d.leasing.Unlock()
+	d.leaves = true
 	_ = d.call(ctx, storeRenew, storePatience, func(ctx context.Context) error {
 		return d.store.Renew(ctx, d.node, 0)
 	})
@@ -291,14 +300,10 @@ func (d *depot) keepLease() {
 		case <-d.ctx.Done():
 			return
 		}
-		err := d.call(d.ctx, storeRenew, max(storePatience, d.lease/4), func(ctx context.Context) error {
-			return d.store.Renew(ctx, d.node, d.lease)
-		})
-		if err != nil {
+		if d.renewLease() != nil {
 			timer.Reset(min(storePause, pulse))
 			continue
 		}
-		d.answers()
 		if touched == 0 || now()-touched >= instant(d.lease-pulse/2) {
 			touched = now()
 			d.touchRuns()
@@ -306,6 +311,22 @@ func (d *depot) keepLease() {
 		d.lookAfterFollowers()
 		timer.Reset(pulse)
 	}
+}
+
+// renewLease says that the node lives, unless it is about to leave.
+func (d *depot) renewLease() error {
+	d.leasing.Lock()
+	defer d.leasing.Unlock()
+	if d.leaves {
+		return nil
+	}
+	err := d.call(d.ctx, storeRenew, max(storePatience, d.lease/4), func(ctx context.Context) error {
+		return d.store.Renew(ctx, d.node, d.lease)
+	})
+	if err == nil {
+		d.answers()
+	}
+	return err
 }
 
 // touchBatch is how many runs are touched at a time.

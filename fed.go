@@ -180,6 +180,14 @@ func (g *greeting) owe(s *stream) {
 	}
 }
 
+// oweLost has a client whose id nobody knows told so on a stream that gets no ids:
+// its own is taken back, so that it does not bring it again.
+func (x *exchange) oweLost(s *stream) {
+	if x.h.lost.isToldTo(x.kind.eventSource) {
+		s.splicer.OweLead(fmt.Appendf(nil, "event: %s\ndata: %s\nid:\n\n", x.h.lost.name, lostUnknown))
+	}
+}
+
 // unfeed makes a stream that has started early one that its handlers feed.
 func (s *stream) unfeed() {
 	s.mu.Lock()

@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddy-sse/caddy-sse/internal/journal"
@@ -202,7 +203,7 @@ type distant struct {
 	d     *depot
 	node  store.Node
 	id    string
-	heard instant // when that node has told of it last; the receiver's
+	heard atomic.Int64 // when that node has told of it last, an instant
 }
 
 // end tells its node that its stream is to end.
@@ -230,15 +231,26 @@ func (r *run) isReadElsewhere(d *depot, m message) {
 		m.Stay = r.h.resuming.window
 		r.leftElsewhere(m)
 	case reader == nil:
-		reader = &runReader{run: r, distant: &distant{d: d, node: m.From, id: m.Reader, heard: now()}}
+		reader = &runReader{run: r, distant: &distant{d: d, node: m.From, id: m.Reader}}
+		reader.distant.heard.Store(int64(now()))
 		if !r.enterAt(m.N, reader) {
 			d.post(m.From, message{Op: runUnknown, Run: m.Run, Reader: m.Reader})
 		}
 	default:
-		reader.distant.heard = now()
+		reader.distant.heard.Store(int64(now()))
 		if newest {
-			reader.join(journal.After(m.N)) // what it has been sent may go
+			reader.moveTo(m.N)
 		}
+	}
+}
+
+// moveTo says that a client of another node has been sent the events up to n:
+// they may go.
+func (reader *runReader) moveTo(n uint64) {
+	reader.mu.Lock()
+	defer reader.mu.Unlock()
+	if !reader.left {
+		reader.join(journal.After(n))
 	}
 }
 
@@ -287,7 +299,7 @@ func (d *depot) dropSilentReaders() {
 		var silent []*runReader
 		r.mu.Lock()
 		for id, reader := range r.kept.distant {
-			if now()-reader.distant.heard > instant(d.lease) {
+			if now()-instant(reader.distant.heard.Load()) > instant(d.lease) {
 				delete(r.kept.distant, id)
 				silent = append(silent, reader)
 			}

@@ -48,14 +48,14 @@ func (r *run) addReaderLocked(reader *runReader) {
 func (reader *runReader) leave() {
 	r := reader.run
 	reader.mu.Lock()
-	left := reader.left
+	left, cursor := reader.left, reader.cursor
 	reader.left = true
 	reader.mu.Unlock()
 	if left {
 		return
 	}
-	if reader.cursor != nil {
-		reader.cursor.Leave()
+	if cursor != nil {
+		cursor.Leave()
 	}
 	r.mu.Lock()
 	delete(r.readers, reader)

@@ -99,6 +99,7 @@ func nodesSite(memory string, up *testUpstream, window, settings string) string 
 			sse @%[1]s {
 				name %[2]s
 				heartbeat off
+				drain 200ms
 				resume %[3]s {
 					store test {
 						%[4]s %[1]s
@@ -108,6 +109,13 @@ func nodesSite(memory string, up *testUpstream, window, settings string) string 
 			}`, node, name, window, memory, settings)
 	}
 	return site.String() + "\nreverse_proxy " + up.addr
+}
+
+// handlerName is the name of both handlers.
+func (n *cluster) handlerName() string {
+	_, rest, _ := strings.Cut(n.site, "name ")
+	name, _, _ := strings.Cut(rest, "\n")
+	return name
 }
 
 // handle is a node's way to the store.
@@ -159,6 +167,16 @@ func (n *cluster) waitForRuns(t testing.TB, want int) {
 	for deadline := time.Now().Add(patience); len(n.Runs()) != want; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("the store has %d runs, want %d", len(n.Runs()), want)
+		}
+	}
+}
+
+// waitForNoRun waits until the nodes have no run.
+func (n *cluster) waitForNoRun(t testing.TB) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); n.runs("").Total > 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("runs are left: %+v", n.runs(""))
 		}
 	}
 }
@@ -431,14 +449,12 @@ func TestTheWindowOfARunDoesNotMindWhereItsClientIs(t *testing.T) {
 	n.waitForRun("open", 0)
 	call.expectGone()
 	n.waitForRuns(t, 0)
-	if list := n.runs(""); list.Total != 0 {
-		t.Errorf("runs are left: %+v", list)
-	}
+	n.waitForNoRun(t)
 }
 
 func TestTheClientsOfADeadNodeGetWhatThereIsAndThenAnAbort(t *testing.T) {
 	checkLeaks(t)
-	n := startNodes(t, "5s", "")
+	n := startNodes(t, "1s", "")
 	_, one, call, token := n.begin(t, "a", "/")
 	call.send(plainEvents(1, 3))
 	one.expect(t, events(token, 1, 3))
