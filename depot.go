@@ -60,8 +60,8 @@ type depot struct {
 	refuses atomic.Int64 // when it has refused to write something last, an instant; 0: it has not
 	back    atomic.Int64 // since when it can be asked, an instant; 0: it has never been
 	renew   chan struct{}
-	leasing sync.Mutex // held while the lease is renewed
-	leaves  bool       // it is not any more; leasing
+	leasing sync.Mutex   // held while the lease is renewed
+	leaves  bool         // it is not any more; leasing
 	warned  atomic.Int64 // unix nanoseconds of the last warning
 	looked  instant      // when the receiver has looked for silent readers last
 

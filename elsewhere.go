@@ -53,12 +53,9 @@ func (x *exchange) comeBackElsewhere() (outcome, distantAnswer) {
 	if dead && id.n >= found.Last {
 		return outcome{}, notElsewhere
 	}
-	f := d.newFollower(x.h.Name, id.token, begin, id.n)
+	f := d.newFollower(x.h.Name, id.token, begin, id.n, dead)
 	if f == nil {
 		return x.storeIsAway()
-	}
-	if dead {
-		f.isOver()
 	}
 	x.rare.follower = f
 	feed := &x.rare.feed
@@ -198,7 +195,8 @@ func (x *exchange) storeIsAway() (outcome, distantAnswer) {
 // stopElsewhere ends a run of another node because its client says so.
 func (x *exchange) stopElsewhere(id runID, found store.Run, begin *runBegin) (outcome, distantAnswer) {
 	d, ctx := x.h.resuming.depot, x.r.Context()
-	if found.End == nil && id.n > found.Last && !d.isDead(begin.Node) {
+	dead := d.isDead(begin.Node)
+	if found.End == nil && id.n > found.Last && !dead {
 		f := &follower{d: d, name: x.h.Name, key: keyOf(id.token), over: context.Background()}
 		if f.awaitReached(ctx, id.n) {
 			found.Last = id.n
@@ -207,10 +205,12 @@ func (x *exchange) stopElsewhere(id runID, found store.Run, begin *runBegin) (ou
 	if id.n > found.Last {
 		return outcome{}, notElsewhere
 	}
-	stop := message{Op: clientStops, Run: keyOf(id.token).String(), N: id.n, Why: clientClosed.String()}
-	err := d.send(ctx, begin.Node, x.h.Name, stop)
-	if err == nil && (found.End != nil || d.isDead(begin.Node)) {
-		// Nobody there may drop it.
+	var err error
+	if !dead {
+		stop := message{Op: clientStops, Run: keyOf(id.token).String(), N: id.n, Why: clientClosed.String()}
+		err = d.send(ctx, begin.Node, x.h.Name, stop)
+	}
+	if err == nil && (found.End != nil || dead) { // nobody there may drop it
 		err = d.call(ctx, storeWrite, storePatience, func(ctx context.Context) error {
 			return errors.Join(d.store.Write(ctx, []store.Write{{Run: keyOf(id.token), Drop: true}})...)
 		}, x.h.Name)

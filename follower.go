@@ -94,8 +94,9 @@ type follower struct {
 	end    runEnd
 }
 
-// newFollower has a client read a run after event n. Its node is told.
-func (d *depot) newFollower(name string, token runToken, begin *runBegin, n uint64) *follower {
+// newFollower has a client read a run after event n. Its node is told, unless it
+// is dead.
+func (d *depot) newFollower(name string, token runToken, begin *runBegin, n uint64, dead bool) *follower {
 	release := d.hold(name)
 	if release == nil {
 		return nil
@@ -111,6 +112,10 @@ func (d *depot) newFollower(name string, token runToken, begin *runBegin, n uint
 	}
 	f.over, f.done = context.WithCancel(context.Background())
 	f.at.Store(n)
+	if dead {
+		f.isOver()
+		return f
+	}
 	d.mu.Lock()
 	d.followers[f.id] = f
 	d.mu.Unlock()
@@ -128,7 +133,9 @@ func (f *follower) leave(stay time.Duration) {
 	f.d.mu.Lock()
 	delete(f.d.followers, f.id)
 	f.d.mu.Unlock()
-	f.d.post(f.begin.Node, message{Op: clientLeft, Run: f.key.String(), Reader: f.id, N: f.at.Load(), Stay: stay})
+	if f.over.Err() == nil { // else that node has taken it off, or is dead
+		f.d.post(f.begin.Node, message{Op: clientLeft, Run: f.key.String(), Reader: f.id, N: f.at.Load(), Stay: stay})
+	}
 	f.done()
 	f.release()
 }
@@ -269,7 +276,7 @@ func (f *follower) follow(ctx context.Context, s *stream) runEnd {
 				f.at.Store(events[i].Number)
 			}
 		}
-		if reported += n; reported >= f.begin.Report {
+		if reported += n; reported >= f.begin.Report && f.over.Err() == nil {
 			reported = 0
 			f.report()
 		}

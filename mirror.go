@@ -20,6 +20,9 @@ const (
 	// mostPending is what all runs of a store may have.
 	mostPending = 64 << 20
 
+	// largestIdleBlock is how much room a run keeps for its next event.
+	largestIdleBlock = 4 << 10
+
 	// largestWrite is about how much of a run is written at a time.
 	largestWrite = 256 << 10
 )
@@ -128,8 +131,8 @@ func (m *mirror) event(n uint64) {
 	data = append(data, m.block...)
 	m.block, m.started = m.block[:0], 0
 	m.tokenAt = -1
-	if cap(m.block) > largestWrite {
-		m.block = nil
+	if cap(m.block) > largestIdleBlock {
+		m.block = nil // a quiet run need not hold it
 	}
 	m.mu.Lock()
 	if m.stage != mirrorOpen || m.lost.Load() {

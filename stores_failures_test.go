@@ -358,7 +358,7 @@ func TestTheUpstreamIsReadAsFastAsAClientElsewhereReads(t *testing.T) {
 func TestWhoeverComesBackToAnyNodeGetsEveryEventOnceAndInOrder(t *testing.T) {
 	checkLeaks(t)
 	n := startNodes(t, "1m", "")
-	const clients, last = 8, 300
+	const clients, last = 8, 150
 	stop := make(chan struct{})
 	var wg, losing sync.WaitGroup
 	losing.Go(func() {
