@@ -73,6 +73,7 @@ type depot struct {
 	writing   bool
 	followers map[string]*follower
 	outbox    []letter
+	sending   bool
 	posts     chan struct{}
 
 	pending atomic.Int64 // bytes that the store has not confirmed
@@ -161,12 +162,12 @@ func (d *depot) Destruct() error {
 	return err
 }
 
-// takeLeave writes what is still to be written, if that is possible in a moment,
+// takeLeave writes and sends what is left, if that is possible in a moment,
 // and ends the node's lease: what it has not ended is over.
 func (d *depot) takeLeave() {
 	ctx, cancel := context.WithTimeout(d.ctx, storeLastWords)
 	defer cancel()
-	for !d.isWritten() && ctx.Err() == nil {
+	for !d.isIdle() && ctx.Err() == nil {
 		time.Sleep(time.Millisecond)
 	}
 	for !d.leasing.TryLock() {

@@ -48,11 +48,12 @@ func (d *depot) allMirrors() []*mirror {
 	return slices.Collect(maps.Keys(d.mirrors))
 }
 
-// isWritten reports whether the store has all that there is for it.
-func (d *depot) isWritten() bool {
+// isIdle reports whether the store has all that there is for it, and for other
+// nodes.
+func (d *depot) isIdle() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return len(d.dirty) == 0 && !d.writing
+	return len(d.dirty) == 0 && !d.writing && len(d.outbox) == 0 && !d.sending
 }
 
 // keepWriting writes what the runs have for the store, many at a time: while one

@@ -212,15 +212,17 @@ func (f *feed) commit() {
 			block.SetsID, block.ID = true, f.commitID(id)
 		}
 	}
-	ms, told := scanner.Retry()
-	if told {
+	retold := false
+	if ms, told := scanner.Retry(); told {
+		retry := reconnection(ms, true, 0)
 		f.mu.Lock()
-		f.retry, f.told = reconnection(ms, true, 0), true
+		retold = !f.told || retry != f.retry
+		f.retry, f.told = retry, true
 		f.mu.Unlock()
 	}
 	f.events = f.journal.Commit(block)
 	if f.mirror != nil && !f.passes {
-		f.mirror.commit(block.Event, f.events, told)
+		f.mirror.commit(block.Event, f.events, retold)
 	}
 	if f.ownIDs.Load() {
 		f.pass()

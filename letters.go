@@ -97,7 +97,7 @@ func (d *depot) keepSending() {
 		}
 		d.mu.Lock()
 		letters := d.outbox
-		d.outbox = nil
+		d.outbox, d.sending = nil, true
 		d.mu.Unlock()
 		byNode := make(map[store.Node][]message)
 		var nodes []store.Node
@@ -110,6 +110,9 @@ func (d *depot) keepSending() {
 		for _, node := range nodes {
 			_ = d.send(d.ctx, node, "", byNode[node]...)
 		}
+		d.mu.Lock()
+		d.sending = false
+		d.mu.Unlock()
 	}
 }
 

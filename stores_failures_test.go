@@ -11,6 +11,7 @@ import (
 	"time"
 
 	caddysse "github.com/caddy-sse/caddy-sse"
+	"github.com/caddy-sse/caddy-sse/store/storetest"
 )
 
 // waitForStore waits until new streams of a node have ids again, and returns the
@@ -220,9 +221,9 @@ func TestASlowStoreHasEverythingInTheEnd(t *testing.T) {
 
 func TestAServerStartsReloadsAndStopsWithoutItsStore(t *testing.T) {
 	checkLeaks(t)
-	t.Cleanup(caddysse.SetStoreLease(testLease))
-	n := startNodes(t, "1m", "")
-	n.SetAway(true)
+	memory := storetest.NewMemory()
+	memory.SetAway(true)
+	n := startNodesOn(t, memory, "1m", "")
 	n.reload(n.site)
 	n.reload(strings.ReplaceAll(n.site, "heartbeat off", "heartbeat 15s"))
 	e, call := open(t, n.cl, n.up, "/", append(asEventSource, "X-Node: a")...)

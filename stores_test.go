@@ -79,8 +79,13 @@ const testLease = 3 * time.Second
 
 // startNodes runs them.
 func startNodes(t testing.TB, window, settings string) *cluster {
+	return startNodesOn(t, storetest.NewMemory(), window, settings)
+}
+
+// startNodesOn runs them on a store.
+func startNodesOn(t testing.TB, memory *storetest.Memory, window, settings string) *cluster {
 	t.Cleanup(caddysse.SetStoreLease(testLease))
-	n := &cluster{Memory: storetest.NewMemory(), up: newUpstream(t), memory: uniqueName("memory")}
+	n := &cluster{Memory: memory, up: newUpstream(t), memory: uniqueName("memory")}
 	testMemories.Lock()
 	testMemories.memories[n.memory] = n.Memory
 	testMemories.Unlock()
@@ -238,6 +243,22 @@ func TestAClientComesBackToAnotherNode(t *testing.T) {
 	again := n.back(t, "b", "/", token+".5").follow()
 	again.expect(t, eventOf(token, 6)+seven)
 	again.expectEnd(t)
+}
+
+func TestAReconnectionTimeReachesAnotherNodeWithTheNextEvent(t *testing.T) {
+	checkLeaks(t)
+	n := startNodes(t, "1m", "")
+	res, one, call, token := n.begin(t, "a", "/")
+	sent := "retry: 3000\n\n: a\n\nretry: 4000\n\n: b\n\n"
+	call.send(sent)
+	one.expect(t, sent)
+	call.send(plainEvent(1) + ": c\n\n" + plainEvent(2))
+	one.expect(t, eventOf(token, 1)+": c\n\n"+eventOf(token, 2))
+	res.leave()
+	two := n.back(t, "b", "/", token+".0").follow()
+	two.expect(t, "retry: 4000\n\n"+events(token, 1, 2))
+	call.end()
+	two.expectEnd(t)
 }
 
 func TestWhoComesBackTakesOverOnWhateverNode(t *testing.T) {
