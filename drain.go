@@ -269,7 +269,15 @@ func (s *stream) joinDrain() {
 	if spared := s.spared(); spared > 0 {
 		wait = spared
 	}
-	time.AfterFunc(wait, s.endDrained)
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	if s.rare == nil {
+		s.rare = new(rareStream)
+	}
+	s.rare.drainDue = now().plus(wait)
+	if !s.gone {
+		s.h.agenda.hasten(s, s.rare.drainDue)
+	}
 }
 
 // endDrained ends a stream whose turn in a window has come, unless its body has

@@ -67,12 +67,14 @@ type soak struct {
 	crowd    *crowd
 	last     map[string]float64 // scrape
 	kills    int
+	profiles string // a folder for heap profiles; empty: none are kept
 }
 
 func run() error {
 	length := flag.Duration("for", time.Minute, "how long, without the start and the end")
 	streams := flag.Int("streams", 3000, "streams at a time")
 	binary := flag.String("caddy", "", "a Caddy binary with the module, instead of one that is built from the checkout")
+	profile := flag.String("profile", "", "a folder to keep Caddy's heap profiles of before and after in")
 	seed := flag.Uint64("seed", rand.Uint64(), "of what is drawn")
 	flag.Parse()
 
@@ -100,7 +102,7 @@ func run() error {
 		return err
 	}
 
-	s := &soak{streams: *streams, seed: *seed, book: newLedger(), upstream: new(upstream)}
+	s := &soak{streams: *streams, seed: *seed, profiles: *profile, book: newLedger(), upstream: new(upstream)}
 	fmt.Printf("%v with %d streams, seed %d\n", *length, s.streams, s.seed)
 	if err := s.upstream.start(); err != nil {
 		return err
@@ -179,7 +181,11 @@ func (s *soak) phase(ctx context.Context, name string, length time.Duration) (sa
 	if err := s.upstream.start(); err != nil {
 		return sample{}, err
 	}
-	return s.calm()
+	last, err := s.calm()
+	if err == nil && s.profiles != "" {
+		err = s.proxy.keepHeap(filepath.Join(s.profiles, name+".heap"))
+	}
+	return last, err
 }
 
 // calm waits until no stream is open and nothing changes any more.

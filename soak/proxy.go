@@ -40,7 +40,14 @@ var sites = []site{
 	{name: "early", directives: "early_start 1s any", early: true},
 }
 
-func (s site) block(upstream string) string {
+// block names the site line after the number of the reload: a client is ended by
+// one reload a minute at most, and that is counted by name. Ten reloads take
+// longer than a drain matters.
+func (s site) block(upstream string, reloads int) string {
+	name := s.name
+	if name == "line" {
+		name = fmt.Sprintf("line%d", reloads%10)
+	}
 	retry := ""
 	if s.retryMax > 0 {
 		retry = fmt.Sprintf("retry %dms %dms\n", s.retryMin, s.retryMax)
@@ -48,7 +55,7 @@ func (s site) block(upstream string) string {
 	return fmt.Sprintf(`
 	handle /%[1]s/* {
 		sse 1s {
-			name %[1]s
+			name %[5]s
 			write_timeout 5s
 			drain 4s 1s
 			%[2]s
@@ -56,7 +63,7 @@ func (s site) block(upstream string) string {
 		}
 		reverse_proxy %[4]s
 	}
-`, s.name, s.directives, retry, upstream)
+`, s.name, s.directives, retry, upstream, name)
 }
 
 // proxy is Caddy with the module, in a process of its own.
@@ -126,7 +133,7 @@ func freeAddr() (string, error) {
 func (p *proxy) config() string {
 	var handles strings.Builder
 	for _, s := range sites {
-		handles.WriteString(s.block(p.upstream))
+		handles.WriteString(s.block(p.upstream, p.reloads))
 	}
 	_, plain, _ := net.SplitHostPort(p.plain)
 	_, secure, _ := net.SplitHostPort(p.secure)
@@ -181,6 +188,15 @@ func (p *proxy) runtime() (r measure.Runtime, err error) {
 		return err
 	})
 	return r, err
+}
+
+// keepHeap writes a profile of the heap, for go tool pprof.
+func (p *proxy) keepHeap(file string) error {
+	profile, err := p.ask(http.MethodGet, "/debug/pprof/heap?gc=1", "", nil)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(file, profile, 0o600)
 }
 
 func (p *proxy) reload() error {
