@@ -168,7 +168,7 @@ func (f *follower) endStream(why reason) {
 	}
 }
 
-// isEnded reports whether the client's stream is to end, or the run is over.
+// isEnded reports whether the client's stream is to end.
 func (f *follower) isEnded() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -271,17 +271,21 @@ func (f *follower) follow(ctx context.Context, s *stream) runEnd {
 			ends = append(ends, len(piece))
 		}
 		n, err := s.pass(piece)
+		size := len(piece)
 		for i := range events {
 			if ends[i] <= n {
 				f.at.Store(events[i].Number)
 			}
+		}
+		if cap(piece) > largestIdleBlock {
+			piece = nil // a quiet client need not hold it
 		}
 		if reported += n; reported >= f.begin.Report && f.over.Err() == nil {
 			reported = 0
 			f.report()
 		}
 		switch {
-		case err != nil || n < len(piece):
+		case err != nil || n < size:
 			return runEnd{}
 		case gap:
 			return f.ended(runEnd{reason: upstreamError, err: errStoreGap})
