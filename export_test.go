@@ -66,6 +66,13 @@ func SetExiting(is bool) (undo func()) {
 	return func() { exit.exiting = before }
 }
 
+// SetExitingBy lets a function tell whether the process ends, until undo is called.
+func SetExitingBy(is func() bool) (undo func()) {
+	before := exit.exiting
+	exit.exiting = is
+	return func() { exit.exiting = before }
+}
+
 // EndHandler ends a handler's streams as the end of the grace period does.
 func EndHandler(h *Handler) { endStreams(h.liveStreams()) }
 

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -258,6 +259,8 @@ func TestARunHoldsItsStoreWhateverReloads(t *testing.T) {
 
 func TestAnExitLeavesWhatItHasToTheOtherNodes(t *testing.T) {
 	checkLeaks(t)
+	var exiting atomic.Bool
+	t.Cleanup(caddysse.SetExitingBy(exiting.Load))
 	n := startNodes(t, "1s", "")
 	res, one, call, token := n.begin(t, "a", "/")
 	call.send(plainEvents(1, 2))
@@ -268,11 +271,11 @@ func TestAnExitLeavesWhatItHasToTheOtherNodes(t *testing.T) {
 	done.leave()
 	over.end()
 	n.waitForRun("ended", 0)
-	undo := caddysse.SetExiting(true)
+	exiting.Store(true)
 	res.leave()
 	call.expectGone() // a run that loses its client then ends
 	n.waitForNoEventLost(t)
-	undo()
+	exiting.Store(false)
 	two := n.back(t, "b", "/", token+".1", "Accept: text/event-stream", notEventSource).follow()
 	two.expect(t, eventOf(token, 2))
 	two.expectAbort(t)
