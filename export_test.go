@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"net/url"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddy-sse/caddy-sse/store"
@@ -66,12 +67,16 @@ func SetExiting(is bool) (undo func()) {
 	return func() { exit.exiting = before }
 }
 
-// SetExitingBy lets a function tell whether the process ends, until undo is called.
-func SetExitingBy(is func() bool) (undo func()) {
-	before := exit.exiting
-	exit.exiting = is
-	return func() { exit.exiting = before }
+// seemsToExit is read by goroutines that may outlive a test.
+var seemsToExit atomic.Bool
+
+func init() {
+	exits := exit.exiting
+	exit.exiting = func() bool { return seemsToExit.Load() || exits() }
 }
+
+// SeemToExit lets the process of a running Caddy seem to end, or not.
+func SeemToExit(is bool) { seemsToExit.Store(is) }
 
 // EndHandler ends a handler's streams as the end of the grace period does.
 func EndHandler(h *Handler) { endStreams(h.liveStreams()) }

@@ -7,7 +7,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -259,8 +258,7 @@ func TestARunHoldsItsStoreWhateverReloads(t *testing.T) {
 
 func TestAnExitLeavesWhatItHasToTheOtherNodes(t *testing.T) {
 	checkLeaks(t)
-	var exiting atomic.Bool
-	t.Cleanup(caddysse.SetExitingBy(exiting.Load))
+	t.Cleanup(func() { caddysse.SeemToExit(false) })
 	n := startNodes(t, "1s", "")
 	res, one, call, token := n.begin(t, "a", "/")
 	call.send(plainEvents(1, 2))
@@ -271,11 +269,11 @@ func TestAnExitLeavesWhatItHasToTheOtherNodes(t *testing.T) {
 	done.leave()
 	over.end()
 	n.waitForRun("ended", 0)
-	exiting.Store(true)
+	caddysse.SeemToExit(true)
 	res.leave()
 	call.expectGone() // a run that loses its client then ends
 	n.waitForNoEventLost(t)
-	exiting.Store(false)
+	caddysse.SeemToExit(false)
 	two := n.back(t, "b", "/", token+".1", "Accept: text/event-stream", notEventSource).follow()
 	two.expect(t, eventOf(token, 2))
 	two.expectAbort(t)
