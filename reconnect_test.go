@@ -137,6 +137,7 @@ func TestALimitsRefusalCanBeAReconnectionTime(t *testing.T) {
 				sse {
 					name %s
 					%s 1
+					heartbeat off
 					retry 1s 6s
 					reconnect_on %d
 				}
