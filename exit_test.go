@@ -80,16 +80,15 @@ func startCaddyProcess(t testing.TB, site, global string) *caddyProcess {
 		_ = c.cmd.Process.Kill()
 		<-c.exited
 	})
-	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
-		if res, err := http.Get(c.url + "/up"); err == nil {
+	eventually(t, "Caddy answers", func() bool {
+		res, err := http.Get(c.url + "/up")
+		if err == nil {
 			res.Body.Close()
 			http.DefaultClient.CloseIdleConnections()
-			return c
 		}
-		if time.Now().After(deadline) {
-			t.Fatal("Caddy does not answer")
-		}
-	}
+		return err == nil
+	})
+	return c
 }
 
 // freeAddress is an address that nobody listens on, for TCP and UDP. Its port is
@@ -181,11 +180,7 @@ func (c *caddyProcess) reload(site, global string) {
 	// may still be theirs. Plain Caddy loses such a one, or, if it is HTTP/2,
 	// never tells it to go, and waits for it at exit.
 	for _, addr := range []string{c.addr, c.tlsAddr} {
-		for deadline := time.Now().Add(patience); listeners(addr) > 1; time.Sleep(time.Millisecond) {
-			if time.Now().After(deadline) {
-				c.t.Fatalf("%d sockets listen on %s", listeners(addr), addr)
-			}
-		}
+		eventually(c.t, "one socket listens on "+addr, func() bool { return listeners(addr) <= 1 })
 	}
 }
 

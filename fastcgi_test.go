@@ -251,11 +251,7 @@ func TestAnExitDoesNotWaitForSilentScripts(t *testing.T) {
 				if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 					t.Fatal(err)
 				}
-				for deadline := time.Now().Add(patience); c.closedReasons()[test.reason] == 0; time.Sleep(10 * time.Millisecond) {
-					if time.Now().After(deadline) {
-						t.Fatalf("told: %v", c.closedReasons())
-					}
-				}
+				eventually(t, "the end is told", func() bool { return c.closedReasons()[test.reason] > 0 })
 				php.stop()
 				<-c.exited
 			} else {
@@ -288,9 +284,7 @@ func TestWhatIsLeftAtTheExitIsRecordedWithoutItsHandlers(t *testing.T) {
 	listed := func() bool {
 		return bytes.Contains(callAdmin(t, "/sse/streams?name=left+at+the+exit").Body.Bytes(), []byte(`"total":1`))
 	}
-	for deadline := time.Now().Add(patience); !listed() && time.Now().Before(deadline); {
-		time.Sleep(time.Millisecond)
-	}
+	eventually(t, "it is listed", listed)
 	caddysse.EndHandler(h)
 	if listed() {
 		t.Error("it is still listed")

@@ -466,11 +466,7 @@ func TestTheFirstEventsTimeIsObservedWhileTheStreamIsOpen(t *testing.T) {
 		o.body.expect(t, "data: 1\n\n")
 	}
 	// It is observed right after the write that the client has seen.
-	for deadline := time.Now().Add(patience); count() != 1; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%v after three events", count())
-		}
-	}
+	eventually(t, "the first event is counted", func() bool { return count() == 1 })
 	o.call.end()
 	o.body.expectEnd(t)
 	c.closedLine(t, "/")
