@@ -397,9 +397,9 @@ func TestCaddyExitsInTheMiddleOfAReloadsWindow(t *testing.T) {
 
 func TestAtExitRequestScopedStreamsHaveCaddysGracePeriod(t *testing.T) {
 	t.Parallel()
-	grace := 2 * time.Second
+	grace := 5 * time.Second // of which a reload takes some
 	if raceEnabled {
-		grace *= 2 // a reload takes some of it
+		grace *= 2
 	}
 	for _, how := range []string{"SIGTERM", "caddy stop"} {
 		for _, reloaded := range []bool{false, true} {
