@@ -24,14 +24,27 @@ import (
 )
 
 // caddyVariable makes a test binary a Caddy, with the arguments that follow.
-const caddyVariable = "CADDYSSE_TEST_CADDY"
+// leashed is its value for one that is to end with the process that started it,
+// however that ends.
+const (
+	caddyVariable = "CADDYSSE_TEST_CADDY"
+	leashed       = "leashed"
+)
 
 // playCaddy is the caddy command, if this process was started for that.
 func playCaddy() {
-	if os.Getenv(caddyVariable) != "" {
-		caddycmd.Main()
-		os.Exit(0)
+	how := os.Getenv(caddyVariable)
+	if how == "" {
+		return
 	}
+	if how == leashed {
+		go func() {
+			_, _ = io.Copy(io.Discard, os.Stdin)
+			os.Exit(1)
+		}()
+	}
+	caddycmd.Main()
+	os.Exit(0)
 }
 
 // caddyProcess is a Caddy in a process of its own, which can exit. As testCaddy,
@@ -69,6 +82,10 @@ func startCaddyProcess(t testing.TB, site, global string) *caddyProcess {
 	}
 	c.cmd = c.command("run", "--config", filepath.Join(dir, "Caddyfile"))
 	c.cmd.Stderr = &c.stderr
+	c.cmd.Env = append(c.cmd.Env, caddyVariable+"="+leashed)
+	if _, err := c.cmd.StdinPipe(); err != nil { // which Wait closes
+		t.Fatal(err)
+	}
 	if err := c.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
