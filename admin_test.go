@@ -307,22 +307,22 @@ func TestAStreamThatIsDeletedEndsAtAnEventBoundary(t *testing.T) {
 		for _, test := range []struct {
 			name   string
 			before string   // what the client has when the stream is deleted
-			behind []string // what the upstream sends then
+			then   []string // what the upstream sends then
 			want   string   // what of it the client gets
 			events int
 		}{
 			{name: "before the first event"},
 			{name: "between events", before: "data: 1\n\n", events: 1},
-			{name: "behind a comment", before: "data: 1\n\n: comment\n", events: 1},
-			{name: "behind a CR", before: "data: 1\r\r", events: 1},
-			{name: "in the middle of a line", before: "data: 1\n\ndata: ha", behind: []string{"lf\n", "\n"}, want: "lf\n\n", events: 2},
-			{name: "between lines", before: "data: 1\n\ndata: 2\n", behind: []string{"data: 3\n\ndata: 4\n\n"}, want: "data: 3\n\n", events: 2},
-			{name: "in a comment", before: "data: 1\n\n: comm", behind: []string{"ent\ndata: 2\n\n"}, want: "ent\n", events: 1},
-			{name: "with CR LF", before: "data: 1\r\n\r\ndata: 2\r\n", behind: []string{"\r\ndata: 3\r\n\r\n"}, want: "\r\n", events: 2},
-			{name: "in the middle of a CR LF", before: "data: 1\r\n\r", behind: []string{"\ndata: 2\r\n\r\n"}, want: "\n", events: 1},
-			{name: "behind a CR LF that is cut", before: "data: 1\r\n\r\ndata: 2\r\n", behind: []string{"\r", "\ndata: 3"}, want: "\r\n", events: 2},
-			{name: "behind a CR that may become a CR LF", before: "data: 1\n\r", behind: []string{"data: 2\n\n"}, events: 1},
-			{name: "in mid-event with CR", before: "data: 1\r\rdata: 2\r", behind: []string{"\rdata: 3\r\r"}, want: "\r", events: 2},
+			{name: "after a comment", before: "data: 1\n\n: comment\n", events: 1},
+			{name: "after a CR", before: "data: 1\r\r", events: 1},
+			{name: "in the middle of a line", before: "data: 1\n\ndata: ha", then: []string{"lf\n", "\n"}, want: "lf\n\n", events: 2},
+			{name: "between lines", before: "data: 1\n\ndata: 2\n", then: []string{"data: 3\n\ndata: 4\n\n"}, want: "data: 3\n\n", events: 2},
+			{name: "in a comment", before: "data: 1\n\n: comm", then: []string{"ent\ndata: 2\n\n"}, want: "ent\n", events: 1},
+			{name: "with CR LF", before: "data: 1\r\n\r\ndata: 2\r\n", then: []string{"\r\ndata: 3\r\n\r\n"}, want: "\r\n", events: 2},
+			{name: "in the middle of a CR LF", before: "data: 1\r\n\r", then: []string{"\ndata: 2\r\n\r\n"}, want: "\n", events: 1},
+			{name: "after a CR LF that is cut", before: "data: 1\r\n\r\ndata: 2\r\n", then: []string{"\r", "\ndata: 3"}, want: "\r\n", events: 2},
+			{name: "after a CR that may become a CR LF", before: "data: 1\n\r", then: []string{"data: 2\n\n"}, events: 1},
+			{name: "in mid-event with CR", before: "data: 1\r\rdata: 2\r", then: []string{"\rdata: 3\r\r"}, want: "\r", events: 2},
 		} {
 			t.Run(proto+" "+test.name, func(t *testing.T) {
 				path := "/" + t.Name()
@@ -335,7 +335,7 @@ func TestAStreamThatIsDeletedEndsAtAnEventBoundary(t *testing.T) {
 				if answer := c.adminJSON(t, "DELETE", "/sse/streams/"+id, 202); answer["ending"] != 1.0 {
 					t.Errorf("the answer is %v", answer)
 				}
-				if len(test.behind) > 0 {
+				if len(test.then) > 0 {
 					if state := c.listed(t, path)["state"]; state != "ending" {
 						t.Errorf("the stream is %v", state)
 					}
@@ -343,7 +343,7 @@ func TestAStreamThatIsDeletedEndsAtAnEventBoundary(t *testing.T) {
 						t.Errorf("the second answer is %v", answer)
 					}
 				}
-				for _, piece := range test.behind {
+				for _, piece := range test.then {
 					o.call.send(piece)
 				}
 				o.body.expect(t, test.want)

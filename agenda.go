@@ -92,7 +92,7 @@ func (a *agenda) armLocked() {
 	}
 }
 
-// fire has every stream called on whose time has come.
+// fire calls on every stream whose time has come.
 func (a *agenda) fire() {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -596,7 +596,7 @@ type follower struct {
 	mu       sync.Mutex
 	arrivals []arrival
 	unread   string        // what no expect has seen
-	err      error         // io.EOF behind a clean end
+	err      error         // io.EOF after a clean end
 	changed  chan struct{} // closed and replaced with every change
 }
 
@@ -1038,7 +1038,7 @@ func (c *testCaddy) logs() []logEntry {
 	return slices.Clone(c.logged.entries)
 }
 
-// waitForLog waits for an entry with this message, behind the first skip ones
+// waitForLog waits for an entry with this message, after the first skip ones
 // of its kind.
 func (c *testCaddy) waitForLog(message string, skip int) logEntry {
 	c.t.Helper()

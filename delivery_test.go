@@ -863,10 +863,10 @@ func TestTheIDOfAStreamIsThatOfItsRequest(t *testing.T) {
 	c := startCaddy(t, `
 		sse
 		header /asked-before X-Id {http.request.uuid}
-		header /asked-behind >X-Id {http.request.uuid}
+		header /asked-after >X-Id {http.request.uuid}
 		reverse_proxy `+up.addr)
 	cl := c.client("h1")
-	for i, path := range []string{"/asked-before", "/asked-behind"} {
+	for i, path := range []string{"/asked-before", "/asked-after"} {
 		res := cl.get(t, path)
 		res.text()
 		if id := c.waitForLog("stream closed", i)["id"]; id != res.Header.Get("X-Id") || id == "" {

@@ -65,7 +65,7 @@ func TestASilentUpstreamsStreamStartsWithoutIt(t *testing.T) {
 		}
 		call.start(eventStream, "Access-Control-Allow-Origin: https://upstream.example", "Set-Cookie: a=b")
 		c.waitForStream(t, path, func(s map[string]any) bool { return s["state"] == "open" && s["upstream"] == up.addr })
-		// Behind a frame, a byte order mark would belong to the first field.
+		// After a frame, a byte order mark would belong to the first field.
 		call.send("\xef\xbb")
 		call.send("\xbfdata: 1\n\n")
 		body.expect(t, "data: 1\n\n")
@@ -602,7 +602,7 @@ func TestARequestBodyThatIsNotReadDoesNotHarmItsConnection(t *testing.T) {
 		// Nobody accepts, and reverse_proxy tries again for a while.
 		"an early start": {"reverse_proxy 127.0.0.1:1 {\nlb_try_duration 1s\nlb_try_interval 10ms\n}",
 			errorEvent("the upstream did not answer"), true},
-		"an early start behind the body": {"reverse_proxy " + up.addr, "data: 1\n\n", false},
+		"an early start after the body": {"reverse_proxy " + up.addr, "data: 1\n\n", false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := startCaddy(t, "sse {\nearly_start 30ms\n}\n"+test.directives, withAdmin())

@@ -15,7 +15,7 @@ import (
 // counts any other failure of a request against the upstream.
 var errStreamEnded = fmt.Errorf("sse: the stream has ended: %w", context.Canceled)
 
-// stage is where a stream is in its life. A stream only moves on, but for one
+// stage is where a stream is in its life. A stream only moves on, except for one
 // that retries: it is open again when its upstream has come back.
 type stage uint8
 

@@ -289,7 +289,7 @@ func TestAllEndsAtOnceGiveEachStreamOneEnd(t *testing.T) {
 			if live := s.expectAccounted(t, name); live != 0 {
 				t.Errorf("%v are live", live)
 			}
-			t.Logf("%v behind %v", ended, time.Since(began))
+			t.Logf("%v after %v", ended, time.Since(began))
 		})
 	}
 }
@@ -344,7 +344,7 @@ func TestAStreamOverHTTP10(t *testing.T) {
 	}
 	call.end()
 	if rest, err := io.ReadAll(res.Body); err != nil || strings.ReplaceAll(string(rest), ":heartbeat\n\n", "") != "" {
-		t.Errorf("behind that came %q, %v", rest, err)
+		t.Errorf("after that came %q, %v", rest, err)
 	}
 	line := c.closedLine(t, "/old")
 	expectEnd(t, line, "upstream_closed", "info")

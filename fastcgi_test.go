@@ -234,9 +234,9 @@ func TestAClientOfASilentScriptIsGoneWhenItLeaves(t *testing.T) {
 			eventually(t, "the script runs", func() bool { return os.Remove(filepath.Join(php.dir, "silent")) == nil })
 			expectRefusal(t, cl.begin(cl.request(t, "GET", "/stream.php", nil, acceptStream)), 429)
 			silent.leave()
-			res := comeBack(t, cl, "/stream.php/behind"+proto)
+			res := comeBack(t, cl, "/stream.php/after"+proto)
 			res.leave()
-			c.closedLine(t, "/stream.php/behind"+proto)
+			c.closedLine(t, "/stream.php/after"+proto)
 			c.waitForStreams(t, 0)
 		})
 	}

@@ -346,7 +346,7 @@ func TestAPlaceComesBackOnEveryPath(t *testing.T) {
 		"an abort in a stream": func(w http.ResponseWriter, r *http.Request) error {
 			return stream(func(http.ResponseWriter) { panic(http.ErrAbortHandler) })(w, r)
 		},
-		"a panic behind another answer": func(w http.ResponseWriter, r *http.Request) error {
+		"a panic after another answer": func(w http.ResponseWriter, r *http.Request) error {
 			w.WriteHeader(200)
 			panic("a bug")
 		},

@@ -190,5 +190,5 @@ func (s *stream) gaveUpLocked() error {
 func (s *stream) gaveUpCleanly() bool {
 	s.facts.Lock()
 	defer s.facts.Unlock()
-	return s.gaveUpLocked() != nil && s.rare.tries.eventSource && !s.broken
+	return s.gaveUpLocked() != nil && s.kind.eventSource && !s.broken
 }

@@ -223,7 +223,7 @@ func (e *eventSource) follow(ctx context.Context) {
 // time alone, so that one that was killed can be replaced.
 const replayVariable = "CADDYSSE_TEST_REPLAY"
 
-// playReplay sends event n at n periods behind the start, and to each client
+// playReplay sends event n when n periods have passed since the start, and to each client
 // first what it has missed, if this process was started for that.
 func playReplay() {
 	config := strings.Fields(os.Getenv(replayVariable))

@@ -61,7 +61,7 @@ func TestATimeInWhichTheProcessWasStoppedIsNoSilenceOfItsUpstreams(t *testing.T)
 			body.wait(func(string) bool { return len(body.all()) > before+15 })
 			if n := len(body.all()); n <= before+15 {
 				_, err := body.rest()
-				t.Errorf("stream %d ended behind %d pieces with %v", i, n-before, err)
+				t.Errorf("stream %d ended after %d pieces with %v", i, n-before, err)
 			}
 		})
 	}

@@ -107,6 +107,7 @@ type rareStream struct {
 	panicked any                      // on a goroutine where no server would recover it
 	control  *http.ResponseController // of the connection, where writers in between hide it
 	tries    *tries                   // nil: the upstream is not asked again; set before the stream starts
+	drainDue instant                  // when a drain ends it; 0: none does; facts
 }
 
 // newStream makes the stream of a request. It has not started yet.
@@ -289,6 +290,11 @@ func (s *stream) untilEndLocked(age time.Duration, writing bool) (wait time.Dura
 		jitter := time.Duration(s.share() * float64(max(limit.Jitter, 0)))
 		if left := sum(s.opened, time.Duration(limit.Duration), jitter) - age; left < wait {
 			wait, why = left, maxDuration
+		}
+	}
+	if s.rare != nil && s.rare.drainDue != 0 && s.resumesLocked() {
+		if left := time.Duration(s.rare.drainDue - now()); left < wait {
+			wait, why = left, drained
 		}
 	}
 	return wait, why

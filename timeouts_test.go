@@ -225,7 +225,7 @@ func TestDeadlinesOfHandlersDoNotEndAStream(t *testing.T) {
 					send("data: 1\n\n")
 					// The deadline passes, and so do frames after it.
 					if got, err := body.wait(func(unread string) bool { return strings.Count(unread, ":heartbeat") >= 4 }); err != nil {
-						t.Fatalf("behind %q: %v", got, err)
+						t.Fatalf("after %q: %v", got, err)
 					}
 					send("data: 2\n\n")
 					call.end()
@@ -404,7 +404,7 @@ func TestAClientThatTakesNothingIsEndedThroughAnOpaqueWriterToo(t *testing.T) {
 					t.Errorf("it took %v", took)
 				}
 				if n, err := io.Copy(io.Discard, res.Body); err == nil {
-					t.Errorf("behind %d bytes the stream looks whole", n)
+					t.Errorf("after %d bytes the stream looks whole", n)
 				}
 				res.leave()
 				c.waitForStreams(t, 0)
@@ -686,7 +686,7 @@ func TestAWriteTimesOutWhenItGetsNoFurther(t *testing.T) {
 					return nil
 				}()
 				if aborted := panicked != nil; aborted != test.ends {
-					t.Fatalf("aborted: %v, behind %v", panicked, ended.Sub(began))
+					t.Fatalf("aborted: %v, after %v", panicked, ended.Sub(began))
 				}
 				wait := timeout
 				if test.text == "" {
@@ -750,7 +750,7 @@ func TestAClientThatTakesNothingIsEndedAfterTheWriteTimeout(t *testing.T) {
 					t.Errorf("it took %v", took)
 				}
 				if n, err := io.Copy(io.Discard, res.Body); err == nil {
-					t.Errorf("behind %d bytes the stream looks whole", n)
+					t.Errorf("after %d bytes the stream looks whole", n)
 				}
 				res.leave()
 				before := len(other.all())
@@ -781,7 +781,7 @@ func TestAClientOfFewBytesASecondLives(t *testing.T) {
 	piece := make([]byte, 16<<10)
 	for began := time.Now(); time.Since(began) < 2500*time.Millisecond; time.Sleep(40 * time.Millisecond) {
 		if _, err := io.ReadFull(conn, piece); err != nil {
-			t.Fatalf("behind %v: %v", time.Since(began), err)
+			t.Fatalf("after %v: %v", time.Since(began), err)
 		}
 	}
 	if passed := c.listed(t, "/few")["bytes"].(float64); passed > 4<<20 {
@@ -804,7 +804,7 @@ func TestAClientThatReadsSlowlyLivesAndLeavesAsAClient(t *testing.T) {
 			piece := make([]byte, 512<<10)
 			for began := time.Now(); time.Since(began) < 2*time.Second; time.Sleep(100 * time.Millisecond) {
 				if _, err := io.ReadFull(res.Body, piece); err != nil {
-					t.Fatalf("behind %v: %v", time.Since(began), err)
+					t.Fatalf("after %v: %v", time.Since(began), err)
 				}
 			}
 			res.leave()
@@ -825,7 +825,7 @@ func TestAWriteTimeoutThatIsOffEndsNobody(t *testing.T) {
 			t.Errorf("%v", s)
 		}
 		if n, err := io.CopyN(io.Discard, res.Body, 4<<20); err != nil {
-			t.Errorf("behind %d bytes: %v", n, err)
+			t.Errorf("after %d bytes: %v", n, err)
 		}
 		res.leave()
 		expectEnd(t, c.closedLine(t, path), "client_closed", "info")

@@ -91,7 +91,7 @@ func TestAStreamSurvivesItsUpstreamOverEveryProtocol(t *testing.T) {
 	})
 }
 
-// Who comes back by itself comes back after an abort.
+// Clients that come back by themselves do so after an abort.
 func TestAStreamThatGivesUpEndsCleanlyForAnEventSourceOnly(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
