@@ -78,6 +78,11 @@ func (tr *trial) run() *trial {
 
 func (tr *trial) answer(w http.ResponseWriter, r *http.Request) error {
 	n := len(tr.calls)
+	for i, over := range tr.requests {
+		if over.Context().Err() == nil {
+			tr.t.Errorf("at call %d, the context of call %d is kept", n, i)
+		}
+	}
 	tr.calls = append(tr.calls, time.Since(tr.c.start))
 	tr.requests = append(tr.requests, r)
 	return tr.answers[min(n, len(tr.answers)-1)](w, r)
