@@ -30,6 +30,8 @@ type metrics struct {
 	reconnects         *prometheus.CounterVec
 	earlyStartFailures *prometheus.CounterVec
 	retries            *prometheus.CounterVec
+	storeErrors        *prometheus.CounterVec
+	storeDuration      *prometheus.HistogramVec
 
 	duration         *prometheus.HistogramVec
 	timeToHeaders    *prometheus.HistogramVec
@@ -73,6 +75,13 @@ func newMetrics() *metrics {
 		earlyStartFailures: counter("early_start_failures_total", "Early starts whose upstream then sent no stream, by its status.", "status"),
 		retries:            counter("upstream_retries_total", "Tries to reach an upstream that broke off, by result.", "result"),
 
+		storeErrors: counter("store_errors_total", "What a store of resume was asked for and has not done, by what that was.", "op"),
+		storeDuration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name:    metricsPrefix + "store_duration_seconds",
+			Help:    "How long a store of resume took for what it was asked for, waits for something new left out.",
+			Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5},
+		}, []string{"name", "op"}),
+
 		duration: histogram("stream_duration_seconds", "How long streams were open.",
 			[]float64{1, 5, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 43200, 86400}),
 		timeToHeaders:    histogram("time_to_headers_seconds", "Time from a request to the headers of its stream.", waits),
@@ -83,7 +92,7 @@ func newMetrics() *metrics {
 // vectors are the parts that collect themselves.
 func (m *metrics) vectors() []prometheus.Collector {
 	return []prometheus.Collector{
-		m.refused, m.unprotected, m.reconnects, m.earlyStartFailures, m.retries,
+		m.refused, m.unprotected, m.reconnects, m.earlyStartFailures, m.retries, m.storeErrors, m.storeDuration,
 		m.duration, m.timeToHeaders, m.timeToFirstEvent,
 	}
 }
@@ -158,6 +167,16 @@ func (m *metrics) expect(name string, reconnectOn []int, retries bool) {
 	}
 	for _, times := range []*prometheus.HistogramVec{m.duration, m.timeToHeaders, m.timeToFirstEvent} {
 		times.WithLabelValues(name)
+	}
+}
+
+// expectStore is expect for a handler with a store.
+func (m *metrics) expectStore(name string) {
+	for _, op := range storeOps {
+		m.storeErrors.WithLabelValues(name, string(op))
+		if !op.waits() {
+			m.storeDuration.WithLabelValues(name, string(op))
+		}
 	}
 }
 

@@ -125,9 +125,13 @@ func (x *exchange) newStream(status int) *stream {
 		frames:  x.frames,
 	}
 	s.stage.Store(uint32(stageOpen))
-	if x.rare != nil && x.rare.fed != nil {
+	switch {
+	case x.rare == nil:
+	case x.rare.fed != nil:
 		s.fed = x.rare.fed
 		s.fed.greeting.owe(s)
+	case x.rare.unknown:
+		x.oweLost(s)
 	}
 	if x.rare != nil {
 		s.id = x.rare.id
