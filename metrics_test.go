@@ -221,7 +221,9 @@ func TestThePrometheusLinterHasNothingToSay(t *testing.T) {
 		io.WriteString(w, r.URL.Query().Get("body"))
 	})
 	c := startCaddy(t, `
-		sse
+		sse {
+			prelude off
+		}
 		reverse_proxy `+up.addr, withAdmin())
 	for _, body := range []string{"data:%0a%0a", "{}"} {
 		if _, err := c.client("h1").get(t, "/?body="+body).text(); err != nil {
@@ -250,6 +252,7 @@ func TestLiveStreamsAreCountedInTheTotals(t *testing.T) {
 	up := newUpstream(t)
 	c := startCaddy(t, `
 		sse {
+			prelude off
 			name "counted live"
 		}
 		reverse_proxy `+up.addr, withAdmin())
@@ -335,18 +338,21 @@ func TestHandlersOfOneNameShareTheirMetrics(t *testing.T) {
 	c := startCaddy(t, `
 		handle /a {
 			sse {
+				prelude off
 				name shared
 			}
 			reverse_proxy `+up.addr+`
 		}
 		handle /b {
 			sse {
+				prelude off
 				name shared
 			}
 			reverse_proxy `+up.addr+`
 		}
 		handle {
 			sse {
+				prelude off
 				name "not shared"
 			}
 			reverse_proxy `+up.addr+`
@@ -414,6 +420,7 @@ func TestEverySeriesThatTheConfigurationNamesIsThereAtZero(t *testing.T) {
 	checkLeaks(t)
 	c := startCaddy(t, `
 		sse {
+			prelude off
 			name born
 			max_streams 1
 			reconnect_on 502 503

@@ -51,6 +51,7 @@ func TestEveryClientGetsEveryEventOnceOverReloadsAndAKilledUpstream(t *testing.T
 	addr, kill := replayProcess(t, "127.0.0.1:0", started, size.period)
 	site := fmt.Sprintf(`
 		sse {
+			prelude off
 			drain %s
 			retry %s %s
 			reconnect_on 502
