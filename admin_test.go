@@ -169,12 +169,14 @@ func TestTheListIsFiltered(t *testing.T) {
 	site := `
 		handle /chat* {
 			sse {
+				prelude off
 				name chat
 			}
 			reverse_proxy ` + up.addr + `
 		}
 		handle {
 			sse {
+				prelude off
 				name feed
 			}
 			reverse_proxy ` + up.addr + `
@@ -228,7 +230,9 @@ func TestWhatTheAdminAPICanNotReadIsAnError(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, `
-		sse
+		sse {
+			prelude off
+		}
 		reverse_proxy `+up.addr, withAdmin())
 	o := c.open(t, c.client("h1"), up, "/")
 	id := c.listed(t, "/")["id"].(string)
@@ -301,7 +305,9 @@ func TestAStreamThatIsDeletedEndsAtAnEventBoundary(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, `
-		sse
+		sse {
+			prelude off
+		}
 		reverse_proxy `+up.addr, withAdmin())
 	for _, proto := range clientProtocols {
 		for _, test := range []struct {
@@ -376,7 +382,9 @@ func TestAnUpstreamThatStaysInMidEventIsGivenASecond(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, `
-		sse
+		sse {
+			prelude off
+		}
 		reverse_proxy `+up.addr, withAdmin())
 	atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 		path := "/" + cl.proto
@@ -407,7 +415,9 @@ func TestAClientThatReadsNothingDoesNotKeepItsStream(t *testing.T) {
 		}
 	})
 	c := startCaddy(t, `
-		sse
+		sse {
+			prelude off
+		}
 		reverse_proxy `+up.addr, withAdmin())
 	atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 		path := "/" + cl.proto
@@ -428,7 +438,9 @@ func TestABodyThatIsNoTextIsAborted(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, `
-		sse
+		sse {
+			prelude off
+		}
 		reverse_proxy `+up.addr, withAdmin())
 	for _, proto := range clientProtocols {
 		for name, header := range map[string]string{"encoded": "Content-Encoding: gzip", "JSON": "X: y"} {
@@ -462,7 +474,9 @@ func TestManyStreamsAreDeletedByFilter(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, `
-		sse
+		sse {
+			prelude off
+		}
 		reverse_proxy `+up.addr, withAdmin(), withGlobal(`servers {
 		trusted_proxies static 127.0.0.1
 	}`))
@@ -502,6 +516,7 @@ func TestStreamsOfAReplacedConfigurationStayListed(t *testing.T) {
 	up := newUpstream(t)
 	site := `
 		sse {
+			prelude off
 			name %s
 		}
 		reverse_proxy ` + up.addr

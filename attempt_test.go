@@ -168,6 +168,7 @@ func TestADialOfReverseProxyOutlivesItsRequest(t *testing.T) {
 			t.Run(early+" "+end, func(t *testing.T) {
 				c := startCaddy(t, `
 					sse {
+						prelude off
 						`+early+`
 						drain off
 					}
@@ -236,6 +237,7 @@ func TestWhatHandlersAfterSSESetGetsOut(t *testing.T) {
 						vars outside before
 						`+auth+`
 						sse {
+							prelude off
 							`+early+`
 						}
 						vars inside "{http.vars.outside} {http.request.method} {http.request.header.X-User}"

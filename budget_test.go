@@ -175,11 +175,7 @@ func measureOnce(t testing.TB, c *testCaddy, up quietUpstream, path string, stre
 		conn.Close()
 		upstreams[i].Close()
 	}
-	for deadline := time.Now().Add(patience); runtime.NumGoroutine() > goroutines; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%d goroutines before, %d after", goroutines, runtime.NumGoroutine())
-		}
-	}
+	eventually(t, "the goroutines are gone", func() bool { return runtime.NumGoroutine() <= goroutines })
 	return held
 }
 

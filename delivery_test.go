@@ -221,7 +221,9 @@ func TestABodyWithoutLineEndsIsNotHeldInMemory(t *testing.T) {
 		body(func(p []byte) { w.Write(p) })
 	})
 	c := startCaddy(t, `
-		sse
+		sse {
+			prelude off
+		}
 		reverse_proxy `+up.addr)
 	res := c.client("h1").get(t, "/")
 	defer res.leave()
@@ -266,7 +268,9 @@ func TestAStreamWithContentLengthLosesItAndNothingElse(t *testing.T) {
 		io.WriteString(w, body)
 	})
 	c := startCaddy(t, `
-		sse
+		sse {
+			prelude off
+		}
 		reverse_proxy `+up.addr)
 	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 		res := cl.do(t, cl.request(t, http.MethodPost, "/mcp", strings.NewReader(`{"method":"initialize"}`),
@@ -303,7 +307,9 @@ func everyWriteArrivesBeforeTheNextIsMade(t *testing.T, encode string) {
 	handler := newTestHandler(t)
 	c := startCaddy(t, `
 		`+encode+`
-		sse
+		sse {
+			prelude off
+		}
 		handle /proxied {
 			reverse_proxy `+up.addr+`
 		}
@@ -425,7 +431,9 @@ func headersArriveWhenTheUpstreamsDo(t *testing.T, encode string) {
 func TestAStreamFromRespondIsAStream(t *testing.T) {
 	checkLeaks(t)
 	c := startCaddy(t, `
-		sse
+		sse {
+			prelude off
+		}
 		header Content-Type text/event-stream
 		respond "data: hello
 
@@ -449,7 +457,9 @@ func TestByDefaultNothingCompressesAStream(t *testing.T) {
 	up := newUpstream(t)
 	c := startCaddy(t, `
 		encode
-		sse
+		sse {
+			prelude off
+		}
 		reverse_proxy `+up.addr)
 	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 		client, call := open(t, cl, up, "/", "Accept: text/event-stream", "Accept-Encoding: gzip, br, zstd")
@@ -476,6 +486,7 @@ func TestACompressedStreamDeliversEveryEventAtOnce(t *testing.T) {
 	c := startCaddy(t, `
 		encode
 		sse {
+			prelude off
 			compression allow
 		}
 		reverse_proxy `+up.addr)
@@ -545,7 +556,9 @@ func (b *decodedBody) Close() error {
 func withAndWithout(handlers string) string {
 	return `
 		handle_path /with/* {
-			sse
+			sse {
+				prelude off
+			}
 			` + handlers + `
 		}
 		handle_path /without/* {
@@ -712,7 +725,9 @@ func TestEarlyHintsArriveBeforeTheHeaders(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, `
-		sse
+		sse {
+			prelude off
+		}
 		reverse_proxy `+up.addr)
 	for _, contentType := range []string{"text/html", "text/event-stream"} {
 		// quic-go's client tells nobody of informational responses but in its own way.
@@ -767,7 +782,9 @@ func TestAWebSocketWorks(t *testing.T) {
 		io.Copy(conn, rw)
 	})
 	c := startCaddy(t, `
-		sse
+		sse {
+			prelude off
+		}
 		reverse_proxy `+up.addr)
 	conn, err := net.Dial("tcp", c.addr)
 	if err != nil {
@@ -805,16 +822,22 @@ func TestOnlyADeferredHeaderOperationHasTheLastWord(t *testing.T) {
 	proxy := "\nreverse_proxy " + up.addr + "\n}\n"
 	c := startCaddy(t, `
 		handle /deferred {
-			sse
+			sse {
+				prelude off
+			}
 			header >Cache-Control deferred`+proxy+`
 		handle /deferred-block {
-			sse
+			sse {
+				prelude off
+			}
 			header {
 				Cache-Control deferred
 				defer
 			}`+proxy+`
 		handle /at-once {
-			sse
+			sse {
+				prelude off
+			}
 			header Cache-Control at-once`+proxy)
 	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 		for path, want := range map[string]string{
@@ -840,7 +863,9 @@ func TestAStreamLeavesTheRequestsVariablesAlone(t *testing.T) {
 	checkLeaks(t)
 	handler := newTestHandler(t)
 	c := startCaddy(t, `
-		sse
+		sse {
+			prelude off
+		}
 		`+handler.directive)
 	client, call := open(t, c.client("h1"), handler.testUpstream, "/", "Accept: text/event-stream")
 	variables := call.Context().Value(caddyhttp.VarsCtxKey).(map[string]any)
@@ -861,7 +886,9 @@ func TestTheIDOfAStreamIsThatOfItsRequest(t *testing.T) {
 		io.WriteString(w, "data: 1\n\n")
 	})
 	c := startCaddy(t, `
-		sse
+		sse {
+			prelude off
+		}
 		header /asked-before X-Id {http.request.uuid}
 		header /asked-after >X-Id {http.request.uuid}
 		reverse_proxy `+up.addr)
@@ -945,7 +972,9 @@ func TestAnUpstreamThatBreaksOffIsAnAbortForTheClient(t *testing.T) {
 	up := newUpstream(t)
 	handler := newTestHandler(t)
 	c := startCaddy(t, `
-		sse
+		sse {
+			prelude off
+		}
 		handle /proxied {
 			reverse_proxy `+up.addr+`
 		}
@@ -1022,7 +1051,9 @@ func TestAClientThatLeavesFreesItsUpstream(t *testing.T) {
 	handler := newTestHandler(t)
 	c := startCaddy(t, `
 		encode
-		sse
+		sse {
+			prelude off
+		}
 		handle /proxied {
 			reverse_proxy `+up.addr+`
 		}

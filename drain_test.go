@@ -307,11 +307,8 @@ func TestAReplacedConfigurationIsReleasedWhenItsLastStreamEnds(t *testing.T) {
 		o.body.expectEnd(t)
 	}
 	c.waitForStreams(t, 0)
-	for deadline := time.Now().Add(patience); alive() || drainingGoroutines() > 0; time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("still there: configuration %v, %d goroutines", alive(), drainingGoroutines())
-		}
-	}
+	eventually(t, "the configuration is gone", func() bool { return !alive() })
+	eventually(t, "nobody waits for its streams", func() bool { return drainingGoroutines() == 0 })
 }
 
 func TestReloadsWithinTheWindowDrainEachTheirOwn(t *testing.T) {

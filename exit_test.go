@@ -24,14 +24,27 @@ import (
 )
 
 // caddyVariable makes a test binary a Caddy, with the arguments that follow.
-const caddyVariable = "CADDYSSE_TEST_CADDY"
+// leashed is its value for one that is to end with the process that started it,
+// however that ends.
+const (
+	caddyVariable = "CADDYSSE_TEST_CADDY"
+	leashed       = "leashed"
+)
 
 // playCaddy is the caddy command, if this process was started for that.
 func playCaddy() {
-	if os.Getenv(caddyVariable) != "" {
-		caddycmd.Main()
-		os.Exit(0)
+	how := os.Getenv(caddyVariable)
+	if how == "" {
+		return
 	}
+	if how == leashed {
+		go func() {
+			_, _ = io.Copy(io.Discard, os.Stdin)
+			os.Exit(1)
+		}()
+	}
+	caddycmd.Main()
+	os.Exit(0)
 }
 
 // caddyProcess is a Caddy in a process of its own, which can exit. As testCaddy,
@@ -69,6 +82,10 @@ func startCaddyProcess(t testing.TB, site, global string) *caddyProcess {
 	}
 	c.cmd = c.command("run", "--config", filepath.Join(dir, "Caddyfile"))
 	c.cmd.Stderr = &c.stderr
+	c.cmd.Env = append(c.cmd.Env, caddyVariable+"="+leashed)
+	if _, err := c.cmd.StdinPipe(); err != nil { // which Wait closes
+		t.Fatal(err)
+	}
 	if err := c.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -80,16 +97,15 @@ func startCaddyProcess(t testing.TB, site, global string) *caddyProcess {
 		_ = c.cmd.Process.Kill()
 		<-c.exited
 	})
-	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
-		if res, err := http.Get(c.url + "/up"); err == nil {
+	eventually(t, "Caddy answers", func() bool {
+		res, err := http.Get(c.url + "/up")
+		if err == nil {
 			res.Body.Close()
 			http.DefaultClient.CloseIdleConnections()
-			return c
 		}
-		if time.Now().After(deadline) {
-			t.Fatal("Caddy does not answer")
-		}
-	}
+		return err == nil
+	})
+	return c
 }
 
 // freeAddress is an address that nobody listens on, for TCP and UDP. Its port is
@@ -181,11 +197,7 @@ func (c *caddyProcess) reload(site, global string) {
 	// may still be theirs. Plain Caddy loses such a one, or, if it is HTTP/2,
 	// never tells it to go, and waits for it at exit.
 	for _, addr := range []string{c.addr, c.tlsAddr} {
-		for deadline := time.Now().Add(patience); listeners(addr) > 1; time.Sleep(time.Millisecond) {
-			if time.Now().After(deadline) {
-				c.t.Fatalf("%d sockets listen on %s", listeners(addr), addr)
-			}
-		}
+		eventually(c.t, "one socket listens on "+addr, func() bool { return listeners(addr) <= 1 })
 	}
 }
 
@@ -402,58 +414,66 @@ func TestCaddyExitsInTheMiddleOfAReloadsWindow(t *testing.T) {
 
 func TestAtExitRequestScopedStreamsHaveCaddysGracePeriod(t *testing.T) {
 	t.Parallel()
-	grace := 2 * time.Second
-	if raceEnabled {
-		grace *= 2 // a reload takes some of it
-	}
-	for _, how := range []string{"SIGTERM", "caddy stop"} {
-		for _, reloaded := range []bool{false, true} {
-			t.Run(fmt.Sprint(how, " reloaded ", reloaded), func(t *testing.T) {
-				t.Parallel()
-				end := make(chan struct{})
-				up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
-					w.Header().Set("Content-Type", eventStream)
-					io.WriteString(w, "data: 1\n\n")
-					w.(http.Flusher).Flush()
-					if r.URL.Path == "/end" {
-						<-end
-						io.WriteString(w, "data: end\n\n")
-						return
-					}
-					<-r.Context().Done()
-				})
-				global := "grace_period " + grace.String()
-				c := startCaddyProcess(t, drainSite(up.addr, "drain 1m 500ms"), global)
-				post := func(path, proto string) *follower {
-					cl := c.client(proto)
-					body := cl.do(t, cl.request(t, "POST", path, nil, acceptStream)).follow()
-					body.expect(t, "data: 1\n\n")
-					return body
-				}
-				var ending, stuck []*follower
-				for _, proto := range clientProtocols {
-					ending = append(ending, post("/end", proto))
-					stuck = append(stuck, post("/stuck", proto))
-				}
-				began := time.Now()
-				if reloaded { // from then on, it counts for the streams that are open
-					c.reload(drainSite(up.addr, "drain 1m 500ms\nname other"), global)
-				}
-				time.AfterFunc(grace/8, func() { close(end) }) // in the grace period
-				c.stop(how)
-				if took := time.Since(began); took < grace {
-					t.Errorf("it took %v", took)
-				}
-				for i, proto := range clientProtocols {
-					if text, err := ending[i].rest(); text != "data: end\n\n" || err != io.EOF {
-						t.Errorf("%s: the one that ends got %q, %v", proto, text, err)
-					}
-					stuck[i].expectAbort(t)
-				}
-				if reasons := c.closedReasons(); reasons["upstream_closed"] != 3 || reasons["server_closed"] != 3 || len(reasons) != 2 {
-					t.Errorf("told: %v", reasons)
+	const grace = 2 * time.Second
+	for _, test := range []struct {
+		how      string
+		reloaded bool
+		ends     bool // before the grace period is over
+	}{
+		{"SIGTERM", false, true},
+		{"caddy stop", true, true},
+		{"SIGTERM", true, false},
+		{"caddy stop", false, false},
+	} {
+		t.Run(fmt.Sprintf("%s, reloaded %v, ends %v", test.how, test.reloaded, test.ends), func(t *testing.T) {
+			t.Parallel()
+			end := make(chan struct{})
+			up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
+				w.Header().Set("Content-Type", eventStream)
+				io.WriteString(w, "data: 1\n\n")
+				w.(http.Flusher).Flush()
+				select {
+				case <-end:
+					io.WriteString(w, "data: end\n\n")
+				case <-r.Context().Done():
 				}
 			})
-		}
+			global := "grace_period " + grace.String()
+			if test.ends {
+				global = "grace_period 10m"
+			}
+			c := startCaddyProcess(t, drainSite(up.addr, "drain 1m 500ms"), global)
+			var bodies []*follower
+			for _, proto := range clientProtocols {
+				cl := c.client(proto)
+				body := cl.do(t, cl.request(t, "POST", "/", nil, acceptStream)).follow()
+				body.expect(t, "data: 1\n\n")
+				bodies = append(bodies, body)
+			}
+			began := time.Now()
+			if test.reloaded { // from then on, the period counts for what is open
+				c.reload(drainSite(up.addr, "drain 1m 500ms\nname other"), global)
+			}
+			reason := "server_closed"
+			if test.ends {
+				reason = "upstream_closed"
+				time.AfterFunc(200*time.Millisecond, func() { close(end) })
+			}
+			c.stop(test.how)
+			if took := time.Since(began); took < grace && !test.ends {
+				t.Errorf("it took %v", took)
+			}
+			for _, body := range bodies {
+				if test.ends {
+					body.expect(t, "data: end\n\n")
+					body.expectEnd(t)
+				} else {
+					body.expectAbort(t)
+				}
+			}
+			if reasons := c.closedReasons(); reasons[reason] != len(bodies) || len(reasons) != 1 {
+				t.Errorf("told: %v", reasons)
+			}
+		})
 	}
 }

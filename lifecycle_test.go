@@ -185,7 +185,9 @@ func TestEveryEndHasItsReason(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, `
-		sse
+		sse {
+			prelude off
+		}
 		reverse_proxy `+up.addr)
 	for _, proto := range clientProtocols {
 		// begin opens a stream and waits until the client has its first event.
@@ -295,7 +297,9 @@ func TestABrokenUpstreamIsAnUpstreamError(t *testing.T) {
 		t.Run(proto, func(t *testing.T) {
 			killed, kill := upstreamProcess(t)
 			c := startCaddy(t, `
-				sse
+				sse {
+					prelude off
+				}
 				handle_path /reset/* {
 					reverse_proxy `+reset+`
 				}
@@ -765,7 +769,9 @@ func TestNothingSecretIsTold(t *testing.T) {
 	up := newUpstream(t)
 	c := startCaddy(t, `
 		log
-		sse
+		sse {
+			prelude off
+		}
 		reverse_proxy `+up.addr, withAdmin(), withLogLevel("DEBUG"))
 	for _, proto := range clientProtocols {
 		cl := c.client(proto)
@@ -851,7 +857,9 @@ func TestTheAccessLogHasTheFiguresOnEveryEnd(t *testing.T) {
 	up := newUpstream(t)
 	c := startCaddy(t, `
 		log`+appendedFields+`
-		sse
+		sse {
+			prelude off
+		}
 		reverse_proxy `+up.addr, withAdmin())
 	for _, proto := range clientProtocols {
 		for reason, aborts := range map[string]bool{
@@ -919,7 +927,9 @@ func TestTheAccessLogOfOtherResponsesHasNoFigures(t *testing.T) {
 	checkLeaks(t)
 	c := startCaddy(t, `
 		log
-		sse
+		sse {
+			prelude off
+		}
 		respond "hello"`)
 	if _, err := c.client("h1").get(t, "/").text(); err != nil {
 		t.Fatal(err)
@@ -960,7 +970,9 @@ func TestASubscriberGetsWhatTheLogTells(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
 	site := `
-		sse
+		sse {
+			prelude off
+		}
 		reverse_proxy ` + up.addr
 	subscribed := withGlobal(`events {
 		on sse_stream_opened test_subscriber

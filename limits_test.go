@@ -50,6 +50,7 @@ func TestStreamsBeyondALimitAreRefused(t *testing.T) {
 				c := startCaddy(t, `
 					header X-Site 1
 					sse {
+						prelude off
 						name `+name+`
 						`+test.limit+` 2
 						drain off
@@ -113,6 +114,7 @@ func TestARefusalGoesThroughTheSitesErrorHandlers(t *testing.T) {
 	up := newUpstream(t)
 	c := startCaddy(t, `
 		sse {
+			prelude off
 			max_streams 1
 		}
 		reverse_proxy `+up.addr+`
@@ -144,6 +146,7 @@ func TestALimitCountsByNameAcrossHandlersAndReloads(t *testing.T) {
 		return `
 		handle /a/* {
 			sse {
+				prelude off
 				name shared
 				max_streams 2
 				drain off
@@ -153,6 +156,7 @@ func TestALimitCountsByNameAcrossHandlersAndReloads(t *testing.T) {
 		}
 		handle /b/* {
 			sse {
+				prelude off
 				name shared
 				drain off
 			}
@@ -160,6 +164,7 @@ func TestALimitCountsByNameAcrossHandlersAndReloads(t *testing.T) {
 		}
 		handle {
 			sse {
+				prelude off
 				name other
 				max_streams 1
 				drain off
@@ -196,6 +201,7 @@ func TestAClientIsAnAddressOrA64Network(t *testing.T) {
 	up := newUpstream(t)
 	c := startCaddy(t, `
 		sse {
+			prelude off
 			max_streams_per_client 1
 			drain off
 		}
@@ -236,6 +242,7 @@ func TestAForwardedAddressCountsOnlyFromATrustedProxy(t *testing.T) {
 	up := newUpstream(t)
 	c := startCaddy(t, `
 		sse {
+			prelude off
 			max_streams_per_client 1
 			drain off
 		}
@@ -265,6 +272,7 @@ func TestAHundredSlowRequestsAtOnceDoNotPassALimitOfTen(t *testing.T) {
 			name := "hundred" + method
 			c := startCaddy(t, `
 				sse {
+					prelude off
 					name `+name+`
 					max_streams 10
 					drain off
@@ -477,6 +485,7 @@ func TestWhoChangesTheClientsAddressInsideLeaksNoPlace(t *testing.T) {
 		t.Run(early, func(t *testing.T) {
 			c := startCaddy(t, `route {
 				sse {
+					prelude off
 					name moved
 					max_streams_per_client 2
 					`+early+`

@@ -18,6 +18,16 @@ import (
 // for it where all is well.
 const patience = 20 * time.Second
 
+// eventually waits for a condition that nothing says anything of.
+func eventually(t testing.TB, what string, reached func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(3 * patience); !reached(); time.Sleep(2 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within %v: %s", 3*patience, what)
+		}
+	}
+}
+
 // raceEnabled says that the tests run under the race detector, several times
 // slower and with memory figures of its own.
 var raceEnabled = func() bool {

@@ -223,7 +223,9 @@ func TestThePrometheusLinterHasNothingToSay(t *testing.T) {
 		io.WriteString(w, r.URL.Query().Get("body"))
 	})
 	c := startCaddy(t, `
-		sse
+		sse {
+			prelude off
+		}
 		reverse_proxy `+up.addr, withAdmin())
 	for _, body := range []string{"data:%0a%0a", "{}"} {
 		if _, err := c.client("h1").get(t, "/?body="+body).text(); err != nil {
@@ -252,6 +254,7 @@ func TestLiveStreamsAreCountedInTheTotals(t *testing.T) {
 	up := newUpstream(t)
 	c := startCaddy(t, `
 		sse {
+			prelude off
 			name "counted live"
 		}
 		reverse_proxy `+up.addr, withAdmin())
@@ -337,18 +340,21 @@ func TestHandlersOfOneNameShareTheirMetrics(t *testing.T) {
 	c := startCaddy(t, `
 		handle /a {
 			sse {
+				prelude off
 				name shared
 			}
 			reverse_proxy `+up.addr+`
 		}
 		handle /b {
 			sse {
+				prelude off
 				name shared
 			}
 			reverse_proxy `+up.addr+`
 		}
 		handle {
 			sse {
+				prelude off
 				name "not shared"
 			}
 			reverse_proxy `+up.addr+`
@@ -416,6 +422,7 @@ func TestEverySeriesThatTheConfigurationNamesIsThereAtZero(t *testing.T) {
 	checkLeaks(t)
 	c := startCaddy(t, `
 		sse {
+			prelude off
 			name born
 			max_streams 1
 			reconnect_on 502 503
@@ -468,11 +475,7 @@ func TestTheFirstEventsTimeIsObservedWhileTheStreamIsOpen(t *testing.T) {
 		o.body.expect(t, "data: 1\n\n")
 	}
 	// It is observed right after the write that the client has seen.
-	for deadline := time.Now().Add(patience); count() != 1; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%v after three events", count())
-		}
-	}
+	eventually(t, "the first event is counted", func() bool { return count() == 1 })
 	o.call.end()
 	o.body.expectEnd(t)
 	c.closedLine(t, "/")

@@ -246,15 +246,11 @@ func TestAProbeThatIsOneTooManyIsAskedToComeBack(t *testing.T) {
 	}
 	first.leave()
 	defer second.leave()
-	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+	eventually(t, "the place of a client that has left is given back", func() bool {
 		res := cl.get(t, probePath("e"), withToken)
-		if res.text(); res.StatusCode == 200 {
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatal("the place of a client that has left is not given back")
-		}
-	}
+		res.text()
+		return res.StatusCode == 200
+	})
 }
 
 func TestAnSSEHandlerAroundAProbeStandsAside(t *testing.T) {

@@ -44,6 +44,7 @@ func TestAnEventSourceIsToldToComeBackFromAnUpstreamThatFails(t *testing.T) {
 	c := startCaddy(t, `
 		handle /gone/* {
 			sse {
+				prelude off
 				name reconnect
 				reconnect_on 502 503
 			}
@@ -51,6 +52,7 @@ func TestAnEventSourceIsToldToComeBackFromAnUpstreamThatFails(t *testing.T) {
 		}
 		handle {
 			sse {
+				prelude off
 				name reconnect
 				reconnect_on 502 503
 			}
@@ -137,6 +139,7 @@ func TestALimitsRefusalCanBeAReconnectionTime(t *testing.T) {
 				sse {
 					name %s
 					%s 1
+					heartbeat off
 					retry 1s 6s
 					reconnect_on %d
 				}

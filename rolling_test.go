@@ -51,6 +51,7 @@ func TestEveryClientGetsEveryEventOnceOverReloadsAndAKilledUpstream(t *testing.T
 	addr, kill := replayProcess(t, "127.0.0.1:0", started, size.period)
 	site := fmt.Sprintf(`
 		sse {
+			prelude off
 			drain %s
 			retry %s %s
 			reconnect_on 502
@@ -87,16 +88,6 @@ func TestEveryClientGetsEveryEventOnceOverReloadsAndAKilledUpstream(t *testing.T
 		}
 	}
 	t.Logf("%d clients, %d reconnection times, %d events each", size.clients, len(fleet.told), last)
-}
-
-// eventually waits for a condition of the whole fleet.
-func eventually(t testing.TB, what string, reached func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(time.Minute); !reached(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within a minute: %s", what)
-		}
-	}
 }
 
 // fleet is many clients that behave as EventSource does.

@@ -210,6 +210,9 @@ func (r *run) beginAttempt() context.Context {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.attempts++
+	if over := r.cancelAttempt; over != nil {
+		over(errRunEnded) // else it is kept for as long as the run
+	}
 	r.cancelAttempt = cancel
 	return ctx
 }

@@ -51,6 +51,7 @@ func TestStalledClientsDelayNobodyElse(t *testing.T) {
 	})
 	c := startCaddy(t, `
 		sse {
+			prelude off
 			write_timeout 5m
 			drain off
 		}

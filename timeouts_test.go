@@ -257,6 +257,7 @@ func TestDeadlinesOfHandlersHoldForWhatIsNoStream(t *testing.T) {
 			t.Run(early+" "+idle, func(t *testing.T) {
 				c := startCaddy(t, `route {
 					sse {
+						prelude off
 						`+early+`
 					}
 					timeouts {
@@ -505,6 +506,7 @@ func TestARequestThatStopsComingDoesNotHoldItsStream(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			c := startCaddy(t, `
 				sse {
+					prelude off
 					`+test.directive+`
 				}
 				reverse_proxy `+up.addr, withAdmin(), withGlobal("servers {\ntimeouts {\n"+test.global+"\n}\n}"))

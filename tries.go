@@ -205,6 +205,7 @@ func (h *Handler) isReplaced() bool {
 // try calls the handlers once more, for a stream that is open already.
 func (x *exchange) try(next caddyhttp.Handler) outcome {
 	s, t := x.stream, x.rare.tries
+	x.attempt.cancel(errStreamEnded) // else it is kept for as long as the client stays
 	w := &laterResponse{response: &x.response, header: make(http.Header)}
 	a := x.newAttemptOf(t.entered, t.ctx, w, t.state.copy())
 	a.context.replacer.Set(requestUUID, s.id.String())

@@ -39,7 +39,8 @@ func TestAStreamSurvivesItsUpstreamOverEveryProtocol(t *testing.T) {
 	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 		path := "/a/" + cl.proto
 		before := c.scrape(t)
-		o := c.open(t, cl, up, path, acceptStream, noCache)
+		e := cl.begin(cl.request(t, "GET", path, nil, acceptStream, noCache))
+		o := c.opened(t, path, e, up.accept(t)) // it has another path
 		o.body.expect(t, "")
 		o.call.send("id: 1\ndata: 1\n\n")
 		o.body.expect(t, "retry: 100\n\nid: 1\ndata: 1\n\n")
@@ -283,6 +284,7 @@ func TestNobodysConnectionEndsWhenAnUpstreamIsRestarted(t *testing.T) {
 	up := newReplayUpstream(t)
 	c := startCaddy(t, `
 		sse {
+			prelude off
 			name restarts
 			retry 100ms 500ms
 			upstream_retry 1m

@@ -78,6 +78,11 @@ func (tr *trial) run() *trial {
 
 func (tr *trial) answer(w http.ResponseWriter, r *http.Request) error {
 	n := len(tr.calls)
+	for i, over := range tr.requests {
+		if over.Context().Err() == nil {
+			tr.t.Errorf("at call %d, the context of call %d is kept", n, i)
+		}
+	}
 	tr.calls = append(tr.calls, time.Since(tr.c.start))
 	tr.requests = append(tr.requests, r)
 	return tr.answers[min(n, len(tr.answers)-1)](w, r)
@@ -803,4 +808,33 @@ func TestTheSeriesOfTriesBeginAtZero(t *testing.T) {
 	if got := newTrial(t, silent()).results(); len(got) != 0 {
 		t.Errorf("without the setting: %v", got)
 	}
+}
+
+// A run may last for weeks, and its upstream break off all the time.
+func TestARunKeepsNoAttemptThatIsOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		config := retrying()
+		config.UpstreamRetry.Live = true
+		config.Share = new(caddysse.Share)
+		h := provision(t, config)
+		var contexts []context.Context
+		err := serve(h, newClient(t), browser(), func(w http.ResponseWriter, r *http.Request) error {
+			for i, over := range contexts {
+				if over.Err() == nil {
+					t.Errorf("at call %d, the context of call %d is kept", len(contexts), i)
+				}
+			}
+			contexts = append(contexts, r.Context())
+			w.Header().Set("Content-Type", eventStream)
+			write(t, w, "data: 1\n\n")
+			if len(contexts) < 5 {
+				panic(http.ErrAbortHandler)
+			}
+			return nil
+		})
+		if err != nil || len(contexts) != 5 {
+			t.Errorf("%d calls, %v", len(contexts), err)
+		}
+		synctest.Wait()
+	})
 }

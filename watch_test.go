@@ -162,12 +162,14 @@ func TestAWatchIsFiltered(t *testing.T) {
 	c := startCaddy(t, `
 		handle /chat* {
 			sse {
+				prelude off
 				name watched_chat
 			}
 			reverse_proxy `+up.addr+`
 		}
 		handle {
 			sse {
+				prelude off
 				name watched_feed
 			}
 			reverse_proxy `+up.addr+`
