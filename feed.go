@@ -43,6 +43,8 @@ type feed struct {
 	passes bool  // it has been called
 	over   error // nobody was there
 
+	mirror *mirror // nil: the journal is all there is
+
 	// foreign is called when the upstream commits an id of the form that this
 	// module adds.
 	foreign func()
@@ -83,6 +85,11 @@ func (f *feed) write(p []byte) (int, error) {
 	f.hears()
 	taken := len(p)
 	f.bytes.Add(uint64(taken))
+	if f.mirror != nil && f.mirror.lost.Load() {
+		if f.pass(); f.over != nil {
+			return 0, f.over
+		}
+	}
 	if p = f.endCR(p); f.mark {
 		p = f.dropMark(p)
 	}
@@ -160,6 +167,9 @@ func (f *feed) endCR(p []byte) []byte {
 
 func (f *feed) appendBlock(p []byte, idAt int) error {
 	if idAt < 0 || f.plain {
+		if f.mirror != nil && !f.passes {
+			f.mirror.add(p)
+		}
 		return f.append(p)
 	}
 	if err := f.append(p[:idAt]); err != nil {
@@ -172,6 +182,11 @@ func (f *feed) appendBlock(p []byte, idAt int) error {
 	f.line = f.splicer.AppendID(f.line[:0], f.id)
 	if err := f.append(f.line); err != nil {
 		return err
+	}
+	if f.mirror != nil {
+		f.mirror.add(p[:idAt])
+		f.mirror.addID(f.line)
+		f.mirror.add(p[idAt:])
 	}
 	return f.append(p[idAt:])
 }
@@ -222,12 +237,18 @@ func (f *feed) commit() {
 			block.SetsID, block.ID = true, f.commitID(id)
 		}
 	}
+	retold := false
 	if ms, told := scanner.Retry(); told {
+		retry := reconnection(ms, true, 0)
 		f.mu.Lock()
-		f.retry, f.told = reconnection(ms, true, 0), true
+		retold = !f.told || retry != f.retry
+		f.retry, f.told = retry, true
 		f.mu.Unlock()
 	}
 	f.events = f.journal.Commit(block)
+	if f.mirror != nil && !f.passes {
+		f.mirror.commit(block.Event, f.events, retold)
+	}
 	if f.ownIDs.Load() {
 		f.pass()
 	}
@@ -253,9 +274,19 @@ func (f *feed) again() {
 		f.commit() // no LF comes after the CR
 	}
 	f.journal.Rollback()
+	if f.mirror != nil {
+		f.mirror.rollback()
+	}
 	f.splicer = eventstream.Splicer{}
 	f.partial, f.scanned = false, 0
 	f.mark, f.markHeld = f.policy == journal.KeepUnsent, 0
+}
+
+// end says that no more comes: no LF after a last CR either.
+func (f *feed) end() {
+	if f.mirror != nil && f.partial && f.splicer.AtBoundary() {
+		f.commit()
+	}
 }
 
 // upstreamPosition is where the upstream would go on; ok is false where there is

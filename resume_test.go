@@ -306,6 +306,44 @@ func TestAnUpstreamWithIDsLooksAfterItself(t *testing.T) {
 	back.expectAbort(t)
 }
 
+// The upstream is another Caddy with this module. A client that comes back to it
+// must keep its id until it has another one of that.
+func TestAClientOfAnUpstreamWithIDsLikeOursKeepsItsID(t *testing.T) {
+	checkLeaks(t)
+	const inner = "sse1-AbCdEfGhIjKlMnOpQrStUg"
+	for _, where := range []string{"header", "query"} {
+		for _, site := range []string{"resume 20s", "share"} {
+			t.Run(site+", "+where, func(t *testing.T) {
+				up := newUpstream(t)
+				c := startCaddy(t, "sse {\n heartbeat off\n "+site+"\n}\nreverse_proxy "+up.addr)
+				cl := c.client("h1")
+				first, call := open(t, cl, up, "/", "Accept: text/event-stream", notEventSource)
+				call.start("text/event-stream")
+				one := first.headers(t).follow()
+				call.send("event: sse\ndata:\nid: " + inner + ".0\n\n" + eventOf(inner, 1))
+				one.expect(t, "event: sse\ndata:\nid: "+inner+".0\n\n"+eventOf(inner, 1))
+				call.end()
+				one.expectEnd(t)
+
+				path, headers := "/", comingBack(asEventSource, inner+".1")
+				if where == "query" {
+					path, headers = "/?lastEventId="+inner+".1", asEventSource
+				}
+				second, call := open(t, cl, up, path, headers...)
+				if got := call.Header.Get("Last-Event-ID") + call.URL.Query().Get("lastEventId"); got != inner+".1" {
+					t.Errorf("the upstream gets the id %q", got)
+				}
+				call.start("text/event-stream")
+				two := second.headers(t).follow()
+				call.send(eventOf(inner, 2))
+				two.expect(t, eventOf(inner, 2)) // and nothing before it
+				call.end()
+				two.expectEnd(t)
+			})
+		}
+	}
+}
+
 func TestABodyThatIsNoEventStreamIsNotKept(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)

@@ -324,10 +324,13 @@ func (d *dumpClient) followDump(t *testing.T, c *testCaddy, slow bool, dump int,
 				if _, number, _ := strings.Cut(d.last, "."); number != strconv.Itoa(d.seen) {
 					return fmt.Errorf("%d events are gone after %d, and the id is %s", gone, d.seen-gone, d.last)
 				}
-			case fields["event"] != "" && fields["event"] != "sse":
+			case fields["event"] == "sse": // where it has joined
+				_, number, _ := strings.Cut(d.last, ".")
+				d.seen, _ = strconv.Atoi(number)
+			case fields["event"] != "":
 				return fmt.Errorf("after %d: %v", d.seen, fields)
 			case n == 0:
-			case n != d.seen+1 && d.seen > 0:
+			case n != d.seen+1:
 				return fmt.Errorf("%d after %d, and nothing was told", n, d.seen)
 			default:
 				if d.seen = n; slow && visit == 1 && n < dump/2 {

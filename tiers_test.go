@@ -23,12 +23,13 @@ import (
 type middle struct {
 	net.Listener
 	mu   sync.Mutex
+	to   string
 	open []net.Conn
 	cuts int
 }
 
-// newMiddle passes connections on to where it is told to once the first comes.
-func newMiddle(t testing.TB, to func() string) *middle {
+// newMiddle passes connections on to where it leads.
+func newMiddle(t testing.TB) *middle {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -46,7 +47,10 @@ func newMiddle(t testing.TB, to func() string) *middle {
 			if err != nil {
 				return
 			}
-			next, err := net.Dial("tcp", to())
+			m.mu.Lock()
+			to := m.to
+			m.mu.Unlock()
+			next, err := net.Dial("tcp", to)
 			if err != nil {
 				conn.Close()
 				continue
@@ -64,6 +68,12 @@ func newMiddle(t testing.TB, to func() string) *middle {
 		}
 	})
 	return m
+}
+
+func (m *middle) leadTo(addr string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.to = addr
 }
 
 // cut breaks off what is open.
@@ -190,9 +200,8 @@ func throughTwoTiers(t *testing.T, outer, inner string, shared bool) {
 		}
 		<-r.Context().Done()
 	})
-	var c *testCaddy
-	way := newMiddle(t, func() string { return c.addr })
-	c = startCaddy(t, `
+	way := newMiddle(t)
+	c := startCaddy(t, `
 		@inner header X-Tier inner
 		handle @inner {
 			sse {
@@ -206,12 +215,14 @@ func throughTwoTiers(t *testing.T, outer, inner string, shared bool) {
 			sse {
 				name outer
 				retry 100ms
+				reconnect_on 502 # a request that is cut, too
 				`+outer+`
 			}
 			reverse_proxy `+way.Addr().String()+` {
 				header_up X-Tier inner
 			}
 		}`, withAdmin(), withLogLevel("ERROR"))
+	way.leadTo(c.addr)
 	ctx, stop := context.WithTimeout(t.Context(), 4*patience)
 	defer stop()
 
