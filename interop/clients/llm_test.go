@@ -198,14 +198,28 @@ func TestAnAnswerOutlivesAReload(t *testing.T) {
 
 // TestAnEarlyStartForAnSDK: these SDKs ask for a stream in the request body, not in
 // Accept. They raise on the error event of an early start, since its data has a
-// member "error".
+// member "error", also if resume adds an id to it.
 func TestAnEarlyStartForAnSDK(t *testing.T) {
 	t.Parallel()
-	caddy := harness.StartSite(t, styleSite(serveLLM(t), "early_start 300ms"))
+	upstream, site := serveLLM(t), ""
+	settings := map[string]string{"alone": "heartbeat 1s", "resume": "heartbeat 1s\nresume 1m any"}
+	for name, setting := range settings {
+		site += `
+	handle_path /` + name + `/* {
+		sse {
+			early_start 300ms
+			` + setting + `
+		}
+		reverse_proxy ` + upstream + `
+	}`
+	}
+	caddy := harness.StartSite(t, site)
 	var streams []string
-	for client, base := range map[string]string{"openai": "/v1", "anthropic": ""} {
-		for _, kind := range []string{"slow", "broken"} {
-			streams = append(streams, client+"/"+kind+"="+caddy.URL+"/block/"+kind+base)
+	for name := range settings {
+		for client, base := range map[string]string{"openai": "/v1", "anthropic": ""} {
+			for _, kind := range []string{"slow", "broken"} {
+				streams = append(streams, client+"/"+kind+"/"+name+"="+caddy.URL+"/"+name+"/"+kind+base)
+			}
 		}
 	}
 	inPython, inNode := startPython(t, "answers.py", streams), startNode(t, "answers.mjs", streams)
@@ -219,22 +233,24 @@ func TestAnEarlyStartForAnSDK(t *testing.T) {
 		{"openai", inNode, "APIError: "},
 		{"anthropic", inNode, "APIError: "},
 	} {
-		slow, broken := row.client+"/slow", row.client+"/broken"
-		row.running.awaitCount(t, "end", 1, slow, broken)
-		all := row.running.reports()
-		if got := fmt.Sprint(events(all, slow), of(all, slow, "error")); got != "[{text Hello! }] []" {
-			t.Errorf("%s: %s", slow, got)
-		}
-		failures := of(all, broken, "error")
-		t.Logf("%s: %v", broken, failures)
-		if len(events(all, broken)) > 0 || len(failures) != 1 ||
-			!strings.HasPrefix(failures[0].Error, row.raises) || !strings.Contains(failures[0].Error, "the upstream answered 500") {
-			t.Errorf("%s: events %q, errors %v", broken, events(all, broken), failures)
+		for name := range settings {
+			slow, broken := row.client+"/slow/"+name, row.client+"/broken/"+name
+			row.running.awaitCount(t, "end", 1, slow, broken)
+			all := row.running.reports()
+			if got := fmt.Sprint(events(all, slow), of(all, slow, "error")); got != "[{text Hello! }] []" {
+				t.Errorf("%s: %s", slow, got)
+			}
+			failures := of(all, broken, "error")
+			t.Logf("%s: %v", broken, failures)
+			if len(events(all, broken)) > 0 || len(failures) != 1 ||
+				!strings.HasPrefix(failures[0].Error, row.raises) || !strings.Contains(failures[0].Error, "the upstream answered 500") {
+				t.Errorf("%s: events %q, errors %v", broken, events(all, broken), failures)
+			}
 		}
 	}
 	for _, closed := range caddy.ClosedStreams() {
 		want := "upstream_closed"
-		if strings.HasPrefix(closed.Path, "/block/broken/") {
+		if strings.Contains(closed.Path, "/broken/") {
 			want = "upstream_error"
 		}
 		if closed.Reason != want {

@@ -44,7 +44,8 @@ func part(text string) string {
 
 // TestClientsThatFailOnCommentsAreSpared checks the table of clients in both
 // directions: with it they see their answer and nothing else, and without it they
-// fail. The entry of a client that has been fixed can go.
+// fail. The entry of a client that has been fixed can go. The ids that resume adds
+// do none of them harm, as those that would fail get none.
 func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 	t.Parallel()
 	caddy := harness.StartSite(t, `
@@ -57,6 +58,12 @@ func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 			heartbeat_style block
 		}
 		reverse_proxy `+serveAnswers(t, true)+`
+	}
+	handle_path /resume/* {
+		sse 1s {
+			resume 1m any
+		}
+		reverse_proxy `+serveAnswers(t, false)+`
 	}`)
 	rows := []struct {
 		name, client string
@@ -78,7 +85,7 @@ func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 	var streams []string
 	inGo := new(goWatched)
 	for _, row := range rows {
-		for _, style := range []string{"auto", "block"} {
+		for _, style := range []string{"auto", "block", "resume"} {
 			name, url := row.client+"/"+style, caddy.URL+"/"+style
 			switch row.client {
 			case "google-go":
@@ -91,6 +98,14 @@ func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 		}
 	}
 	inPython := startPython(t, "answers.py", streams)
+	t.Cleanup(func() {
+		for _, closed := range caddy.ClosedStreams() {
+			google := strings.HasSuffix(closed.Path, ":streamGenerateContent")
+			if kept := strings.HasPrefix(closed.Path, "/resume/") && !google; (closed.Run != "") != kept {
+				t.Errorf("%+v", closed)
+			}
+		}
+	})
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
@@ -108,61 +123,14 @@ func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 			if got := saw("auto"); got != exact {
 				t.Errorf("auto: %s", got)
 			}
+			if got := saw("resume"); got != exact {
+				t.Errorf("resume: %s", got)
+			}
 			if got := saw("block"); (got == exact) == row.fails {
 				t.Errorf("block: %s; if it takes comments now, its entry in quirks.go can go", got)
 			}
 		})
 	}
-}
-
-// TestIDsOfResumeDoNoHarmToAnSDK: with `any` the answers of an API without ids get
-// some, and silences beside them.
-func TestIDsOfResumeDoNoHarmToAnSDK(t *testing.T) {
-	t.Parallel()
-	var site strings.Builder
-	for path, upstream := range map[string]string{"answers": serveAnswers(t, false), "llm": serveLLM(t)} {
-		fmt.Fprintf(&site, `
-	handle_path /%s/* {
-		sse 1s {
-			resume 1m any
-		}
-		reverse_proxy %s
-	}`, path, upstream)
-	}
-	caddy := harness.StartSite(t, site.String())
-	var inPython []string
-	for _, client := range []string{"openai", "openai-async", "azure", "langchain", "groq", "groq-async", "litellm", "litellm-openai"} {
-		inPython = append(inPython, client+"/python="+caddy.URL+"/answers/v1")
-	}
-	inPython = append(inPython, "anthropic/python="+caddy.URL+"/llm", "google/python="+caddy.URL+"/answers")
-	inNode := []string{"openai/node=" + caddy.URL + "/llm/v1", "anthropic/node=" + caddy.URL + "/llm"}
-	inGo := new(goWatched)
-	go inGo.askGoogle(t.Context(), "google/go", caddy.URL+"/answers")
-	for _, running := range []struct {
-		watched
-		streams []string
-	}{
-		{startPython(t, "answers.py", inPython), inPython},
-		{startNode(t, "answers.mjs", inNode), inNode},
-		{inGo, []string{"google/go"}},
-	} {
-		for _, stream := range running.streams {
-			name, _, _ := strings.Cut(stream, "=")
-			harness.Eventually(t, patience, "the answer "+name, func() bool { return len(of(running.reports(), name, "end")) > 0 })
-			got := fmt.Sprint(events(running.reports(), name), of(running.reports(), name, "error"))
-			if got != "[{text Hello! }] []" {
-				t.Errorf("%s: %s", name, got)
-			}
-		}
-	}
-	for _, closed := range caddy.ClosedStreams() {
-		// Google's fail on ids.
-		google := strings.HasSuffix(closed.Path, ":streamGenerateContent")
-		if closed.Reason != "upstream_closed" || (closed.Run == "") != google {
-			t.Errorf("%+v", closed)
-		}
-	}
-	caddy.CheckNoErrors(t)
 }
 
 // askGoogle asks with Google's SDK for Go.

@@ -17,6 +17,7 @@ type Hop struct {
 
 	mutex  sync.Mutex
 	joined chan struct{} // closed, except while the network is cut
+	over   bool          // the test has ended
 	open   map[net.Conn]bool
 }
 
@@ -42,6 +43,9 @@ func StartHop(t testing.TB, target string) *Hop {
 	})
 	t.Cleanup(func() {
 		listener.Close()
+		h.mutex.Lock()
+		h.over = true
+		h.mutex.Unlock()
 		h.Rejoin()
 		h.reset()
 		passing.Wait()
@@ -103,7 +107,13 @@ func (h *Hop) pass(client net.Conn) {
 			return
 		}
 		h.mutex.Lock()
-		if h.joined != joined { // it was cut again meanwhile
+		switch {
+		case h.over:
+			h.mutex.Unlock()
+			server.Close()
+			abort(client)
+			return
+		case h.joined != joined: // it was cut again meanwhile
 			h.mutex.Unlock()
 			server.Close()
 			continue

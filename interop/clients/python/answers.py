@@ -10,14 +10,22 @@ import threading
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # asks nobody outside
 
-import litellm
-from anthropic import Anthropic
-from google import genai
-from groq import AsyncGroq, Groq
-from langchain_openai import ChatOpenAI
-from openai import AsyncAzureOpenAI, AsyncOpenAI, AzureOpenAI, OpenAI
+# Importing all of these SDKs takes seconds, and a minute on a busy machine.
+WANTED = {argument.partition("/")[0] for argument in sys.argv[1:]}
+if "anthropic" in WANTED:
+    from anthropic import Anthropic
+if "google" in WANTED:
+    from google import genai
+if WANTED & {"groq", "groq-async"}:
+    from groq import AsyncGroq, Groq
+if "langchain" in WANTED:
+    from langchain_openai import ChatOpenAI
+if WANTED & {"litellm", "litellm-openai"}:
+    import litellm
 
-litellm.suppress_debug_info = True
+    litellm.suppress_debug_info = True
+if WANTED & {"openai", "openai-async", "azure", "azure-async"}:
+    from openai import AsyncAzureOpenAI, AsyncOpenAI, AzureOpenAI, OpenAI
 
 CHAT = {"model": "stand-in", "messages": [{"role": "user", "content": "Hello"}], "stream": True}
 
