@@ -31,7 +31,8 @@ func TestAClientThatDoesNotReadDoesNotHoldItsHandlersUp(t *testing.T) {
 		defer close(flooded)
 		call.do(func(w http.ResponseWriter) {
 			for n := 1; ; n++ {
-				if _, err := fmt.Fprintf(w, "data: %d %s\n\n", n, strings.Repeat("x", 1000)); err != nil {
+				_, err := fmt.Fprintf(w, "data: %d %s\n\n", n, strings.Repeat("x", 1000))
+				if err != nil || http.NewResponseController(w).Flush() != nil {
 					return
 				}
 				// So that the client has all that there is, as long as it takes it.
