@@ -91,8 +91,14 @@ type opened struct {
 // open opens a stream and waits until it is listed.
 func (c *testCaddy) open(t testing.TB, cl *testClient, up *testUpstream, path string, header ...string) *opened {
 	t.Helper()
-	o := &opened{path: path}
-	o.exchange, o.call = open(t, cl, up, path, header...)
+	e, call := open(t, cl, up, path, header...)
+	return c.opened(t, path, e, call)
+}
+
+// opened starts the stream of a request.
+func (c *testCaddy) opened(t testing.TB, path string, e *exchange, call *upstreamCall) *opened {
+	t.Helper()
+	o := &opened{path: path, exchange: e, call: call}
 	o.call.start(eventStream)
 	o.body = o.headers(t).follow()
 	c.listed(t, path)
@@ -113,7 +119,9 @@ func TestAStreamIsListedWithTheContractsFields(t *testing.T) {
 		t.Run(proto, func(t *testing.T) {
 			path := "/events/" + proto
 			before := time.Now()
-			o := c.open(t, c.client(proto), up, path, "Accept: text/event-stream", "User-Agent: tests/1", "Last-Event-ID: 6")
+			cl := c.client(proto)
+			e := cl.begin(cl.request(t, "GET", path, nil, "Accept: text/event-stream", "User-Agent: tests/1", "Last-Event-ID: 6"))
+			o := c.opened(t, path, e, up.accept(t))
 			o.body.expect(t, ":heartbeat\n\n")
 			o.call.send("id: 7\ndata: 1\n\n")
 			o.body.expect(t, "id: 7\ndata: 1\n\n")

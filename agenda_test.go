@@ -175,3 +175,27 @@ func TestAWaitBeyondAllTimeIsNeverOver(t *testing.T) {
 		}
 	}
 }
+
+// The agenda may be about to call on a stream that is just ending.
+func TestAStreamWhoseHandlersHaveLeftIsLeftAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := quietHandler()
+		h.upstreamTimeout = time.Second
+		client := new(beaten)
+		s := openStream(h, client, time.Second)
+		s.rare = &rareStream{tries: &tries{live: true}}
+		s.close()
+		time.Sleep(time.Minute)
+		s.tick()
+		s.mu.Lock() // as somebody has who looks at it at the same time
+		s.arrived = now()
+		s.tick()
+		s.mu.Unlock()
+		if s.end(drained) || s.at() != stageOpen || s.why != notEnded {
+			t.Errorf("it is at stage %d, ended as %v", s.at(), s.why)
+		}
+		if len(h.agenda.entries) != 0 || client.writes.Load() != 0 {
+			t.Errorf("%d entries are left, %d frames have gone out", len(h.agenda.entries), client.writes.Load())
+		}
+	})
+}

@@ -195,7 +195,7 @@ func (x *exchange) placeholder(key string) (any, bool) {
 		return nil, false
 	}
 	c := &a.context
-	if x.relayed() && !x.rare.relay.waits || x.tries() != nil {
+	if x.relayed() && !x.rare.relay.waits.Load() || x.tries() != nil {
 		return c.set.Get(key) // handlers may be at work, and just add a way to find something (map)
 	}
 	return c.replacer.Get(key)

@@ -104,6 +104,7 @@ var blocks = map[string]map[string]subdirective{
 //			detached <n>
 //			run_for  <duration>
 //			lost     <event>|off
+//			store    <name> { ... }
 //		}
 //		share [<header|placeholder>...] {
 //			join    live|last <n>
@@ -147,6 +148,12 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		inner := make(map[string]bool)
 		for nesting := d.Nesting(); block != nil && d.NextBlock(nesting); {
 			setting := d.Val()
+			if name == "resume" && setting == "store" {
+				if err := h.unmarshalStore(d); err != nil {
+					return err
+				}
+				continue
+			}
 			if err := h.unmarshalSubdirective(d, setting, block, inner); err != nil {
 				return err
 			}

@@ -900,7 +900,9 @@ func TestThousandsOfShortPOSTStreamsArriveWhole(t *testing.T) {
 		}
 	})
 	c := startCaddy(t, `
-		sse
+		sse {
+			heartbeat off
+		}
 		reverse_proxy `+up.addr, withoutLogs())
 	totals := map[string]int{"h1": 4000, "h2": 2000, "h3": 500}
 	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {

@@ -579,7 +579,7 @@ func TestAnEarlyEndIsCleanToAnEventSourceAndAnAbortForEverybodyElse(t *testing.T
 			expectEnd(t, c.closedLine(t, o.path), "drained", "info")
 		}
 
-		// Who is not drained can be ended by hand.
+		// A stream that is not drained can be ended by hand.
 		datastar := c.open(t, cl, up, "/datastar"+cl.proto, "Accept: text/event-stream, text/html, application/json")
 		c.adminJSON(t, "DELETE", "/sse/streams?path="+datastar.path, 202)
 		datastar.body.expectAbort(t)

@@ -65,7 +65,7 @@ func TestASilentUpstreamsStreamStartsWithoutIt(t *testing.T) {
 		}
 		call.start(eventStream, "Access-Control-Allow-Origin: https://upstream.example", "Set-Cookie: a=b")
 		c.waitForStream(t, path, func(s map[string]any) bool { return s["state"] == "open" && s["upstream"] == up.addr })
-		// Behind a frame, a byte order mark would belong to the first field.
+		// After a frame, a byte order mark would belong to the first field.
 		call.send("\xef\xbb")
 		call.send("\xbfdata: 1\n\n")
 		body.expect(t, "data: 1\n\n")

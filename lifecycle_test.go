@@ -1075,7 +1075,7 @@ func TestTheTimesAgreeWithWhatAClientMeasures(t *testing.T) {
 		time.Sleep(step)
 		_, err := io.WriteString(w, "data: 1\n\n")
 		return err
-	}), "sse", "sse 1s {\nprelude 5ms\n}", 1))
+	}), "sse", "sse 1h {\nprelude 5ms\n}", 1))
 	for _, proto := range clientProtocols {
 		t.Run(proto, func(t *testing.T) {
 			cl := c.client(proto)

@@ -46,7 +46,7 @@ func TestStreamsBeyondALimitAreRefused(t *testing.T) {
 	} {
 		for _, proto := range clientProtocols {
 			t.Run(test.limit+" "+proto, func(t *testing.T) {
-				name := test.limit + proto
+				name := uniqueName(test.limit + proto)
 				c := startCaddy(t, `
 					header X-Site 1
 					sse {

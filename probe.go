@@ -69,8 +69,8 @@ const (
 
 	probeTokenHeader = "Sse-Probe-Token"
 
-	// probePatience is how long a probe waits for its client, be it that it
-	// takes bytes or that it sends the rest of a request's body.
+	// probePatience is how long a probe waits for its client, to take
+	// bytes or to send the rest of a request's body.
 	probePatience = 30 * time.Second
 
 	// maxProbeBody is how much of a request's body is read and counted.

@@ -89,7 +89,7 @@ func (x *exchange) findKept() (r *run, n uint64) {
 	}
 	place := x.keptPlace()
 	var its [sha256.Size]byte
-	found, known := runTokens.get(id.token)
+	found, known := x.h.runTable().get(id.token)
 	if known && found.kept != nil {
 		its = found.kept.place
 	}
@@ -103,6 +103,11 @@ func (x *exchange) findKept() (r *run, n uint64) {
 // where the request goes on as a new one.
 func (x *exchange) comeBack() (out outcome, done bool) {
 	r, n := x.findKept()
+	if r == nil && x.h.resuming.depot != nil {
+		if out, answer := x.comeBackElsewhere(); answer != notElsewhere {
+			return out, answer == answeredElsewhere
+		}
+	}
 	if x.r.Method == http.MethodDelete {
 		return outcome{left: true, err: x.stopKept(r, n)}, true
 	}
@@ -112,7 +117,7 @@ func (x *exchange) comeBack() (out outcome, done bool) {
 		return outcome{}, false
 	}
 	if r != nil {
-		if reader := r.enterAt(n); reader != nil {
+		if reader := (&runReader{run: r}); r.enterAt(n, reader) {
 			return outcome{left: true, run: x.goOn(reader)}, true
 		}
 	}
@@ -158,16 +163,22 @@ func (x *exchange) goOn(reader *runReader) runEnd {
 	x.rare.fed.resumed, x.rare.fed.missed = true, p.missed
 	feed := &x.rare.feed
 	feed.ctx, feed.cancel = context.WithCancelCause(x.r.Context())
+	x.takeDifference(r.kept.added, r.kept.replaced)
+	x.open(r.answer.status)
+	return reader.followRun(feed.ctx, x.stream)
+}
+
+// takeDifference makes of the site's headers what the run's handlers have made of
+// them.
+func (x *exchange) takeDifference(added, replaced http.Header) {
 	header := x.w.Header()
-	for field, values := range r.kept.replaced {
+	for field, values := range replaced {
 		header[field] = slices.Clone(values)
 	}
-	for field, values := range r.kept.added {
+	for field, values := range added {
 		// Handlers around this one edit values in place.
 		header[field] = slices.Concat(header[field], values)
 	}
-	x.open(r.answer.status)
-	return reader.followRun(feed.ctx, x.stream)
 }
 
 // The type of the error that says that there is nothing to come back to.
@@ -198,25 +209,26 @@ func (x *exchange) answerLost() {
 }
 
 // enterAt adds a client that has come back at its place, and ends the streams of
-// those that are still there. It returns nil where there is no such place.
-func (r *run) enterAt(n uint64) *runReader {
+// those that are still there. It returns false where there is no such place.
+func (r *run) enterAt(n uint64, reader *runReader) bool {
 	r.mu.Lock()
-	if r.stage == runEnding || r.stage == runGone {
+	if r.stage == runEnding || r.stage == runGone || !reader.join(journal.After(n)) {
 		r.mu.Unlock()
-		return nil
-	}
-	reader := &runReader{run: r}
-	if !reader.join(journal.After(n)) {
-		r.mu.Unlock()
-		return nil
+		return false
 	}
 	before := r.readersLocked()
 	r.addReaderLocked(reader)
 	r.group().dropDetached(r)
-	r.kept.newest = reader
+	r.kept.newest, r.kept.told = reader, true
+	if reader.distant != nil {
+		if r.kept.distant == nil {
+			r.kept.distant = make(map[string]*runReader)
+		}
+		r.kept.distant[reader.distant.id] = reader
+	}
 	r.mu.Unlock()
 	for _, other := range before {
 		other.endStream(takenOver)
 	}
-	return reader
+	return true
 }

@@ -480,17 +480,20 @@ func TestResumeAsksTheUpstreamAgain(t *testing.T) {
 	call.abort()
 	call = up.accept(t)
 	call.start("text/event-stream")
-	call.send(plainEvent(2))
+	// A byte order mark is none in mid-stream.
+	call.send("\xEF\xBB")
+	call.send("\xBF" + plainEvent(2))
 	one.expect(t, eventOf(token, 2))
 	res.leave()
 	c.waitForRun("open", 0)
 	call.abort() // attached or not
 	call = up.accept(t)
 	call.start("text/event-stream")
-	call.send(plainEvent(3))
+	call.send("\xEF")
+	call.send(": no mark\n" + plainEvent(3))
 	back := cl.get(t, "/", comingBack(asEventSource, token+".1")...)
 	two := back.follow()
-	two.expect(t, "retry: 100\n\n"+eventOf(token, 2)+eventOf(token, 3))
+	two.expect(t, "retry: 100\n\n"+eventOf(token, 2)+"\xEF: no mark\n"+eventOf(token, 3))
 	call.end()
 	two.expectEnd(t)
 }

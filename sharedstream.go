@@ -44,6 +44,8 @@ func (x *exchange) upstream() string {
 		return x.attempt.upstream()
 	case x.rare != nil && x.rare.reader != nil:
 		return x.rare.reader.run.figures().upstream
+	case x.rare != nil && x.rare.follower != nil:
+		return x.rare.follower.begin.Upstream
 	}
 	return ""
 }
@@ -57,7 +59,9 @@ func (x *exchange) takeID() {
 		parsed, ok := parseRunID(id)
 		// The upstream may be a site of this process, too, whose runs have another
 		// name.
-		if r, known := runTokens.get(parsed.token); !ok || !known || r.group() != x.h.group {
+		r, known := x.h.runTable().get(parsed.token)
+		known = known && r.group() == x.h.group
+		if !ok || !known && !x.isKnownElsewhere(parsed.token) {
 			return // it is the upstream's
 		}
 	}
@@ -281,7 +285,12 @@ func (x *exchange) placeIn(reader *runReader) placing {
 
 // newFed is what the request's stream is to know of the run that feeds it.
 func (x *exchange) newFed(r *run, g greeting) *fed {
-	f := &fed{run: r.token().short(), source: r, tried: r.tried.Load(), greeting: g}
+	return x.newFedBy(r, r.token(), g)
+}
+
+// newFedBy is newFed for whatever feeds it.
+func (x *exchange) newFedBy(source feedSource, token runToken, g greeting) *fed {
+	f := &fed{run: token.short(), source: source, tried: source.tries(), greeting: g}
 	if x.h.spared != nil && x.frames == &x.h.frames && !x.kind.eventSource {
 		f.line = &x.h.spared.line
 	}

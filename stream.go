@@ -107,7 +107,7 @@ type rareStream struct {
 	panicked any                      // on a goroutine where no server would recover it
 	control  *http.ResponseController // of the connection, where writers in between hide it
 	tries    *tries                   // nil: the upstream is not asked again; set before the stream starts
-	drainDue instant                  // when it ends as its handler drained as it opened; 0: it did not
+	drainDue instant                  // when a drain ends it; 0: none does; facts
 }
 
 // newStream makes the stream of a request. It has not started yet.
@@ -125,9 +125,13 @@ func (x *exchange) newStream(status int) *stream {
 		frames:  x.frames,
 	}
 	s.stage.Store(uint32(stageOpen))
-	if x.rare != nil && x.rare.fed != nil {
+	switch {
+	case x.rare == nil:
+	case x.rare.fed != nil:
 		s.fed = x.rare.fed
 		s.fed.greeting.owe(s)
+	case x.rare.unknown:
+		x.oweLost(s)
 	}
 	if x.rare != nil {
 		s.id = x.rare.id

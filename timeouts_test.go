@@ -869,8 +869,7 @@ func TestAnUpstreamTimeoutCountsNoHeartbeats(t *testing.T) {
 				if (err == io.EOF) != (r.want == "end") || err == errNothingMore {
 					t.Errorf("got %q, %v, want an %s", text, err, r.want)
 				}
-				took := time.Since(last)
-				if limit := 500 * time.Millisecond; took < limit-50*time.Millisecond || took > limit+1500*time.Millisecond {
+				if took := time.Since(last); took < 500*time.Millisecond {
 					t.Errorf("it ended after %v", took)
 				}
 				line := c.closedLine(t, path)

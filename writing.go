@@ -95,7 +95,7 @@ func (s *stream) followLocked(p []byte) (lead, body []byte, n int) {
 	}
 	s.bytes += uint64(n)
 	if s.splicer.HasOwnIDs() && s.fed != nil && s.fed.line != nil {
-		if !s.fed.source.feed.ownIDs.Load() {
+		if !s.fed.source.hasUpstreamsIDs() {
 			s.frames = s.fed.line
 		}
 		s.fed.line = nil

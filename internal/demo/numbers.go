@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// Numbers is an upstream that counts, and has neither ids nor a replay: who is
-// away misses what it counts meanwhile. Each event is the next number, at the same
+// Numbers is an upstream that counts, and has neither ids nor a replay: a client
+// that is away misses what it counts meanwhile. Each event is the next number, at the same
 // time for everybody, with how often this client has asked.
 //
 //	GET <any path>[?client=<name>]  a stream

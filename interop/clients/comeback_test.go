@@ -181,7 +181,7 @@ func TestAClientThatWasCutComesBackAndMissesNothing(t *testing.T) {
 						})
 						upstream.tell(path(use), told)
 					}
-					hop.Mend()
+					hop.Rejoin()
 				}
 
 				await("their places", "place", 1)

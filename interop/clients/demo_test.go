@@ -19,9 +19,7 @@ func TestTheDemosPage(t *testing.T) {
 	demo := harness.Start(t, harness.Command(harness.CaddyBinary(t), "sse", "demo", "--listen", "127.0.0.1:0"),
 		harness.Env("HOME="+home, "XDG_DATA_HOME="+home, "XDG_CONFIG_HOME="+home))
 	demo.AwaitOutput(t, "Ctrl-C ends the demo")
-	chromium := harness.Program(t, "chromium", "chromium")
-	visit := startNode(t, "demo.mjs", []string{demoAddress.FindStringSubmatch(demo.Output())[1]},
-		harness.Env("CHROMIUM="+chromium, "TMPDIR="+harness.ShortTempDir(t)))
+	visit := startChromium(t, "demo.mjs", []string{demoAddress.FindStringSubmatch(demo.Output())[1]})
 	visit.awaitCount(t, "end", 1, "page")
 	figures := func(way string) map[string]int {
 		of := make(map[string]int)

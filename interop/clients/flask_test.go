@@ -58,7 +58,7 @@ func TestAPageOfTheFlaskExampleMissesNothing(t *testing.T) {
 				}
 				hop.Cut()
 				time.Sleep(away)
-				hop.Mend()
+				hop.Rejoin()
 				browser.await(t, "all are back", func(all []report) bool {
 					for _, name := range names {
 						if len(of(all, name, "open")) <= opened[name] {

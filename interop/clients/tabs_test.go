@@ -223,7 +223,7 @@ func TestFetchEventSourceOnTabSwitches(t *testing.T) {
 			tell(whole, kept...)
 			browser.back(t)
 			await("end", 1, kept...)
-			// Who has stopped stays so.
+			// A request that has stopped stays stopped.
 			browser.away(t)
 			await("hidden", 6, "page")
 			browser.back(t)

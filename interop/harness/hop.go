@@ -16,7 +16,7 @@ type Hop struct {
 	listener net.Listener
 
 	mutex  sync.Mutex
-	mended chan struct{} // closed, but while the network is cut
+	joined chan struct{} // closed, except while the network is cut
 	open   map[net.Conn]bool
 }
 
@@ -27,9 +27,9 @@ func StartHop(t testing.TB, target string) *Hop {
 	if err != nil {
 		t.Fatal(err)
 	}
-	mended := make(chan struct{})
-	close(mended)
-	h := &Hop{Addr: listener.Addr().String(), target: target, listener: listener, mended: mended, open: make(map[net.Conn]bool)}
+	joined := make(chan struct{})
+	close(joined)
+	h := &Hop{Addr: listener.Addr().String(), target: target, listener: listener, joined: joined, open: make(map[net.Conn]bool)}
 	var passing sync.WaitGroup
 	passing.Go(func() {
 		for {
@@ -42,7 +42,7 @@ func StartHop(t testing.TB, target string) *Hop {
 	})
 	t.Cleanup(func() {
 		listener.Close()
-		h.Mend()
+		h.Rejoin()
 		h.reset()
 		passing.Wait()
 	})
@@ -53,26 +53,26 @@ func StartHop(t testing.TB, target string) *Hop {
 func (h *Hop) Port() int { return h.listener.Addr().(*net.TCPAddr).Port }
 
 // Cut breaks every connection off. Those that clients open from now on stay
-// without an answer until the hop is mended.
+// without an answer until Rejoin.
 func (h *Hop) Cut() {
 	h.mutex.Lock()
 	select {
-	case <-h.mended:
-		h.mended = make(chan struct{})
+	case <-h.joined:
+		h.joined = make(chan struct{})
 	default:
 	}
 	h.mutex.Unlock()
 	h.reset()
 }
 
-// Mend ends a cut.
-func (h *Hop) Mend() {
+// Rejoin ends a cut.
+func (h *Hop) Rejoin() {
 	h.mutex.Lock()
 	defer h.mutex.Unlock()
 	select {
-	case <-h.mended:
+	case <-h.joined:
 	default:
-		close(h.mended)
+		close(h.joined)
 	}
 }
 
@@ -94,16 +94,16 @@ func abort(conn net.Conn) {
 func (h *Hop) pass(client net.Conn) {
 	for {
 		h.mutex.Lock()
-		mended := h.mended
+		joined := h.joined
 		h.mutex.Unlock()
-		<-mended
+		<-joined
 		server, err := net.Dial("tcp", h.target)
 		if err != nil {
 			abort(client)
 			return
 		}
 		h.mutex.Lock()
-		if h.mended != mended { // it was cut again meanwhile
+		if h.joined != joined { // it was cut again meanwhile
 			h.mutex.Unlock()
 			server.Close()
 			continue

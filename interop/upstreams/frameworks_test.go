@@ -57,7 +57,7 @@ func TestPagesLoadWhileStreamsTakeGunicornsWorkers(t *testing.T) {
 	caddy := harness.StartSite(t, "sse\nreverse_proxy "+addr)
 	both := []*harness.Stream{harness.Open(t, client, caddy.URL+"/events"), harness.Open(t, client, caddy.URL+"/events")}
 	for _, stream := range both {
-		stream.Next(t, 5*time.Second)
+		stream.Next(t, harness.Patience)
 	}
 	if err := pageIn(t, 3*time.Second, caddy.URL+"/clients"); err == nil {
 		t.Error("without a limit a page was answered: two streams don't take two sync workers any more")
@@ -78,10 +78,10 @@ func TestPagesLoadWhileStreamsTakeGunicornsWorkers(t *testing.T) {
 		return pageIn(t, 3*time.Second, caddy.URL+"/clients") == nil
 	})
 	first := harness.Open(t, client, caddy.URL+"/events")
-	first.Next(t, 5*time.Second)
+	first.Next(t, harness.Patience)
 
 	second := harness.Open(t, client, caddy.URL+"/events")
-	if err := second.AwaitEnd(t, 5*time.Second); err != nil || second.Response.StatusCode != http.StatusOK {
+	if err := second.AwaitEnd(t, harness.Patience); err != nil || second.Response.StatusCode != http.StatusOK {
 		t.Errorf("the second: %s, %v", second.Response.Status, err)
 	}
 	if body := second.Body(); !strings.HasPrefix(body, "retry: ") || len(second.Events()) > 0 {
@@ -90,7 +90,7 @@ func TestPagesLoadWhileStreamsTakeGunicornsWorkers(t *testing.T) {
 	if err := pageIn(t, harness.Patience, caddy.URL+"/clients"); err != nil {
 		t.Errorf("a page while a stream takes a worker: %v", err)
 	}
-	first.Next(t, 5*time.Second)
+	first.Next(t, harness.Patience)
 
 	first.Close()
 	caddy.AwaitClosed(t, "/events")
@@ -100,7 +100,8 @@ func TestPagesLoadWhileStreamsTakeGunicornsWorkers(t *testing.T) {
 
 func TestGunicornEndsStreamsOfSyncWorkersAfterItsTimeout(t *testing.T) {
 	t.Parallel()
-	process, addr := gunicorn(t, "--workers", "2", "--timeout", "2")
+	// Without --preload, a worker that takes long to start would be killed, too.
+	process, addr := gunicorn(t, "--workers", "2", "--timeout", "3", "--preload")
 	caddy := harness.StartSite(t, "sse\nreverse_proxy "+addr)
 	client := harness.Client(t, "h1")
 	stream := harness.Open(t, client, caddy.URL+"/events")
@@ -112,10 +113,10 @@ func TestGunicornEndsStreamsOfSyncWorkersAfterItsTimeout(t *testing.T) {
 	}
 	process.AwaitOutput(t, "WORKER TIMEOUT")
 
-	_, addr = gunicorn(t, "--threads", "10", "--timeout", "2")
+	_, addr = gunicorn(t, "--threads", "10", "--timeout", "3", "--preload")
 	stream = harness.Open(t, client, "http://"+addr+"/events")
 	for range 8 { // one a second
-		stream.Next(t, 5*time.Second)
+		stream.Next(t, harness.Patience)
 	}
 }
 
@@ -125,7 +126,7 @@ func TestGunicornBreaksStreamsOffAfterItsGracefulTimeout(t *testing.T) {
 		process, addr := gunicorn(t, workers, "2", "--graceful-timeout", "2")
 		caddy := harness.StartSite(t, "sse\nreverse_proxy "+addr)
 		stream := harness.Open(t, harness.Client(t, "h1"), caddy.URL+"/events")
-		stream.Next(t, 5*time.Second)
+		stream.Next(t, harness.Patience)
 		process.Signal(syscall.SIGTERM)
 		if closed := caddy.AwaitClosed(t, "/events"); closed.Reason != "upstream_error" || closed.Events < 2 {
 			t.Errorf("%s: %+v", workers, closed)
@@ -265,14 +266,14 @@ func TestUvicornWaitsForStreamsWhenItExits(t *testing.T) {
 	client := harness.Client(t, "h1")
 	stream := harness.Open(t, client, "http://"+addr+"/endless")
 	other := harness.Open(t, client, "http://"+leavesAddr+"/endless")
-	stream.Next(t, 5*time.Second)
-	other.Next(t, 5*time.Second)
+	stream.Next(t, harness.Patience)
+	other.Next(t, harness.Patience)
 	waits.Signal(syscall.SIGTERM)
 	leaves.Signal(syscall.SIGTERM)
 	other.AwaitEnd(t, harness.Patience)
 	harness.Eventually(t, harness.Patience, "uvicorn with a limit has ended", func() bool { return !leaves.Running() })
 	for range 6 { // half a second apart
-		stream.Next(t, 5*time.Second)
+		stream.Next(t, harness.Patience)
 	}
 	if !waits.Running() {
 		t.Error("uvicorn without a limit has ended")
@@ -288,6 +289,12 @@ const phpEvents = `for ($n = 1; $n <= 5; $n++) {
 	usleep(500000);
 }`
 
+const phpEndless = `for (;;) {
+	echo "data: 1\n\n";
+	flush();
+	usleep(100000);
+}`
+
 func TestWhatHoldsStreamsBackInPHP(t *testing.T) {
 	t.Parallel()
 	dir := harness.ShortTempDir(t)
@@ -296,9 +303,9 @@ func TestWhatHoldsStreamsBackInPHP(t *testing.T) {
 		"page.php":     `<?php echo 'page';`,
 		"flush.php":    phpHeader + phpEvents,
 		"ended.php":    phpHeader + unbuffered + phpEvents,
-		"endless.php":  phpHeader + unbuffered + "for (;;) { echo \"data: 1\\n\\n\"; flush(); usleep(100000); }",
+		"endless.php":  phpHeader + unbuffered + phpEndless,
 		"locked.php":   phpHeader + "session_id('locked'); session_start();\n" + unbuffered + phpEvents,
-		"unlocked.php": phpHeader + "session_id('unlocked'); session_start(); session_write_close();\n" + unbuffered + phpEvents,
+		"unlocked.php": phpHeader + "session_id('unlocked'); session_start(); session_write_close();\n" + unbuffered + phpEndless,
 		"session.php":  "<?php session_id($_GET['id']); session_start(); echo 'page';",
 		"finished.php": phpHeader + "echo \"data: 1\\n\\n\"; fastcgi_finish_request(); sleep(1); touch(__DIR__ . '/went-on');",
 	} {
@@ -352,16 +359,22 @@ php_value[session.save_path] = %[1]s
 	})
 	t.Run("an open session is locked", func(t *testing.T) {
 		t.Parallel()
-		for _, session := range []string{"locked", "unlocked"} {
-			stream := harness.Open(t, harness.Client(t, "h1"), caddy.URL+"/"+session+".php")
-			stream.Next(t, harness.Patience)
-			if err := pageIn(t, harness.Patience, caddy.URL+"/session.php?id="+session); err != nil {
-				t.Error(err)
-			}
-			// The lock ends with the script.
-			if whole := len(stream.Events()) == 5; whole != (session == "locked") {
-				t.Errorf("%s: a page of the session came after all events of the stream: %v", session, whole)
-			}
+		stream := harness.Open(t, harness.Client(t, "h1"), caddy.URL+"/locked.php")
+		stream.Next(t, harness.Patience)
+		if err := pageIn(t, harness.Patience, caddy.URL+"/session.php?id=locked"); err != nil {
+			t.Error(err)
+		}
+		if n := len(stream.Events()); n != 5 {
+			t.Errorf("a page of the session came after %d of 5 events: the session is not locked any more", n)
+		}
+
+		stream = harness.Open(t, harness.Client(t, "h1"), caddy.URL+"/unlocked.php")
+		stream.Next(t, harness.Patience)
+		if err := pageIn(t, harness.Patience, caddy.URL+"/session.php?id=unlocked"); err != nil {
+			t.Error(err)
+		}
+		if stream.Ended() {
+			t.Error("a page of the session came after the stream that had closed its session")
 		}
 	})
 	t.Run("fastcgi_finish_request() ends the stream", func(t *testing.T) {
@@ -375,6 +388,27 @@ php_value[session.save_path] = %[1]s
 			return len(found) == 1
 		})
 	})
+}
+
+// Rack::ETag of Rack 2.2, which Rails includes, reads all of a stream first.
+func TestRailsHoldsStreamsBackForTheirETag(t *testing.T) {
+	t.Parallel()
+	ruby := harness.Program(t, "ruby", "ruby", "ruby-railties", "puma")
+	rack := harness.Run(t, harness.Patience, harness.Command(ruby, "-e", `require "rack"; print Rack.release`))
+	holds := strings.HasPrefix(rack, "2.2.")
+	addr := harness.FreeAddr(t)
+	puma := harness.Program(t, "puma", "puma", "ruby-railties")
+	dir := harness.Root(t, "interop", "upstreams", "rails")
+	harness.Start(t, harness.Command(puma, "--bind", "tcp://"+addr, "config.ru"), harness.In(dir)).AwaitHTTP(t, "http://"+addr)
+	caddy := harness.StartSite(t, "sse\nreverse_proxy "+addr)
+	for query, want := range map[string]bool{"": holds, "?last_modified=1": false} {
+		t.Run("/events"+query, func(t *testing.T) {
+			t.Parallel()
+			if held, _ := heldFor(t, caddy.URL+"/events"+query); (held > atEnd) != want {
+				t.Errorf("Rack %s: the first event took %v; want it to wait for the end: %v", rack, held, want)
+			}
+		})
+	}
 }
 
 // The time is Tomcat's default for asynchronous requests.

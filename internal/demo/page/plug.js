@@ -24,7 +24,7 @@ class Clock {
 	}
 
 	late(n, now) {
-		return now - this.#zero - n * this.#step > this.#step;
+		return now - this.#zero - n * this.#step > 2 * this.#step;
 	}
 }
 

@@ -1,16 +1,9 @@
 // node demo.mjs <url>: opens the demo's page in headless Chromium, pulls the plug,
 // and prints what each way says of it.
-import { chromium } from 'playwright-core';
-
+import { openPage } from './page.mjs';
 import { report } from './report.mjs';
 
-const browser = await chromium.launch({
-	executablePath: process.env.CHROMIUM,
-	args: ['--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync'],
-});
-const page = await browser.newPage();
-page.on('pageerror', (e) => report('page', 'failure', { error: String(e) }));
-await page.goto(process.argv[2]);
+const page = await openPage(process.argv[2]);
 const came = (way) => page.waitForFunction((way) => document.querySelectorAll(`[data-counter=${way}] .came`).length >= 4, way);
 await Promise.all([came('plain'), came('resume')]);
 await page.click('#pull');
@@ -26,4 +19,4 @@ await page.click('#bytes summary');
 await page.waitForFunction(() => [...document.querySelectorAll('[data-counter] .state')].every((state) => state.textContent === 'open'));
 report('page', 'event', { type: 'width', data: String(await page.evaluate(() => document.documentElement.scrollWidth <= innerWidth)) });
 report('page', 'end');
-await browser.close();
+await page.context().browser().close();

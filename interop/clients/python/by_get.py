@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 
+import httpx
 import replicate
 from langgraph_sdk import get_sync_client
 
@@ -23,7 +24,7 @@ def read_langgraph(stream, url):
 
 
 def read_replicate(stream, url):
-    client = replicate.Client(api_token="none", base_url=url)
+    client = replicate.Client(api_token="none", base_url=url, timeout=httpx.Timeout(300))
     for event in client.stream("owner/model:version", input={}):
         if event.event == event.EventType.OUTPUT:
             report(stream, "event", type="output", data=str(event.data), id=event.id)
