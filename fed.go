@@ -108,7 +108,13 @@ func (s *stream) follow(ctx context.Context, c *journal.Cursor) error {
 
 // followRun is follow for the reader of a run, and tells how the run ended.
 func (reader *runReader) followRun(ctx context.Context, s *stream) runEnd {
-	switch err := s.follow(ctx, reader.cursor); {
+	var err error
+	if reader.run.kept != nil {
+		err = reader.followInTurns(ctx, s)
+	} else {
+		err = s.follow(ctx, reader.cursor)
+	}
+	switch {
 	case err == nil:
 		return runEnd{}
 	case errors.Is(err, journal.ErrLagged):

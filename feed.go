@@ -30,6 +30,9 @@ type feed struct {
 	lastID   string // of this attempt, as the scanner has it
 	follows  bool   // there is one
 
+	// publish lets the readers have what there is; nil: the journal wakes them.
+	publish func()
+
 	bytes  atomic.Uint64
 	ownIDs atomic.Bool  // the upstream has sent an id field
 	heard  atomic.Int64 // when it has sent something last, an instant
@@ -112,7 +115,11 @@ func (f *feed) write(p []byte) (int, error) {
 			return 0, f.over
 		}
 	}
-	f.journal.Publish()
+	if f.publish != nil {
+		f.publish()
+	} else {
+		f.journal.Publish()
+	}
 	return taken, nil
 }
 

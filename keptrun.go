@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -39,6 +40,8 @@ type keptRun struct {
 	sentAway map[string]reason     // they are to end, for this reason
 
 	alone *list.Element // its place among those without a client; the group's lock
+
+	attached atomic.Pointer[runReader] // the newest one, while it reads
 }
 
 // clientID is the client that the run counts for while nobody is there; it is
@@ -130,6 +133,7 @@ func (x *exchange) beginRun(status int, header http.Header) {
 	}
 	f.foreign = func() { x.h.foreignIDs.Store(true) }
 	f.unkeep = r.unkeep
+	f.publish = r.publish
 	r.stays = r.staysAlone
 	r.forget = func() {
 		r.h.runTable().drop(r.token())

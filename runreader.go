@@ -17,6 +17,8 @@ type runReader struct {
 	stream *stream
 	why    reason // of an early end that was asked for before there was a stream
 	left   bool
+
+	baton baton // of a resumedRun
 }
 
 // enter adds a client. It returns nil where the run takes none any more.

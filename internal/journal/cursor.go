@@ -360,6 +360,12 @@ func (c *Cursor) Wait() <-chan struct{} {
 	return c.wake
 }
 
+// Take takes the place of a reader that waits: what is published from then on does
+// not wake it. Whoever has it reads with Next and Advance, and ends with Wait, or
+// with Wake to leave the rest to the reader. It returns false where the reader does
+// not wait.
+func (c *Cursor) Take() bool { return c.parked.CompareAndSwap(true, false) }
+
 // hasMore looks again after the reader has said that it waits: what is
 // published from then on wakes it.
 func (c *Cursor) hasMore() bool {

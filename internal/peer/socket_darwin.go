@@ -64,3 +64,8 @@ func observe(fd int) (observation, error) {
 	}
 	return o, nil
 }
+
+// unacknowledged is SO_NWRITE: what is in the send buffer.
+func unacknowledged(fd int) (int, error) {
+	return unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_NWRITE)
+}

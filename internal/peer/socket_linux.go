@@ -81,3 +81,6 @@ func observe(fd int) (observation, error) {
 	}
 	return o, nil
 }
+
+// unacknowledged is what SIOCOUTQ tells (tcp(7)).
+func unacknowledged(fd int) (int, error) { return unix.IoctlGetInt(fd, unix.SIOCOUTQ) }

@@ -22,3 +22,5 @@ func setUserTimeout(int, time.Duration) error { return errors.ErrUnsupported }
 func observe(int) (observation, error) { return observation{}, errors.ErrUnsupported }
 
 func setUnsentLimit(int, int) error { return errors.ErrUnsupported }
+
+func unacknowledged(int) (int, error) { return 0, errors.ErrUnsupported }
