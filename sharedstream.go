@@ -279,7 +279,7 @@ func (x *exchange) placeIn(reader *runReader) placing {
 
 // newFed is what the request's stream is to know of the run that feeds it.
 func (x *exchange) newFed(r *run, g greeting) *fed {
-	f := &fed{run: r.token().short(), source: r, tried: r.tried.Load(), greeting: g}
+	f := &fed{run: r.token().short(), source: r, feed: r.feed, tried: r.tried.Load(), greeting: g}
 	if x.h.spared != nil && x.frames == &x.h.frames && !x.kind.eventSource {
 		f.line = &x.h.spared.line
 	}

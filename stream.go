@@ -37,7 +37,7 @@ type stream struct {
 	mu sync.Mutex
 
 	// facts guards what observers ask for. It is never held across a write.
-	// Inside it only the agenda's lock may be taken.
+	// Inside it only the agenda's lock may be taken, and a journal's.
 	facts sync.Mutex
 
 	w      http.ResponseWriter
