@@ -65,3 +65,6 @@ func SetExiting(is bool) (undo func()) {
 
 // EndHandler ends a handler's streams as the end of the grace period does.
 func EndHandler(h *Handler) { endStreams(h.liveStreams()) }
+
+// OpenStreams is how many streams of a handler are open.
+func OpenStreams(h *Handler) int { return len(h.liveStreams()) }

@@ -89,8 +89,8 @@ func (reader *runReader) deliver() {
 }
 
 // followShared is stream.follow for the reader of a shared run.
-func (reader *runReader) followShared(ctx context.Context, c *journal.Cursor) error {
-	for {
+func (reader *runReader) followShared(ctx context.Context) error {
+	for c := reader.cursor; ; {
 		p, err := c.Next()
 		switch {
 		case err != nil:

@@ -131,11 +131,13 @@ func (s *stream) goesOnIn(f *feed) {
 
 // followRun is follow for the reader of a run, and tells how the run ended.
 func (reader *runReader) followRun(ctx context.Context, s *stream) runEnd {
-	follow := s.follow
+	var err error
 	if reader.run.use == sharedRun {
-		follow = reader.followShared
+		err = reader.followShared(ctx)
+	} else {
+		err = s.follow(ctx, reader.cursor)
 	}
-	switch err := follow(ctx, reader.cursor); {
+	switch {
 	case err == nil:
 		return runEnd{}
 	case errors.Is(err, journal.ErrLagged):
