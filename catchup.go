@@ -305,7 +305,7 @@ func (x *exchange) followCatchUp(ctx context.Context, reader *runReader, up *cat
 			}
 			return up.end, false, true
 		case p != nil:
-			if x.stream.passBlocks(c, p) != nil {
+			if x.stream.passBlocks(c, p, nil) != nil {
 				return runEnd{}, false, true
 			}
 			c.Advance(len(p))

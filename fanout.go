@@ -26,7 +26,10 @@ type round struct {
 	busy    atomic.Int32 // that are with a client
 }
 
-var rounds = sync.Pool{New: func() any { return new(round) }}
+var (
+	rounds   = sync.Pool{New: func() any { return new(round) }}
+	framings = sync.Pool{New: func() any { return new(framing) }}
+)
 
 // Serve begins a round.
 func (fanOut) Serve(due *journal.Due) {
@@ -40,15 +43,18 @@ func (fanOut) Serve(due *journal.Due) {
 }
 
 func (r *round) work() {
+	f := framings.Get().(*framing)
 	for deliver := r.due.Next(); deliver != nil; deliver = r.due.Next() {
 		if busy := r.busy.Add(1); busy >= r.workers.Load() {
 			// All are with a client now, who may hold them up.
 			r.workers.Add(1)
 			go r.work()
 		}
-		deliver()
+		deliver(f)
 		r.busy.Add(-1)
 	}
+	f.of = nil // a journal's
+	framings.Put(f)
 	if r.workers.Add(-1) == 0 {
 		r.due.Recycle()
 		r.due = nil
@@ -60,8 +66,10 @@ func (r *round) work() {
 // behind, and its own goroutine goes on with that.
 const mostAtATime = 64 << 10
 
-// deliver writes what has come to the reader's client, on a worker.
-func (reader *runReader) deliver() {
+// deliver writes what has come to the reader's client, on a worker that has a
+// framing.
+func (reader *runReader) deliver(worker any) {
+	f := worker.(*framing)
 	c, s := reader.cursor, reader.stream
 	rested := false
 	defer func() {
@@ -79,7 +87,7 @@ func (reader *runReader) deliver() {
 			if rested = c.Rested(); rested {
 				return
 			}
-		case s.passBlocks(c, p) != nil:
+		case s.passBlocks(c, p, f) != nil:
 			return
 		default:
 			c.Advance(len(p))
@@ -99,7 +107,7 @@ func (reader *runReader) followShared(ctx context.Context) error {
 			if !reader.rest(ctx) {
 				return nil
 			}
-		case reader.stream.passBlocks(c, p) != nil:
+		case reader.stream.passBlocks(c, p, nil) != nil:
 			return nil
 		default:
 			c.Advance(len(p))

@@ -211,6 +211,7 @@ func (x *exchange) openShared(reader *runReader, answer runAnswer) (p placing, o
 	if x.stream != nil {
 		x.role = streaming
 		x.stream.answered(answer.status, answer.header, answer.upstream)
+		x.stream.chunks = x.chunkConn()
 		greeting.retry = 0 // it has been told
 		return p, x.stream.greet(greeting.text()) == nil
 	}
@@ -224,6 +225,7 @@ func (x *exchange) openShared(reader *runReader, answer runAnswer) (p placing, o
 	}
 	x.rare.fed.greeting = greeting
 	x.open(answer.status)
+	x.stream.chunks = x.chunkConn()
 	reader.feeds(x.stream)
 	return p, true
 }

@@ -63,8 +63,8 @@ func (s *stream) pass(p []byte) (int, error) {
 
 // passBlocks is pass for the next bytes of a shared run's reader: whole blocks,
 // which the run has followed. The client gets all of them or, where its stream
-// ends early, none.
-func (s *stream) passBlocks(c *journal.Cursor, p []byte) error {
+// ends early, none. A worker has its framing; nil: there is none.
+func (s *stream) passBlocks(c *journal.Cursor, p []byte, f *framing) error {
 	s.mu.Lock()
 	defer s.unlock()
 	if err := s.errLocked(); err != nil {
@@ -75,7 +75,13 @@ func (s *stream) passBlocks(c *journal.Cursor, p []byte) error {
 	if !passes {
 		return errStreamEnded
 	}
-	if err := s.sendLocked(s.lastBytes, lead, p); err != nil {
+	var err error
+	if f != nil && s.chunks != nil && len(lead) == 0 && len(p) <= progressUnit {
+		err = s.sendChunkLocked(f.frame(p))
+	} else {
+		err = s.sendLocked(s.lastBytes, lead, p)
+	}
+	if err != nil {
 		if first {
 			s.noteFirstEvent(0)
 		}

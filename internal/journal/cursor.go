@@ -46,7 +46,7 @@ type Cursor struct {
 	beginAt int64 // the offset of begin
 	missed  uint64
 	lagged  func()
-	deliver func()
+	deliver func(worker any)
 	wake    chan struct{}
 	state   atomic.Uint32 // whose the cursor is
 	wanted  atomic.Bool   // its reader waits to have it back

@@ -45,9 +45,9 @@ func (d *Due) add(c *Cursor) *Due {
 // Len is how many readers there were.
 func (d *Due) Len() int { return len(d.cursors) }
 
-// Next calls what one of the readers has [Cursor.Rest] called with. It returns
-// false where there is no other one left. It is for any number of goroutines.
-func (d *Due) Next() (deliver func()) {
+// Next returns what one of the readers has called [Cursor.Rest] with, and nil where
+// there is no other one left. It is for any number of goroutines.
+func (d *Due) Next() (deliver func(worker any)) {
 	i := d.next.Add(1) - 1
 	if i >= int64(len(d.cursors)) {
 		return nil
@@ -64,10 +64,11 @@ func (d *Due) Recycle() {
 }
 
 // Rest lends the cursor to the journal's server. When there is more, that calls
-// deliver, which reads, and ends with [Cursor.Rested] or [Cursor.GiveBack]. The
+// deliver, with whatever it wants to tell, which reads, and ends with
+// [Cursor.Rested] or [Cursor.GiveBack]. The
 // channel gets a value when the cursor may be the reader's again: see
 // [Cursor.IsHeld]. A reader that can't wait for that calls [Cursor.Reclaim].
-func (c *Cursor) Rest(deliver func()) <-chan struct{} {
+func (c *Cursor) Rest(deliver func(worker any)) <-chan struct{} {
 	c.deliver = deliver
 	select {
 	case <-c.wake: // from before

@@ -24,7 +24,7 @@ func (w *workers) Serve(due *Due) {
 	for range 3 {
 		w.group.Go(func() {
 			for deliver := due.Next(); deliver != nil; deliver = due.Next() {
-				deliver()
+				deliver(nil)
 			}
 			if left.Add(-1) == 0 {
 				due.Recycle()
@@ -74,7 +74,7 @@ func (r *sleeper) follow(stop <-chan struct{}) error {
 			r.c.Advance(len(p))
 			continue
 		}
-		back := r.c.Rest(func() { r.take() })
+		back := r.c.Rest(func(any) { r.take() })
 		for resting := true; resting; {
 			select {
 			case <-back:
@@ -170,7 +170,7 @@ func TestWhoRestsIsToldOfTheEnd(t *testing.T) {
 		j := open(t, KeepNewest, 1<<20)
 		j.ServedBy(new(workers))
 		c := join(t, j, Live())
-		back := c.Rest(func() { t.Error("there is nothing to read") })
+		back := c.Rest(func(any) { t.Error("there is nothing to read") })
 		end(j)
 		if <-back; !c.IsHeld() {
 			t.Errorf("%s: the cursor has not been given back", name)
@@ -187,7 +187,7 @@ func TestAReaderThatIsBeingReadForTakesItsCursorBackAfterThat(t *testing.T) {
 	j.ServedBy(server)
 	c := join(t, j, Live())
 	reading, goOn := make(chan struct{}), make(chan struct{})
-	c.Rest(func() {
+	c.Rest(func(any) {
 		close(reading)
 		<-goOn
 		p, _ := c.Next()
