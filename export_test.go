@@ -98,3 +98,19 @@ func SetStoreLease(lease time.Duration) (undo func()) {
 	storeLease = lease
 	return func() { storeLease = before }
 }
+
+// OpenStreams is how many streams of a handler are open.
+func OpenStreams(h *Handler) int { return len(h.liveStreams()) }
+
+// OpenAndChunked is how many streams there are, and to how many of them chunks may
+// be written.
+func OpenAndChunked() (open, chunked int) {
+	for _, s := range live.streams() {
+		s.mu.Lock()
+		if open++; s.chunks != nil {
+			chunked++
+		}
+		s.mu.Unlock()
+	}
+	return open, chunked
+}

@@ -99,11 +99,19 @@ func (r *run) endOf(ctx context.Context, w *runResponse, err error) runEnd {
 	return runEnd{reason: upstreamClosed}
 }
 
-// answeredOther reports whether each client is to ask the upstream by itself.
+// answeredOther reports whether each client is to ask the upstream by itself. What
+// handlers answer to a run that has been left meanwhile is no answer of the
+// upstream's: reverse_proxy says 499.
 func (r *run) answeredOther(end runEnd) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.answer.kind == answerOther || errors.Is(end.err, errOtherBody)
+	switch r.answer.kind {
+	case answerOther:
+		return true
+	case answerStream:
+		return errors.Is(end.err, errOtherBody)
+	}
+	return false
 }
 
 // runResponse is the ResponseWriter that the handlers of a run's attempt get. It

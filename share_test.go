@@ -1,6 +1,7 @@
 package caddysse_test
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -243,6 +244,28 @@ func TestAnAnswerThatIsNoStreamIsEachClientsOwn(t *testing.T) {
 	follower.expect(t, "data: x\n\n")
 	call.end()
 	follower.expectEnd(t)
+}
+
+func TestARunThatIsLeftBeforeItsAnswerIsNoAnswerThatIsNoStream(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, sharedSite(up, ""), withAdmin())
+	cl := c.client("h1")
+	ctx, leave := context.WithCancel(t.Context())
+	cl.begin(cl.request(t, "GET", "/", nil, asEventSource...).WithContext(ctx))
+	call := up.accept(t)
+	leave()
+	call.expectGone()
+	eventually(t, "the run is gone", func() bool { return len(c.runs("").Runs) == 0 })
+	first, call := open(t, cl, up, "/", append(asEventSource, "X-Client: 1")...)
+	if call.Header.Get("X-Client") != "" {
+		t.Error("the next client has a stream of its own")
+	}
+	call.start("text/event-stream")
+	one := first.headers(t).follow()
+	one.expectFirst(t, 0)
+	call.end()
+	one.expectEnd(t)
 }
 
 func TestTheAdminAPIListsAndEndsRuns(t *testing.T) {
