@@ -12,8 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/redis/rueidis"
-
 	"github.com/caddyserver/caddy/v2"
 
 	"github.com/caddy-sse/caddy-sse/store"
@@ -106,16 +104,20 @@ func (s *server) do(t testing.TB, command ...string) string {
 	if err := r.prepare(); err != nil {
 		t.Fatal(err)
 	}
-	client, err := rueidis.NewClient(r.option)
+	c, err := r.dial(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer client.Close()
-	answer, err := client.Do(t.Context(), client.B().Arbitrary(command...).Build()).ToAny()
+	defer c.fail(errClosed)
+	go c.receive()
+	replies, err := c.do(t.Context(), command)
 	if err != nil {
 		t.Fatalf("%s: %v", command, err)
 	}
-	return fmt.Sprint(answer)
+	if refused, ok := replies[0].(replyError); ok {
+		t.Fatalf("%s: %v", command, refused)
+	}
+	return fmt.Sprint(replies[0])
 }
 
 // open opens a way to the server, as a node has it.
