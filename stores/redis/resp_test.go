@@ -14,14 +14,14 @@ import (
 
 func TestRepliesAreReadAsTheServerMeansThem(t *testing.T) {
 	for text, want := range map[string]any{
-		"+OK\r\n":                         "OK",
-		":-12\r\n":                        int64(-12),
-		"$-1\r\n":                         nil,
-		"*-1\r\n":                         nil,
-		"$0\r\n\r\n":                     "",
+		"+OK\r\n":                       "OK",
+		":-12\r\n":                      int64(-12),
+		"$-1\r\n":                       nil,
+		"*-1\r\n":                       nil,
+		"$0\r\n\r\n":                    "",
 		"$4\r\na\r\nb\r\n":              "a\r\nb",
-		"-OOM no room\r\n":                replyError("OOM no room"),
-		"*0\r\n":                          []any(nil),
+		"-OOM no room\r\n":              replyError("OOM no room"),
+		"*0\r\n":                        []any(nil),
 		"*2\r\n:1\r\n*1\r\n$1\r\nx\r\n": []any{int64(1), []any{"x"}},
 	} {
 		got, err := readReply(bufio.NewReader(strings.NewReader(text)))
