@@ -5,8 +5,6 @@ import (
 	"slices"
 	"sync"
 	"time"
-
-	"github.com/redis/rueidis"
 )
 
 const (
@@ -17,6 +15,9 @@ const (
 	// lookAgain is how often who waits looks without a notice: one may be lost
 	// with its connection, or forbidden.
 	lookAgain = 2 * time.Second
+
+	// noticePulse is how often the connection for notices is tried.
+	noticePulse = 5 * time.Second
 )
 
 // notices tell who waits that there is something new: whoever changes a run, or
@@ -98,8 +99,8 @@ func (n *notices) kick() {
 func (n *notices) listen() {
 	ctx := n.connection.ctx
 	for ctx.Err() == nil {
-		if client, err := n.connection.get(ctx); err == nil {
-			n.hear(ctx, client)
+		if c, err := n.connection.r.dial(ctx); err == nil {
+			n.hear(ctx, c)
 		}
 		n.deaf()
 		select {
@@ -120,34 +121,55 @@ func (n *notices) deaf() {
 }
 
 // hear subscribes to what is wanted on one connection, until that breaks.
-func (n *notices) hear(ctx context.Context, client rueidis.Client) {
-	own, release := client.Dedicate()
-	defer release()
-	broken := own.SetPubSubHooks(rueidis.PubSubHooks{
-		OnMessage: func(m rueidis.PubSubMessage) { n.tell(m.Channel) },
-		OnSubscription: func(s rueidis.PubSubSubscription) {
-			if s.Kind == "subscribe" {
-				n.tell(s.Channel) // what came before it has not been told
-			}
-		},
-	})
-	tidy := time.NewTicker(noticeLinger / 3)
-	defer tidy.Stop()
+func (n *notices) hear(ctx context.Context, c *conn) {
+	defer c.fail(errClosed)
+	n.work.Go(func() { n.receive(c) })
+	pulse := time.NewTicker(noticePulse)
+	defer pulse.Stop()
 	for {
+		var commands [][]string
 		wanted, unwanted := n.difference()
-		if len(wanted) > 0 && own.Do(ctx, own.B().Subscribe().Channel(wanted...).Build()).Error() != nil {
-			return
+		if len(wanted) > 0 {
+			commands = append(commands, append([]string{"SUBSCRIBE"}, wanted...))
 		}
-		if len(unwanted) > 0 && own.Do(ctx, own.B().Unsubscribe().Channel(unwanted...).Build()).Error() != nil {
+		if len(unwanted) > 0 {
+			commands = append(commands, append([]string{"UNSUBSCRIBE"}, unwanted...))
+		}
+		if len(commands) > 0 && c.send(nil, commands) != nil {
 			return
 		}
 		select {
 		case <-n.changed:
-		case <-tidy.C:
-		case <-broken:
+		case <-pulse.C:
+			if c.send(nil, [][]string{{"PING"}}) != nil { // the answer shows that the server lives
+				return
+			}
+		case <-c.broken:
 			return
 		case <-ctx.Done():
 			return
+		}
+	}
+}
+
+// receive passes on what the server sends on a connection for notices.
+func (n *notices) receive(c *conn) {
+	for {
+		_ = c.net.SetReadDeadline(time.Now().Add(noticePulse + connPatience))
+		reply, err := readReply(c.in)
+		if err != nil {
+			c.fail(err)
+			return
+		}
+		if refused, ok := reply.(replyError); ok {
+			c.fail(refused)
+			return
+		}
+		// After a subscription, what came before it has not been told.
+		if message, ok := reply.([]any); ok && len(message) == 3 && (message[0] == "message" || message[0] == "subscribe") {
+			if name, ok := message[1].(string); ok {
+				n.tell(name)
+			}
 		}
 	}
 }

@@ -9,13 +9,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"strconv"
 	"strings"
 	"time"
-
-	"github.com/redis/rueidis"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
@@ -53,7 +50,7 @@ type Redis struct {
 	// Encrypts connections. Default: they are not.
 	TLS *TLS `json:"tls,omitempty"`
 
-	option rueidis.ClientOption
+	secured *tls.Config // nil: connections are not encrypted
 }
 
 // TLS is how connections are encrypted.
@@ -102,7 +99,7 @@ func (r *Redis) Provision(caddy.Context) error {
 	return r.prepare()
 }
 
-// prepare makes of the settings what the client wants.
+// prepare checks the settings and reads certificates.
 func (r *Redis) prepare() error {
 	if r.DB < 0 {
 		return fmt.Errorf("redis: db: %d is no number of a database", r.DB)
@@ -115,21 +112,6 @@ func (r *Redis) prepare() error {
 			return err
 		}
 	}
-	r.option = rueidis.ClientOption{
-		InitAddress:       r.Address[:1],
-		Username:          r.Username,
-		Password:          r.Password,
-		SelectDB:          r.DB,
-		ClientName:        "caddy-sse",
-		ForceSingleClient: true,
-		DisableCache:      true,
-		DisableRetry:      true, // the sse handler does that
-		AlwaysPipelining:  true,
-		PipelineMultiplex: -1, // one connection for all but notices
-		BlockingPoolSize:  2,
-		Dialer:            net.Dialer{Timeout: dialPatience},
-		ConnWriteTimeout:  connPatience,
-	}
 	if r.TLS == nil {
 		return nil
 	}
@@ -137,7 +119,7 @@ func (r *Redis) prepare() error {
 	if err != nil {
 		return err
 	}
-	r.option.TLSConfig = config
+	r.secured = config
 	return nil
 }
 
@@ -186,7 +168,7 @@ func (r *Redis) Identity() string {
 
 // Open implements [store.Opener]. It dials nobody.
 func (r *Redis) Open() (store.Store, error) {
-	return newRedisStore(r.option, r.Address, r.Prefix), nil
+	return newRedisStore(r), nil
 }
 
 // UnmarshalCaddyfile sets up the store from Caddyfile tokens. Syntax:
@@ -286,7 +268,8 @@ const (
 	// dialPatience bounds the making of a connection.
 	dialPatience = 2 * time.Second
 
-	// connPatience is how long a connection may say nothing that should.
+	// connPatience is how long a server may take to read, or to answer, before
+	// its connection is given up.
 	connPatience = 5 * time.Second
 )
 

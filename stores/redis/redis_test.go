@@ -7,6 +7,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -25,7 +27,9 @@ type server struct {
 	dir     string
 	address string
 	options []string
-	process *exec.Cmd
+
+	password string
+	process  *exec.Cmd
 }
 
 // startServer runs one, on a port of loopback.
@@ -38,12 +42,7 @@ func startServer(t testing.TB, options ...string) *server {
 	if _, err := exec.LookPath(program); err != nil {
 		t.Skipf("there is no %s", program)
 	}
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := &server{t: t, dir: t.TempDir(), address: ln.Addr().String(), options: append([]string{program}, options...)}
-	ln.Close()
+	s := &server{t: t, dir: t.TempDir(), address: freeAddress(t), options: append([]string{program}, options...)}
 	s.start()
 	t.Cleanup(s.stop)
 	return s
@@ -74,7 +73,7 @@ func (s *server) start() {
 			answer := make([]byte, 5)
 			n, _ := conn.Read(answer)
 			conn.Close()
-			if n > 0 && (answer[0] == '+' || string(answer[:n]) == "-NOAU") {
+			if n > 0 && (answer[0] == '+' || strings.HasPrefix(string(answer[:n]), "-NOA")) {
 				return
 			}
 		}
@@ -92,6 +91,33 @@ func (s *server) stop() {
 		_ = s.process.Wait()
 		s.process = nil
 	}
+}
+
+// pause lets the server hang, until resume.
+func (s *server) pause()  { _ = s.process.Process.Signal(syscall.SIGSTOP) }
+func (s *server) resume() { _ = s.process.Process.Signal(syscall.SIGCONT) }
+
+// do has the server do something, and returns its answer as text.
+func (s *server) do(t testing.TB, command ...string) string {
+	t.Helper()
+	r := &Redis{Address: []string{s.address}, Password: s.password}
+	if err := r.prepare(); err != nil {
+		t.Fatal(err)
+	}
+	c, err := r.dial(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.fail(errClosed)
+	go c.receive()
+	replies, err := c.do(t.Context(), command)
+	if err != nil {
+		t.Fatalf("%s: %v", command, err)
+	}
+	if refused, ok := replies[0].(replyError); ok {
+		t.Fatalf("%s: %v", command, refused)
+	}
+	return fmt.Sprint(replies[0])
 }
 
 // open opens a way to the server, as a node has it.

@@ -4,11 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
-
-	"github.com/redis/rueidis"
 
 	"github.com/caddy-sse/caddy-sse/store"
 )
@@ -31,8 +30,8 @@ type redisStore struct {
 	prefix     string
 }
 
-func newRedisStore(option rueidis.ClientOption, addresses []string, prefix string) *redisStore {
-	s := &redisStore{connection: newConnection(option, addresses), prefix: prefix}
+func newRedisStore(r *Redis) *redisStore {
+	s := &redisStore{connection: newConnection(r), prefix: r.Prefix}
 	s.notices = newNotices(s.connection)
 	return s
 }
@@ -54,30 +53,27 @@ func (s *redisStore) leaseOf(node store.Node) string {
 func (s *redisStore) inboxOf(node store.Node) string { return s.leaseOf(node) + ":inbox" }
 
 // evaluate is a call of a script.
-func evaluate(b rueidis.Builder, s script, keys []string, args ...string) rueidis.Completed {
-	return b.Evalsha().Sha1(s.sha).Numkeys(int64(len(keys))).Key(keys...).Arg(args...).Build()
+func evaluate(sc script, keys []string, args ...string) []string {
+	command := make([]string, 0, 3+len(keys)+len(args))
+	command = append(command, "EVALSHA", sc.sha, strconv.Itoa(len(keys)))
+	return append(append(command, keys...), args...)
 }
 
 // run calls a script, which the server gets where it does not know it.
-func (s *redisStore) run(ctx context.Context, sc script, keys []string, args ...string) rueidis.RedisResult {
-	client, err := s.connection.get(ctx)
-	if err != nil {
-		return rueidis.NewErrorResult(err)
-	}
-	result := client.Do(ctx, evaluate(client.B(), sc, keys, args...))
-	if isUnknownScript(result.Error()) {
-		if err := s.load(ctx, client, sc); err != nil {
-			return rueidis.NewErrorResult(err)
+func (s *redisStore) run(ctx context.Context, sc script, keys []string, args ...string) (any, error) {
+	reply, err := s.connection.one(ctx, evaluate(sc, keys, args...)...)
+	if isUnknownScript(err) {
+		if err := s.load(ctx, sc); err != nil {
+			return nil, err
 		}
-		result = client.Do(ctx, evaluate(client.B(), sc, keys, args...))
+		reply, err = s.connection.one(ctx, evaluate(sc, keys, args...)...)
 	}
-	s.connection.note(result.Error())
-	return result
+	return reply, err
 }
 
-func (s *redisStore) load(ctx context.Context, client rueidis.Client, scripts ...script) error {
+func (s *redisStore) load(ctx context.Context, scripts ...script) error {
 	for _, sc := range scripts {
-		if err := client.Do(ctx, client.B().ScriptLoad().Script(sc.text).Build()).Error(); err != nil {
+		if _, err := s.connection.one(ctx, "SCRIPT", "LOAD", sc.text); err != nil {
 			return err
 		}
 	}
@@ -85,8 +81,8 @@ func (s *redisStore) load(ctx context.Context, client rueidis.Client, scripts ..
 }
 
 func isUnknownScript(err error) bool {
-	replied, ok := rueidis.IsRedisErr(err)
-	return ok && strings.HasPrefix(replied.Error(), "NOSCRIPT")
+	refused, ok := errors.AsType[replyError](err)
+	return ok && strings.HasPrefix(string(refused), "NOSCRIPT")
 }
 
 // milliseconds is a time that Redis takes: at least one.
@@ -96,75 +92,67 @@ func milliseconds(d time.Duration) string {
 
 // Write implements [store.Store].
 func (s *redisStore) Write(ctx context.Context, writes []store.Write) []error {
-	errs, failed := make([]error, len(writes)), false
-	client, err := s.connection.get(ctx)
-	if err == nil {
-		errs, failed = s.writeAll(ctx, client, writes)
-		if failed && anyUnknownScript(errs) {
-			// What has been done is skipped.
-			if err = s.load(ctx, client, writeScript, dropScript); err == nil {
-				errs, failed = s.writeAll(ctx, client, writes)
-			}
-		}
-	}
-	if err != nil {
-		for i := range errs {
-			errs[i] = err
-		}
+	errs := s.writeAll(ctx, writes)
+	if !slices.ContainsFunc(errs, isUnknownScript) {
 		return errs
 	}
-	if failed {
-		return errs
+	if err := s.load(ctx, writeScript, dropScript); err != nil {
+		return allFailed(writes, err)
 	}
-	return nil
+	return s.writeAll(ctx, writes) // what has been done is skipped
 }
 
-func anyUnknownScript(errs []error) bool {
-	for _, err := range errs {
-		if isUnknownScript(err) {
-			return true
-		}
+func allFailed(writes []store.Write, err error) []error {
+	errs := make([]error, len(writes))
+	for i := range errs {
+		errs[i] = err
 	}
-	return false
+	return errs
 }
 
-func (s *redisStore) writeAll(ctx context.Context, client rueidis.Client, writes []store.Write) (errs []error, failed bool) {
-	errs = make([]error, len(writes))
-	commands := make([]rueidis.Completed, len(writes))
+// writeAll returns nil where all is written.
+func (s *redisStore) writeAll(ctx context.Context, writes []store.Write) (errs []error) {
+	commands := make([][]string, len(writes))
 	for i := range writes {
-		commands[i] = s.command(client.B(), &writes[i])
+		commands[i] = s.command(&writes[i])
+	}
+	replies, err := s.connection.do(ctx, commands...)
+	if err != nil {
+		return allFailed(writes, err)
 	}
 	failures := make(map[store.Key]error)
-	for i, result := range client.DoMulti(ctx, commands...) {
+	for i, reply := range replies {
 		run := writes[i].Run
-		done, err := result.AsInt64()
+		refused, _ := reply.(replyError)
 		switch {
-		case failures[run] != nil:
-			err = failures[run] // what comes after it is not whole
-		case err == nil && done == 0:
-			err = store.ErrUnknown
+		case failures[run] != nil: // what comes after it is not whole
+		case refused != "":
+			failures[run] = refused
+		case reply != int64(1):
+			failures[run] = store.ErrUnknown
 		}
-		if err != nil {
-			errs[i], failures[run], failed = err, err, true
-			s.connection.note(err)
+		if failures[run] != nil {
+			if errs == nil {
+				errs = make([]error, len(writes))
+			}
+			errs[i] = failures[run]
 		}
 	}
-	return errs, failed
+	return errs
 }
 
 // command is the call that does a write.
-func (s *redisStore) command(b rueidis.Builder, w *store.Write) rueidis.Completed {
+func (s *redisStore) command(w *store.Write) []string {
 	keys := []string{s.hashOf(w.Run), s.streamOf(w.Run)}
 	if w.Drop {
-		return evaluate(b, dropScript, keys, s.hashOf(w.Run))
+		return evaluate(dropScript, keys, s.hashOf(w.Run))
 	}
 	args := make([]string, 0, 5+2*len(w.Events))
-	args = append(args, s.hashOf(w.Run), milliseconds(w.TTL), strconv.FormatUint(w.Oldest, 10),
-		rueidis.BinaryString(w.Begin), rueidis.BinaryString(w.End))
+	args = append(args, s.hashOf(w.Run), milliseconds(w.TTL), strconv.FormatUint(w.Oldest, 10), string(w.Begin), string(w.End))
 	for _, event := range w.Events {
-		args = append(args, strconv.FormatUint(event.Number, 10), rueidis.BinaryString(event.Data))
+		args = append(args, strconv.FormatUint(event.Number, 10), string(event.Data))
 	}
-	return evaluate(b, writeScript, keys, args...)
+	return evaluate(writeScript, keys, args...)
 }
 
 // Touch implements [store.Store].
@@ -173,15 +161,26 @@ func (s *redisStore) Touch(ctx context.Context, ttl time.Duration, runs ...store
 	for _, run := range runs {
 		keys = append(keys, s.hashOf(run), s.streamOf(run))
 	}
-	return s.run(ctx, touchScript, keys, milliseconds(ttl)).Error()
+	_, err := s.run(ctx, touchScript, keys, milliseconds(ttl))
+	return err
+}
+
+// ask calls a script that returns texts of a run.
+func (s *redisStore) ask(ctx context.Context, sc script, run store.Key, args ...string) ([]string, error) {
+	reply, err := s.run(ctx, sc, []string{s.hashOf(run), s.streamOf(run)}, args...)
+	switch {
+	case err != nil:
+		return nil, err
+	case reply == nil:
+		return nil, store.ErrUnknown
+	}
+	return texts(reply)
 }
 
 // Find implements [store.Store].
 func (s *redisStore) Find(ctx context.Context, run store.Key) (store.Run, error) {
-	fields, err := s.run(ctx, findScript, []string{s.hashOf(run), s.streamOf(run)}).AsStrSlice()
+	fields, err := s.ask(ctx, findScript, run)
 	switch {
-	case rueidis.IsRedisNil(err):
-		return store.Run{}, store.ErrUnknown
 	case err != nil:
 		return store.Run{}, err
 	case len(fields) != 4:
@@ -203,8 +202,6 @@ func (s *redisStore) Find(ctx context.Context, run store.Key) (store.Run, error)
 	return found, nil
 }
 
-var errReply = errors.New("redis: the server's answer is none of a run")
-
 // Read implements [store.Store].
 func (s *redisStore) Read(ctx context.Context, run store.Key, after uint64, maxBytes int, wait time.Duration) (events []store.Event, end []byte, err error) {
 	err = s.notices.wait(ctx, s.hashOf(run), wait, func() (done bool, err error) {
@@ -215,11 +212,8 @@ func (s *redisStore) Read(ctx context.Context, run store.Key, after uint64, maxB
 }
 
 func (s *redisStore) read(ctx context.Context, run store.Key, after uint64, maxBytes int) (events []store.Event, end []byte, err error) {
-	fields, err := s.run(ctx, readScript, []string{s.hashOf(run), s.streamOf(run)},
-		strconv.FormatUint(after, 10), strconv.Itoa(maxBytes)).AsStrSlice()
+	fields, err := s.ask(ctx, readScript, run, strconv.FormatUint(after, 10), strconv.Itoa(maxBytes))
 	switch {
-	case rueidis.IsRedisNil(err):
-		return nil, nil, store.ErrUnknown
 	case err != nil:
 		return nil, nil, err
 	case len(fields)%2 != 1:
@@ -239,25 +233,19 @@ func (s *redisStore) read(ctx context.Context, run store.Key, after uint64, maxB
 }
 
 // Renew implements [store.Store].
-func (s *redisStore) Renew(ctx context.Context, node store.Node, lease time.Duration) error {
+func (s *redisStore) Renew(ctx context.Context, node store.Node, lease time.Duration) (err error) {
 	if lease > 0 {
-		return s.run(ctx, renewScript, []string{s.leaseOf(node)}, milliseconds(lease)).Error()
+		_, err = s.run(ctx, renewScript, []string{s.leaseOf(node)}, milliseconds(lease))
+	} else {
+		_, err = s.connection.one(ctx, "DEL", s.leaseOf(node))
 	}
-	client, err := s.connection.get(ctx)
-	if err != nil {
-		return err
-	}
-	return client.Do(ctx, client.B().Del().Key(s.leaseOf(node)).Build()).Error()
+	return err
 }
 
 // Lives implements [store.Store].
 func (s *redisStore) Lives(ctx context.Context, node store.Node) (bool, error) {
-	client, err := s.connection.get(ctx)
-	if err != nil {
-		return false, err
-	}
-	n, err := client.Do(ctx, client.B().Exists().Key(s.leaseOf(node)).Build()).AsInt64()
-	return n > 0, err
+	n, err := s.connection.one(ctx, "EXISTS", s.leaseOf(node))
+	return n == int64(1), err
 }
 
 // Send implements [store.Store].
@@ -265,27 +253,24 @@ func (s *redisStore) Send(ctx context.Context, to store.Node, messages ...[]byte
 	args := make([]string, 0, 3+len(messages))
 	args = append(args, s.inboxOf(to), milliseconds(messagesStay), strconv.Itoa(mostMessages))
 	for _, message := range messages {
-		args = append(args, rueidis.BinaryString(message))
+		args = append(args, string(message))
 	}
-	return s.run(ctx, sendScript, []string{s.inboxOf(to)}, args...).Error()
+	_, err := s.run(ctx, sendScript, []string{s.inboxOf(to)}, args...)
+	return err
 }
 
 // Receive implements [store.Store].
 func (s *redisStore) Receive(ctx context.Context, node store.Node, wait time.Duration) (messages [][]byte, err error) {
 	err = s.notices.wait(ctx, s.inboxOf(node), wait, func() (done bool, err error) {
-		client, err := s.connection.get(ctx)
-		if err != nil {
+		reply, err := s.connection.one(ctx, "LPOP", s.inboxOf(node), strconv.Itoa(someMessages))
+		if err != nil || reply == nil {
 			return false, err
 		}
-		texts, err := client.Do(ctx, client.B().Lpop().Key(s.inboxOf(node)).Count(someMessages).Build()).AsStrSlice()
-		if err != nil && !rueidis.IsRedisNil(err) {
-			s.connection.note(err)
-			return false, err
-		}
-		for _, text := range texts {
+		all, err := texts(reply)
+		for _, text := range all {
 			messages = append(messages, []byte(text))
 		}
-		return len(messages) > 0, nil
+		return true, err
 	})
 	return messages, err
 }

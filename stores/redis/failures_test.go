@@ -1,0 +1,253 @@
+package redis
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/caddy-sse/caddy-sse/store"
+)
+
+const ttl = time.Minute
+
+func newKey() (key store.Key) {
+	_, _ = rand.Read(key[:])
+	return key
+}
+
+// within is the context of a call that must not take long.
+func within(t testing.TB, d time.Duration) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), d)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// write writes one event, with the beginning of its run if it is the first.
+func write(t testing.TB, s store.Store, run store.Key, n uint64) error {
+	w := store.Write{Run: run, Events: []store.Event{{Number: n, Data: fmt.Appendf(nil, "event %d", n)}}, TTL: ttl}
+	if n == 1 {
+		w.Begin = []byte("begin")
+	}
+	return errors.Join(s.Write(within(t, 5*time.Second), []store.Write{w})...)
+}
+
+// eventually waits until something succeeds.
+func eventually(t testing.TB, what string, try func() error) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
+		err := try()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: %v", what, err)
+		}
+	}
+}
+
+func TestAServerMayComeLaterThanCaddy(t *testing.T) {
+	s := startServer(t)
+	s.stop()
+	began := time.Now()
+	opened := s.open(t)
+	defer opened.Close()
+	if took := time.Since(began); took > time.Second {
+		t.Errorf("Open took %v", took)
+	}
+	if err := write(t, opened, newKey(), 1); err == nil {
+		t.Error("a write succeeds without a server")
+	}
+	reading := make(chan error, 1)
+	run := newKey()
+	go func() {
+		_, _, err := opened.Read(t.Context(), run, 0, 1, patience)
+		reading <- err
+	}()
+	if err := <-reading; err == nil || errors.Is(err, store.ErrUnknown) {
+		t.Errorf("a read without a server: %v", err)
+	}
+	s.start()
+	eventually(t, "a write when the server is there", func() error { return write(t, opened, run, 1) })
+	if messages, err := opened.Receive(within(t, patience), "node", 0); err != nil || messages != nil {
+		t.Errorf("a receipt returns %q, %v", messages, err)
+	}
+}
+
+func TestWhatIsKeptOutlivesARestart(t *testing.T) {
+	s := startServer(t)
+	a, b := s.open(t), s.open(t)
+	defer a.Close()
+	defer b.Close()
+	run := newKey()
+	if err := write(t, a, run, 1); err != nil {
+		t.Fatal(err)
+	}
+	// One who waits goes on waiting, or is told that the server is away, and gets
+	// what comes after it.
+	got := make(chan []store.Event, 1)
+	go func() {
+		for {
+			events, _, err := b.Read(t.Context(), run, 1, 1<<20, patience)
+			if len(events) > 0 || t.Context().Err() != nil {
+				got <- events
+				return
+			}
+			if err != nil {
+				time.Sleep(20 * time.Millisecond)
+			}
+		}
+	}()
+	for restart := range uint64(2) {
+		s.stop()
+		s.start()
+		n := restart + 2
+		eventually(t, "a write after a restart", func() error { return write(t, a, run, n) })
+	}
+	select {
+	case events := <-got:
+		if events[0].Number != 2 {
+			t.Errorf("the reader got event %d", events[0].Number)
+		}
+	case <-time.After(patience):
+		t.Fatal("the reader has got nothing")
+	}
+	found, err := b.Find(within(t, patience), run)
+	if err != nil || found.Last != 3 {
+		t.Errorf("there are %d events, %v", found.Last, err)
+	}
+}
+
+func TestAFullServerRefusesEventsAndLetsItsNodesLive(t *testing.T) {
+	s := startServer(t, "--maxmemory", "0", "--maxmemory-policy", "noeviction")
+	opened := s.open(t)
+	defer opened.Close()
+	run := newKey()
+	if err := write(t, opened, run, 1); err != nil {
+		t.Fatal(err)
+	}
+	if err := opened.Renew(within(t, patience), "node", 2*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	s.do(t, "CONFIG", "SET", "maxmemory", "1")
+	err := write(t, opened, run, 2)
+	if err == nil || errors.Is(err, store.ErrUnknown) || !strings.Contains(err.Error(), "OOM") {
+		t.Errorf("a full server answers %v", err)
+	}
+	if err := opened.Renew(within(t, patience), "node", time.Minute); err != nil {
+		t.Errorf("a lease is not renewed: %v", err)
+	}
+	events, _, err := opened.Read(within(t, patience), run, 0, 1<<20, 0)
+	if err != nil || len(events) != 1 {
+		t.Errorf("a full server returns %d events, %v", len(events), err)
+	}
+	s.do(t, "CONFIG", "SET", "maxmemory", "0")
+	if err := write(t, opened, run, 2); err != nil {
+		t.Errorf("when there is room again: %v", err)
+	}
+}
+
+func TestAServerThatHasLostEverythingDoesNotKnowTheRun(t *testing.T) {
+	s := startServer(t)
+	opened := s.open(t)
+	defer opened.Close()
+	run := newKey()
+	for n := range uint64(3) {
+		if err := write(t, opened, run, n+1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.do(t, "FLUSHALL")
+	s.do(t, "SCRIPT", "FLUSH")
+	if err := write(t, opened, run, 4); !errors.Is(err, store.ErrUnknown) {
+		t.Errorf("a write of a run that is lost: %v", err)
+	}
+	other := newKey()
+	if err := write(t, opened, other, 1); err != nil {
+		t.Errorf("a new run: %v", err)
+	}
+	// One that has lost the newest events, as a replica may have.
+	if err := write(t, opened, other, 3); !errors.Is(err, store.ErrUnknown) {
+		t.Errorf("a write after a gap: %v", err)
+	}
+}
+
+func TestACallOfAServerThatHangsEndsInTime(t *testing.T) {
+	s := startServer(t)
+	opened := s.open(t)
+	defer opened.Close()
+	run := newKey()
+	if err := write(t, opened, run, 1); err != nil {
+		t.Fatal(err)
+	}
+	s.pause()
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	began := time.Now()
+	errs := opened.Write(ctx, []store.Write{{Run: run, Events: []store.Event{{Number: 2, Data: []byte("x")}}, TTL: ttl}})
+	if len(errs) != 1 || errs[0] == nil || time.Since(began) > 5*time.Second {
+		t.Errorf("a server that hangs: %v after %v", errs, time.Since(began))
+	}
+	s.resume()
+	// It may have been done after all.
+	eventually(t, "the same write", func() error { return write(t, opened, run, 2) })
+	found, err := opened.Find(within(t, patience), run)
+	if err != nil || found.Last != 2 {
+		t.Errorf("there are %d events, %v", found.Last, err)
+	}
+}
+
+func TestAHundredReadersShareTwoConnections(t *testing.T) {
+	s := startServer(t)
+	a, b := s.open(t), s.open(t)
+	defer a.Close()
+	defer b.Close()
+	const runs = 100
+	keys := make([]store.Key, runs)
+	var wg sync.WaitGroup
+	for i := range keys {
+		keys[i] = newKey()
+		if err := write(t, a, keys[i], 1); err != nil {
+			t.Fatal(err)
+		}
+		wg.Go(func() {
+			events, _, err := b.Read(t.Context(), keys[i], 1, 1<<20, patience)
+			if err != nil || len(events) != 1 {
+				t.Errorf("reader %d: %d events, %v", i, len(events), err)
+			}
+		})
+	}
+	eventually(t, "all wait", func() error {
+		if channels := s.do(t, "PUBSUB", "CHANNELS"); strings.Count(channels, "sse:") < runs {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	if n := strings.Count(s.do(t, "CLIENT", "LIST"), "name=caddy-sse"); n > 5 { // the one that asks among them
+		t.Errorf("two nodes have %d connections", n)
+	}
+	for _, key := range keys {
+		if err := write(t, a, key, 2); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wg.Wait()
+}
+
+func TestAClosedStoreIsRefused(t *testing.T) {
+	s := startServer(t)
+	opened := s.open(t)
+	if err := write(t, opened, newKey(), 1); err != nil {
+		t.Fatal(err)
+	}
+	if err := opened.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := write(t, opened, newKey(), 1); !errors.Is(err, errClosed) {
+		t.Errorf("a write after Close: %v", err)
+	}
+}
