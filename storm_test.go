@@ -44,7 +44,7 @@ func (noBody) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.H
 func TestEveryStreamIsAccountedForInAStorm(t *testing.T) {
 	checkLeaks(t)
 	streams := 1000
-	if testing.Short() {
+	if testing.Short() || raceEnabled {
 		streams = 200
 	}
 	name := uniqueName("storm")
