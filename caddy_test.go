@@ -749,8 +749,8 @@ func (up *testUpstream) accept(t testing.TB) *upstreamCall {
 // the same time, each test takes its own.
 func (up *testUpstream) acceptAt(t testing.TB, path string) *upstreamCall {
 	t.Helper()
-	if end := strings.IndexAny(path, "?#"); end >= 0 {
-		path = path[:end]
+	if i := strings.IndexAny(path, "?#"); i >= 0 {
+		path = path[:i]
 	}
 	return acceptFrom(t, up.callsAt(path))
 }

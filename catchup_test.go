@@ -150,6 +150,7 @@ func TestAClientEndsWithTheStreamThatItCatchesUpBy(t *testing.T) {
 func TestWhoFindsNoPlaceToCatchUpIsToldAfterAWhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		config := silent()
+		config.Name = uniqueName("late")
 		config.Share = new(caddysse.Share)
 		h := provision(t, config)
 		say := make(chan string)

@@ -405,7 +405,7 @@ func TestTheEndOfAWaitingStreamIsNoFailureOfItsUpstream(t *testing.T) {
 	for _, end := range []string{"admin", "max_duration", "upstream_timeout"} {
 		var more []string
 		if end != "admin" {
-			more = append(more, end+" 250ms") // two preludes and more
+			more = append(more, end+" 500ms") // for its start and its prelude, and more
 		}
 		site := strings.Replace(earlySite(up.addr, more...), "reverse_proxy "+up.addr, `
 			reverse_proxy `+up.addr+` {

@@ -328,6 +328,7 @@ func TestTheAdminAPIEndsARunWithItsStream(t *testing.T) {
 	c := startCaddy(t, resumeSite(up, "1m", ""), withAdmin())
 	cl := c.client("h1")
 	_, one, call, _ := beginKept(t, cl, up, "/")
+	c.listed(t, "/") // its headers come first
 	c.admin("DELETE", "/sse/streams?all=true")
 	one.expectEnd(t)
 	call.expectGone()

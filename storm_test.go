@@ -44,8 +44,11 @@ func (noBody) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.H
 func TestEveryStreamIsAccountedForInAStorm(t *testing.T) {
 	checkLeaks(t)
 	streams := 1000
-	if testing.Short() {
+	switch {
+	case testing.Short():
 		streams = 200
+	case raceEnabled:
+		streams = 500
 	}
 	name := uniqueName("storm")
 	all := make(chan struct{}) // closed when all are open: the upstream acts

@@ -814,6 +814,7 @@ func TestTheSeriesOfTriesBeginAtZero(t *testing.T) {
 func TestARunKeepsNoAttemptThatIsOver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		config := retrying()
+		config.Name = uniqueName("weeks")
 		config.UpstreamRetry.Live = true
 		config.Share = new(caddysse.Share)
 		h := provision(t, config)
