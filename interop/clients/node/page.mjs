@@ -15,7 +15,14 @@ export async function openPage(url) {
 	page.on('pageerror', (e) => report('page', 'failure', { error: String(e) }));
 	page.on('crash', () => report('page', 'failure', { error: 'crashed' }));
 	await page.exposeFunction('report', report);
-	await page.goto(url);
+	page.setDefaultTimeout(90_000); // of a busy machine
+	try {
+		await page.goto(url);
+	} catch (e) {
+		// Somebody on this machine has made a network interface meanwhile.
+		if (!String(e).includes('ERR_NETWORK_CHANGED')) throw e;
+		await page.goto(url);
+	}
 	report('page', 'loaded', { data: browser.version() });
 	return page;
 }
