@@ -130,6 +130,12 @@ func (w *runResponse) WriteHeader(status int) {
 	if status < 200 && status != http.StatusSwitchingProtocols || w.kind != answerPending {
 		return
 	}
+	if w.run.ctx.Err() != nil {
+		// It is the proxy that answers, for a run that is over.
+		w.kind, w.failed = answerFailure, errRunEnded
+		w.answer = runAnswer{kind: answerFailure, err: caddyhttp.Error(http.StatusServiceUnavailable, errRunEnded)}
+		return
+	}
 	if w.try != nil {
 		w.kind = w.try.answered(status, w)
 		return
@@ -200,7 +206,7 @@ func (w *runResponse) Write(p []byte) (int, error) {
 		}
 		return n, err
 	case answerFailure:
-		if w.try != nil {
+		if w.try != nil || w.failed != nil {
 			return 0, errRunEnded
 		}
 		if len(w.answer.body)+len(p) > maxFailureBody {

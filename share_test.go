@@ -245,6 +245,35 @@ func TestAnAnswerThatIsNoStreamIsEachClientsOwn(t *testing.T) {
 	follower.expectEnd(t)
 }
 
+// All clients have left before the upstream has answered. That says nothing about
+// its answers.
+func TestARunThatNobodyHasWaitedForIsNoAnswer(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, sharedSite(up, ""))
+	cl := c.client("h1")
+	gone, call := open(t, cl, up, "/", append(asEventSource, "X-Client: 1")...)
+	gone.leave()
+	call.expectGone()
+	if _, err := gone.outcome(); err == nil {
+		t.Fatal("it has an answer")
+	}
+	next, call := open(t, cl, up, "/", append(asEventSource, "X-Client: 2")...)
+	if got := call.Header.Get("X-Client"); got != "" {
+		t.Errorf("client %s asks the upstream by itself", got)
+	}
+	call.start("text/event-stream")
+	one := next.headers(t).follow()
+	token := one.expectFirst(t, 0)
+	two := cl.get(t, "/", asEventSource...).follow()
+	if other := two.expectFirst(t, 0); other != token {
+		t.Errorf("two clients are in the runs %s and %s", token, other)
+	}
+	call.end()
+	one.expectEnd(t)
+	two.expectEnd(t)
+}
+
 func TestTheAdminAPIListsAndEndsRuns(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
