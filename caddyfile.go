@@ -104,6 +104,7 @@ var blocks = map[string]map[string]subdirective{
 //			detached <n>
 //			run_for  <duration>
 //			lost     <event>|off
+//			store    <name> { ... }
 //		}
 //		share [<header|placeholder>...] {
 //			join    live|last <n>
@@ -147,6 +148,12 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		inner := make(map[string]bool)
 		for nesting := d.Nesting(); block != nil && d.NextBlock(nesting); {
 			setting := d.Val()
+			if name == "resume" && setting == "store" {
+				if err := h.unmarshalStore(d); err != nil {
+					return err
+				}
+				continue
+			}
 			if err := h.unmarshalSubdirective(d, setting, block, inner); err != nil {
 				return err
 			}
@@ -160,7 +167,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			return d.WrapErr(err)
 		}
 	}
-	// Only the whole of them tells whether a comment is ever sent.
+	// Whether a comment is ever sent depends on all of them together.
 	if err := h.Heartbeat.validate(); err != nil {
 		return heartbeat.WrapErr(err)
 	}

@@ -146,7 +146,7 @@ func TestACaddyfileBecomesTheDocumentedJSON(t *testing.T) {
 	}
 }
 
-func TestTheDirectiveComesRightBehindEncode(t *testing.T) {
+func TestTheDirectiveComesRightAfterEncode(t *testing.T) {
 	handlers, err := adapt(`
 		:8080 {
 			reverse_proxy localhost:9000
@@ -178,7 +178,7 @@ func TestAMatcherLimitsTheDirective(t *testing.T) {
 	}
 }
 
-func TestACaddyfileThatCannotBeKeptToIsAnErrorWithFileAndLine(t *testing.T) {
+func TestAnInvalidCaddyfileIsAnErrorWithFileAndLine(t *testing.T) {
 	for _, test := range []struct {
 		directive string // begins in line 2
 		line      int
@@ -251,7 +251,10 @@ func TestACaddyfileThatCannotBeKeptToIsAnErrorWithFileAndLine(t *testing.T) {
 		{"sse {\nresume off\n}", 3, []string{"resume", "off"}},
 		{"sse {\nresume 0s\n}", 3, []string{"resume", "positive"}},
 		{"sse {\nresume 1m all\n}", 3, []string{"resume", "all", "any"}},
-		{"sse {\nresume 1m {\nstore redis\n}\n}", 4, []string{"store", "bind", "cancel", "detached", "history", "lost", "run_for"}},
+		{"sse {\nresume 1m {\nstore\n}\n}", 4, []string{"store", "usage"}},
+		{"sse {\nresume 1m {\nstore unheard_of\n}\n}", 4, []string{"store", "unheard_of"}},
+		{"sse {\nresume 1m {\nstore test {\nm a\n}\nstore test {\nm b\n}\n}\n}", 7, []string{"store", "twice"}},
+		{"sse {\nresume 1m {\nshop redis\n}\n}", 4, []string{"shop", "store", "bind", "cancel", "detached", "history", "lost", "run_for"}},
 		{"sse {\nresume 1m {\nhistory 0\n}\n}", 4, []string{"history"}},
 		{"sse {\nresume 1m {\nhistory 1MiB 1KiB\n}\n}", 4, []string{"history", "total"}},
 		{"sse {\nresume 1m {\nbind session\n}\n}", 4, []string{"bind", "session", "placeholder"}},
@@ -466,7 +469,7 @@ func TestJSONThatIsAccepted(t *testing.T) {
 	}
 }
 
-func TestJSONThatCannotBeKeptToIsAnErrorThatSaysWhy(t *testing.T) {
+func TestInvalidJSONIsAnErrorThatSaysWhy(t *testing.T) {
 	for _, test := range []struct {
 		config string
 		want   []string

@@ -248,7 +248,7 @@ func (reader *runReader) awaitID(ctx context.Context, id string) bool {
 // isFound notes that the client's id was found.
 func (x *exchange) isFound() {
 	s := x.stream
-	s.goesOnIn(s.fed.source.feed)
+	s.goesOnIn(x.rare.reader.run.feed)
 	s.facts.Lock()
 	s.fed.resumed = true
 	s.facts.Unlock()

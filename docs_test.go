@@ -7,8 +7,30 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+
+	"github.com/caddy-sse/caddy-sse/store"
 )
+
+func init() {
+	caddy.RegisterModule(new(documentedStore))
+}
+
+// documentedStore stands for the store of the docs, which is a Go module of its
+// own, and tests there what it takes.
+type documentedStore struct{}
+
+func (*documentedStore) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: store.Namespace + ".redis", New: func() caddy.Module { return new(documentedStore) }}
+}
+
+func (*documentedStore) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	for d.Next() {
+	}
+	return nil
+}
 
 // documents are the pages for users.
 func documents(t *testing.T) []string {

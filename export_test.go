@@ -4,7 +4,11 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/url"
+	"sync"
+	"sync/atomic"
 	"time"
+
+	"github.com/caddy-sse/caddy-sse/store"
 )
 
 // The commands, for tests that have a real Caddy to talk to.
@@ -63,6 +67,17 @@ func SetExiting(is bool) (undo func()) {
 	return func() { exit.exiting = before }
 }
 
+// seemsToExit is read by goroutines that may outlive a test.
+var seemsToExit atomic.Bool
+
+func init() {
+	exits := exit.exiting
+	exit.exiting = func() bool { return seemsToExit.Load() || exits() }
+}
+
+// SeemToExit lets the process of a running Caddy seem to end, or not.
+func SeemToExit(is bool) { seemsToExit.Store(is) }
+
 // EndHandler ends a handler's streams as the end of the grace period does.
 func EndHandler(h *Handler) { endStreams(h.liveStreams()) }
 
@@ -80,4 +95,22 @@ func OpenAndChunked() (open, chunked int) {
 		s.mu.Unlock()
 	}
 	return open, chunked
+}
+
+// nodeTables are where the nodes of this process find their runs, by the identity
+// of their way to the store.
+var nodeTables sync.Map
+
+func init() {
+	tableOfDepot = func(opener store.Opener) *runTable[*run] {
+		table, _ := nodeTables.LoadOrStore(opener.Identity(), new(runTable[*run]))
+		return table.(*runTable[*run])
+	}
+}
+
+// SetStoreLease lets nodes be dead sooner, until undo is called.
+func SetStoreLease(lease time.Duration) (undo func()) {
+	before := storeLease
+	storeLease = lease
+	return func() { storeLease = before }
 }

@@ -24,7 +24,7 @@ type fed struct {
 	// before. Parsers that take a blank line for an event do so after an id.
 	line *frames
 
-	source  *run
+	source  feedSource
 	tried   int64  // how many tries of the run there were before
 	resumed bool   // the client's id was found
 	missed  uint64 // events that it has lost
@@ -35,6 +35,14 @@ type fed struct {
 	at    journal.Spot
 	id    string
 	hasID bool
+}
+
+// feedSource is what feeds a stream: a run of this process, or what a store has
+// of another one's.
+type feedSource interface {
+	outcome() runEnd
+	tries() int64          // how often the upstream was asked again
+	hasUpstreamsIDs() bool // the upstream's own, so that none are added
 }
 
 // fedReport is what is told of it.
@@ -53,7 +61,7 @@ func (f *fed) endedSoftly() bool { return f != nil && f.source.outcome().soft }
 
 // retries is how often the upstream of the run was asked again meanwhile. It
 // takes no lock: whoever asks has one of a stream.
-func (f *fed) retries() int { return int(f.source.tried.Load() - f.tried) }
+func (f *fed) retries() int { return int(f.source.tries() - f.tried) }
 
 // sendFirstLocked writes what goes out with the headers.
 func (s *stream) sendFirstLocked() error {
@@ -109,7 +117,7 @@ func (s *stream) follow(ctx context.Context, c *journal.Cursor) error {
 // sent; ok is false where it has been sent none. It wants the stream's facts to be
 // locked.
 func (f *fed) lastID() (id string, ok bool) {
-	if f == nil {
+	if f == nil || f.feed == nil {
 		return "", false
 	}
 	if id, ok = f.at.ID(); ok {
@@ -206,6 +214,14 @@ func (g *greeting) owe(s *stream) {
 		s.fed.first = text
 	} else if len(text) > 0 {
 		s.splicer.OweLead(text)
+	}
+}
+
+// oweLost has a client whose id nobody knows told so on a stream that gets no ids:
+// its own is taken back, so that it does not bring it again.
+func (x *exchange) oweLost(s *stream) {
+	if x.h.lost.isToldTo(x.kind.eventSource) {
+		s.splicer.OweLead(fmt.Appendf(nil, "event: %s\ndata: %s\nid:\n\n", x.h.lost.name, lostUnknown))
 	}
 }
 

@@ -22,6 +22,8 @@ type feed struct {
 	splicer  eventstream.Splicer
 	id, line []byte // room for the next id
 	partial  bool   // bytes have been appended since the last event boundary
+	mark     bool   // a byte order mark may come: a later attempt begins
+	markHeld int    // how much of it has
 	plain    bool   // no ids are added: the upstream has its own
 	scanned  uint64 // events of this attempt
 	events   uint64 // of all attempts
@@ -41,6 +43,8 @@ type feed struct {
 	unkeep func() bool
 	passes bool  // it has been called
 	over   error // nobody was there
+
+	mirror *mirror // nil: the journal is all there is
 
 	// foreign is called when the upstream commits an id of the form that this
 	// module adds.
@@ -82,7 +86,14 @@ func (f *feed) write(p []byte) (int, error) {
 	f.hears()
 	taken := len(p)
 	f.bytes.Add(uint64(taken))
-	p = f.endCR(p)
+	if f.mirror != nil && f.mirror.lost.Load() {
+		if f.pass(); f.over != nil {
+			return 0, f.over
+		}
+	}
+	if p = f.endCR(p); f.mark {
+		p = f.dropMark(p)
+	}
 	for len(p) > 0 {
 		n, idAt, done := f.splicer.ScanBlock(p)
 		if f.splicer.Opaque() {
@@ -117,6 +128,27 @@ func (f *feed) pass() {
 	}
 }
 
+// byteOrderMark is ignored at the beginning of a stream, and nowhere else (HTML
+// Standard, section 9.2.5).
+const byteOrderMark = "\uFEFF"
+
+// dropMark takes out a byte order mark that a later attempt begins with. It holds
+// back what may become one.
+func (f *feed) dropMark(p []byte) []byte {
+	for len(p) > 0 && f.markHeld < len(byteOrderMark) && p[0] == byteOrderMark[f.markHeld] {
+		f.markHeld++
+		p = p[1:]
+	}
+	switch {
+	case f.markHeld == len(byteOrderMark):
+		f.mark = false
+	case len(p) > 0:
+		f.mark = false
+		p = append([]byte(byteOrderMark[:f.markHeld]), p...)
+	}
+	return p
+}
+
 // endCR looks whether a CR at a boundary, where p begins, is followed by its LF.
 func (f *feed) endCR(p []byte) []byte {
 	if !f.splicer.Scanner().PendingCR() || !f.splicer.AtBoundary() {
@@ -136,6 +168,9 @@ func (f *feed) endCR(p []byte) []byte {
 
 func (f *feed) appendBlock(p []byte, idAt int) error {
 	if idAt < 0 || f.plain {
+		if f.mirror != nil && !f.passes {
+			f.mirror.add(p)
+		}
 		return f.append(p)
 	}
 	if err := f.append(p[:idAt]); err != nil {
@@ -149,6 +184,11 @@ func (f *feed) appendBlock(p []byte, idAt int) error {
 	f.numbered.Store(f.events + 1)
 	if err := f.append(f.line); err != nil {
 		return err
+	}
+	if f.mirror != nil {
+		f.mirror.add(p[:idAt])
+		f.mirror.addID(f.line)
+		f.mirror.add(p[idAt:])
 	}
 	return f.append(p[idAt:])
 }
@@ -208,12 +248,18 @@ func (f *feed) commit() {
 			}
 		}
 	}
+	retold := false
 	if ms, told := scanner.Retry(); told {
+		retry := reconnection(ms, true, 0)
 		f.mu.Lock()
-		f.retry, f.told = reconnection(ms, true, 0), true
+		retold = !f.told || retry != f.retry
+		f.retry, f.told = retry, true
 		f.mu.Unlock()
 	}
 	f.events = f.journal.Commit(block)
+	if f.mirror != nil && !f.passes {
+		f.mirror.commit(block.Event, f.events, retold)
+	}
 	if f.ownIDs.Load() {
 		f.pass()
 	}
@@ -239,8 +285,19 @@ func (f *feed) again() {
 		f.commit() // no LF comes after the CR
 	}
 	f.journal.Rollback()
+	if f.mirror != nil {
+		f.mirror.rollback()
+	}
 	f.splicer = eventstream.Splicer{}
 	f.partial, f.scanned = false, 0
+	f.mark, f.markHeld = f.policy == journal.KeepUnsent, 0
+}
+
+// end says that no more comes: no LF after a last CR either.
+func (f *feed) end() {
+	if f.mirror != nil && f.partial && f.splicer.AtBoundary() {
+		f.commit()
+	}
 }
 
 // upstreamPosition is where the upstream would go on; ok is false where there is

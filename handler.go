@@ -59,15 +59,16 @@ type rare struct {
 	tries      *tries  // nil: its upstream is not asked again
 	key        keyHash // the client's, for the limit; zero: its address counts
 
-	given   *http.Request // with the ids of ours that handlers after sse do not see
-	brought string        // the id that the client came back with
-	taken   bool          // which is one of ours, and has been taken out
-	unknown bool          // and nobody knows it
-	share   *shareRequest
-	reader  *runReader
-	feed    feedContext
-	keeping *keeping // nil: the stream ends with its client
-	fed     *fed
+	given    *http.Request // with the ids of ours that handlers after sse do not see
+	brought  string        // the id that the client came back with
+	taken    bool          // which is one of ours, and has been taken out
+	unknown  bool          // and nobody knows it
+	share    *shareRequest
+	reader   *runReader
+	follower *follower // of a run of another node
+	feed     feedContext
+	keeping  *keeping // nil: the stream ends with its client
+	fed      *fed
 }
 
 // role is what the answer to a request has turned out to be.
@@ -96,6 +97,11 @@ func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived in
 		if h.ClientKey != "" {
 			x.rememberKey(x.replacer.ReplaceAll(h.ClientKey, ""))
 		}
+		// Map takes no lock. A dial that an earlier proxy of this request gave up
+		// (forward_auth, with a placeholder in tls_server_name) may look for one at
+		// this moment. Handlers of Caddy's own (map) are in the same position: only
+		// the Replacer could have a lock for it, and there is no other way to have
+		// handlers before sse see what those after it set.
 		x.replacer.Map(x.placeholder)
 	}
 	return x

@@ -67,6 +67,7 @@ func (k *keeping) handlersLeft(out outcome) bool {
 	if r.call != nil && isBreak(end.reason) && w.failed == nil && !isBug && k.lacksBody() {
 		end = r.tryAgain(end)
 	}
+	r.feed.end()
 	r.finish(end)
 	return true
 }

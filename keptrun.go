@@ -26,12 +26,17 @@ type keptRun struct {
 	added    http.Header       // what the upstream has added to the site's headers
 	replaced http.Header       // and put in place of them
 	keeping  *keeping
+	mirror   *mirror // nil: no other node knows of it
 
 	// What follows is guarded by the run's lock.
 	newest  *runReader    // whose leaving counts
 	stay    time.Duration // how long the run goes on without a client
 	told    bool          // a client has been sent an id
 	passing bool          // nothing is kept any more
+
+	// Of clients of other nodes.
+	distant  map[string]*runReader // by what those call them
+	sentAway map[string]reason     // they are to end, for this reason
 
 	alone *list.Element // its place among those without a client; the group's lock
 }
@@ -87,14 +92,28 @@ func (x *exchange) beginRun(status int, header http.Header) {
 	if k.response.left {
 		return // they have just said all that they have to say
 	}
+	var release func() // of the store
+	if d := rs.depot; d != nil {
+		if !d.takesRuns() {
+			return
+		}
+		if release = d.hold(x.h.Name); release == nil {
+			return
+		}
+	}
 	var r *run
 	f := openFeed(rs.budget, journal.KeepUnsent, rs.history, x.upstreamsID(), func() { go r.giveWay() })
-	if f == nil {
+	switch {
+	case f == nil:
 		x.h.notKept()
-		return
-	}
-	if !k.unlink() { // the client has left
+	case !k.unlink(): // the client has left
 		f.journal.Discard()
+		f = nil
+	}
+	if f == nil {
+		if release != nil {
+			release()
+		}
 		return
 	}
 	r = x.h.makeRun(resumedRun, f, k.ctx, k.cancel)
@@ -105,12 +124,19 @@ func (x *exchange) beginRun(status int, header http.Header) {
 	if k.entered != nil {
 		r.call = k.ask
 	}
+	if rs.depot != nil {
+		r.kept.mirror = rs.depot.newMirror(r, r.marshalBegin(status, x.attempt.upstream()), release)
+		f.mirror = r.kept.mirror
+	}
 	f.foreign = func() { x.h.foreignIDs.Store(true) }
 	f.unkeep = r.unkeep
 	r.stays = r.staysAlone
 	r.forget = func() {
-		runTokens.drop(r.token())
+		r.h.runTable().drop(r.token())
 		r.group().dropDetached(r)
+		if r.kept.mirror != nil {
+			r.kept.mirror.forget()
+		}
 	}
 	reader := &runReader{run: r}
 	reader.join(journal.After(0))
@@ -155,7 +181,11 @@ func (x *exchange) isKept() bool { return x.keeps() && x.rare.reader != nil }
 
 // feedStream says which stream is that of the request's reader.
 func (x *exchange) feedStream() {
-	if x.rare != nil && x.rare.reader != nil && x.rare.reader.run.kept != nil {
+	switch {
+	case x.rare == nil:
+	case x.rare.follower != nil:
+		x.rare.follower.feeds(x.stream)
+	case x.rare.reader != nil && x.rare.reader.run.kept != nil:
 		x.rare.reader.feeds(x.stream)
 	}
 }
@@ -220,7 +250,7 @@ func (x *exchange) handlersGoOn() bool {
 // is there.
 func (r *run) unkeep() bool {
 	r.mu.Lock()
-	attached := len(r.readers) > 0
+	attached := len(r.readers) > len(r.kept.distant) // who reads elsewhere gets what the store has
 	if attached {
 		r.kept.passing = true
 		r.feed.journal.Pass()
@@ -267,6 +297,9 @@ func (k *keeping) lacksBody() bool {
 // leaveRun takes the request's client off its run, once its stream has been
 // accounted for.
 func (x *exchange) leaveRun() {
+	if x.rare != nil && x.rare.follower != nil {
+		x.leaveElsewhere()
+	}
 	if x.rare == nil || x.rare.reader == nil {
 		return
 	}
@@ -279,25 +312,13 @@ func (x *exchange) leaveRun() {
 // leaveKept decides what becomes of the run when its client leaves.
 func (x *exchange) leaveKept() {
 	reader := x.rare.reader
-	r, why := reader.run, notEnded
-	if x.stream != nil {
-		if told := x.stream.final(); told != nil {
-			why = told.end.reason
-		}
-	}
-	stay := x.h.resuming.window
+	r := reader.run
+	why, stay := x.whyLeft()
 	switch why {
 	case endedByAdmin, serverClosed:
 		r.stop(why)
 	case upstreamTimeout: // of an upstream that has not answered an early start
 		r.finish(runEnd{reason: upstreamTimeout})
-	case notEnded:
-		stay = 0
-	case clientClosed:
-		cancel := x.h.resuming.cancel
-		if cancel != stay && x.r.Context().Err() != nil && x.hasCancelled() {
-			stay = cancel
-		}
 	}
 	sent := reader.cursor.Place().Number > 0
 	r.mu.Lock()
@@ -306,6 +327,27 @@ func (x *exchange) leaveKept() {
 	if r.kept.newest == reader {
 		r.kept.stay = stay
 	}
+}
+
+// whyLeft tells why the request's stream has ended, if there was one, and how long
+// its run should go on without a client then.
+func (x *exchange) whyLeft() (why reason, stay time.Duration) {
+	if x.stream != nil {
+		if told := x.stream.final(); told != nil {
+			why = told.end.reason
+		}
+	}
+	stay = x.h.resuming.window
+	switch why {
+	case notEnded:
+		stay = 0
+	case clientClosed:
+		cancel := x.h.resuming.cancel
+		if cancel != stay && x.r.Context().Err() != nil && x.hasCancelled() {
+			stay = cancel
+		}
+	}
+	return why, stay
 }
 
 // hasCancelled reports whether the client that has left has cancelled its stream

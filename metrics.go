@@ -30,6 +30,8 @@ type metrics struct {
 	reconnects         *prometheus.CounterVec
 	earlyStartFailures *prometheus.CounterVec
 	retries            *prometheus.CounterVec
+	storeErrors        *prometheus.CounterVec
+	storeDuration      *prometheus.HistogramVec
 
 	duration         *prometheus.HistogramVec
 	timeToHeaders    *prometheus.HistogramVec
@@ -64,14 +66,21 @@ func newMetrics() *metrics {
 
 		runs: desc("runs", "Upstream streams that are kept apart from clients: with a client, without one, shared, "+
 			"or ended and kept for clients that have not come back.", "state"),
-		resumes:      desc("resumes_total", "Clients that came back with an event ID, by what became of it.", "result"),
+		resumes:      desc("resumes_total", "Clients that came back with an event ID, by result.", "result"),
 		journalBytes: desc("journal_bytes", "What the journals of runs hold, overhead included."),
 
 		refused:            counter("streams_refused_total", "Requests that met a limit, by the limit.", "limit"),
-		unprotected:        counter("streams_unprotected_total", "Streams whose body is no text that heartbeats may go into, by cause.", "cause"),
+		unprotected:        counter("streams_unprotected_total", "Streams whose body is not text, so that no heartbeat can go in, by cause.", "cause"),
 		reconnects:         counter("reconnects_answered_total", "Errors that were answered with a reconnection time, by the error's status.", "status"),
-		earlyStartFailures: counter("early_start_failures_total", "Streams that had started when their upstream turned out to have none, by its status.", "status"),
-		retries:            counter("upstream_retries_total", "Tries to go on with a stream whose upstream broke off, by what came of them.", "result"),
+		earlyStartFailures: counter("early_start_failures_total", "Early starts whose upstream then sent no stream, by its status.", "status"),
+		retries:            counter("upstream_retries_total", "Tries to reach an upstream that broke off, by result.", "result"),
+
+		storeErrors: counter("store_errors_total", "What a store of resume was asked for and has not done, by what that was.", "op"),
+		storeDuration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name:    metricsPrefix + "store_duration_seconds",
+			Help:    "How long a store of resume took for what it was asked for, waits for something new left out.",
+			Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5},
+		}, []string{"name", "op"}),
 
 		duration: histogram("stream_duration_seconds", "How long streams were open.",
 			[]float64{1, 5, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 43200, 86400}),
@@ -83,7 +92,7 @@ func newMetrics() *metrics {
 // vectors are the parts that collect themselves.
 func (m *metrics) vectors() []prometheus.Collector {
 	return []prometheus.Collector{
-		m.refused, m.unprotected, m.reconnects, m.earlyStartFailures, m.retries,
+		m.refused, m.unprotected, m.reconnects, m.earlyStartFailures, m.retries, m.storeErrors, m.storeDuration,
 		m.duration, m.timeToHeaders, m.timeToFirstEvent,
 	}
 }
@@ -158,6 +167,16 @@ func (m *metrics) expect(name string, reconnectOn []int, retries bool) {
 	}
 	for _, times := range []*prometheus.HistogramVec{m.duration, m.timeToHeaders, m.timeToFirstEvent} {
 		times.WithLabelValues(name)
+	}
+}
+
+// expectStore is expect for a handler with a store.
+func (m *metrics) expectStore(name string) {
+	for _, op := range storeOps {
+		m.storeErrors.WithLabelValues(name, string(op))
+		if !op.waits() {
+			m.storeDuration.WithLabelValues(name, string(op))
+		}
 	}
 }
 

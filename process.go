@@ -32,6 +32,7 @@ func init() {
 		exit.notify()
 		awaitDrains()
 		_ = endWhatIsLeft(ctx)
+		leaveStores()
 	})
 }
 

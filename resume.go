@@ -17,8 +17,10 @@ import (
 
 // mayBeKept reports whether requests of the kind have to do with resume at all.
 // What is left out goes to the upstream as it always did, without an id of ours.
+// OPTIONS is: the preflight of a page of another origin has the query of the
+// request that follows it, an id there too (Fetch, section 4.8).
 func (x *exchange) mayBeKept() bool {
-	return x.h.resuming != nil && !isMCP(x.r.Header) && !asksForUpgrade(x.r.Header)
+	return x.h.resuming != nil && x.r.Method != http.MethodOptions && !isMCP(x.r.Header) && !asksForUpgrade(x.r.Header)
 }
 
 // mayComeBack reports whether the client may be one that comes back.
@@ -28,6 +30,10 @@ func (x *exchange) mayComeBack() bool { return x.mayBeKept() && x.broughtOurs() 
 // reports whether it is one.
 func (x *exchange) keep(next caddyhttp.Handler) bool {
 	if !x.mayBeKept() || !x.h.resuming.any && !x.kind.resumable {
+		return false
+	}
+	if quirkOf(x.r.Header) == noFrames {
+		// It fails on an id as it does on a comment, and comes back for nothing.
 		return false
 	}
 	k := &keeping{x: x, site: x.w.Header().Clone()}
@@ -83,7 +89,7 @@ func (x *exchange) findKept() (r *run, n uint64) {
 	}
 	place := x.keptPlace()
 	var its [sha256.Size]byte
-	found, known := runTokens.get(id.token)
+	found, known := x.h.runTable().get(id.token)
 	if known && found.kept != nil {
 		its = found.kept.place
 	}
@@ -97,6 +103,11 @@ func (x *exchange) findKept() (r *run, n uint64) {
 // where the request goes on as a new one.
 func (x *exchange) comeBack() (out outcome, done bool) {
 	r, n := x.findKept()
+	if r == nil && x.h.resuming.depot != nil {
+		if out, answer := x.comeBackElsewhere(); answer != notElsewhere {
+			return out, answer == answeredElsewhere
+		}
+	}
 	if x.r.Method == http.MethodDelete {
 		return outcome{left: true, err: x.stopKept(r, n)}, true
 	}
@@ -106,7 +117,7 @@ func (x *exchange) comeBack() (out outcome, done bool) {
 		return outcome{}, false
 	}
 	if r != nil {
-		if reader := r.enterAt(n); reader != nil {
+		if reader := (&runReader{run: r}); r.enterAt(n, reader) {
 			return outcome{left: true, run: x.goOn(reader)}, true
 		}
 	}
@@ -152,16 +163,22 @@ func (x *exchange) goOn(reader *runReader) runEnd {
 	x.rare.fed.resumed, x.rare.fed.missed = true, p.missed
 	feed := &x.rare.feed
 	feed.ctx, feed.cancel = context.WithCancelCause(x.r.Context())
+	x.takeDifference(r.kept.added, r.kept.replaced)
+	x.open(r.answer.status)
+	return reader.followRun(feed.ctx, x.stream)
+}
+
+// takeDifference makes of the site's headers what the run's handlers have made of
+// them.
+func (x *exchange) takeDifference(added, replaced http.Header) {
 	header := x.w.Header()
-	for field, values := range r.kept.replaced {
+	for field, values := range replaced {
 		header[field] = slices.Clone(values)
 	}
-	for field, values := range r.kept.added {
+	for field, values := range added {
 		// Handlers around this one edit values in place.
 		header[field] = slices.Concat(header[field], values)
 	}
-	x.open(r.answer.status)
-	return reader.followRun(feed.ctx, x.stream)
 }
 
 // The type of the error that says that there is nothing to come back to.
@@ -192,25 +209,26 @@ func (x *exchange) answerLost() {
 }
 
 // enterAt adds a client that has come back at its place, and ends the streams of
-// those that are still there. It returns nil where there is no such place.
-func (r *run) enterAt(n uint64) *runReader {
+// those that are still there. It returns false where there is no such place.
+func (r *run) enterAt(n uint64, reader *runReader) bool {
 	r.mu.Lock()
-	if r.stage == runEnding || r.stage == runGone {
+	if r.stage == runEnding || r.stage == runGone || !reader.join(journal.After(n)) {
 		r.mu.Unlock()
-		return nil
-	}
-	reader := &runReader{run: r}
-	if !reader.join(journal.After(n)) {
-		r.mu.Unlock()
-		return nil
+		return false
 	}
 	before := r.readersLocked()
 	r.addReaderLocked(reader)
 	r.group().dropDetached(r)
-	r.kept.newest = reader
+	r.kept.newest, r.kept.told = reader, true
+	if reader.distant != nil {
+		if r.kept.distant == nil {
+			r.kept.distant = make(map[string]*runReader)
+		}
+		r.kept.distant[reader.distant.id] = reader
+	}
 	r.mu.Unlock()
 	for _, other := range before {
 		other.endStream(takenOver)
 	}
-	return reader
+	return true
 }

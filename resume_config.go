@@ -2,6 +2,7 @@ package caddysse
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -9,9 +10,12 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/caddy-sse/caddy-sse/internal/journal"
+	"github.com/caddy-sse/caddy-sse/store"
 )
 
 // Resume has a stream outlive its client's connection: a client that comes back
@@ -61,6 +65,11 @@ type Resume struct {
 	// given is told to every client, the default to an EventSource alone. `off`:
 	// nobody is told. Default: `lost`.
 	Lost string `json:"lost,omitempty"`
+
+	// Where the events are kept besides, so that a client can come back to any of
+	// several nodes. Default: nowhere; a client comes back to the process that has
+	// its stream.
+	StoreRaw json.RawMessage `json:"store,omitempty" caddy:"namespace=http.handlers.sse.stores inline_key=store"`
 }
 
 const (
@@ -127,6 +136,7 @@ var resumeSubdirectives = map[string]subdirective{
 	"detached": {"<n>", 1, 1, setResumeDetached},
 	"run_for":  {"<duration>", 1, 1, setResumeRunFor},
 	"lost":     {"<event>|off", 1, 1, setResumeLost},
+	"store":    {"<name> { ... }", 1, 1, nil}, // unmarshalStore reads it
 }
 
 func setResume(h *Handler, args []string) (err error) {
@@ -191,6 +201,7 @@ type resuming struct {
 	bind    []string // placeholders, without braces
 	runFor  time.Duration
 	budget  *journal.Budget
+	depot   *depot       // nil: there is no store
 	warned  atomic.Int64 // unix nanoseconds of the last warning
 }
 
@@ -224,6 +235,9 @@ func newResuming(h *Handler, ctx caddy.Context) (*resuming, error) {
 	if total == 0 {
 		total = max(defaultTotalHistory, rs.history)
 	}
+	if rs.depot, err = config.openStore(h, ctx); err != nil {
+		return nil, err
+	}
 	rs.budget = h.group.budget(journal.KeepUnsent, total)
 	h.lost = newLostEvent(config.Lost)
 	collector.unprotected.WithLabelValues(h.Name, causeNoRoom)
@@ -240,4 +254,47 @@ func newResuming(h *Handler, ctx caddy.Context) (*resuming, error) {
 	}
 	context.AfterFunc(ctx, forget)
 	return rs, nil
+}
+
+// openStore opens the store for as long as the configuration is in use; nil where
+// there is none.
+func (r *Resume) openStore(h *Handler, ctx caddy.Context) (*depot, error) {
+	if r.StoreRaw == nil {
+		return nil, nil
+	}
+	loaded, err := ctx.LoadModule(r, "StoreRaw")
+	if err != nil {
+		return nil, fmt.Errorf("sse: resume: store: %w", err)
+	}
+	opener, ok := loaded.(store.Opener)
+	if !ok {
+		return nil, fmt.Errorf("sse: resume: store: %T is no store", loaded)
+	}
+	d, err := openDepot(fmt.Sprintf("%T", loaded), opener)
+	if err != nil {
+		return nil, err
+	}
+	context.AfterFunc(ctx, d.use(h.Name))
+	collector.expectStore(h.Name)
+	return d, nil
+}
+
+// unmarshalStore reads the line of a store, and the block after it.
+func (h *Handler) unmarshalStore(d *caddyfile.Dispenser) error {
+	if h.Resume.StoreRaw != nil {
+		return d.Err("sse: resume: store is set twice; keep one of the two")
+	}
+	if !d.NextArg() {
+		return d.Err("sse: resume: store: wrong number of arguments (0); usage: store <name> { ... }")
+	}
+	name := d.Val()
+	if _, err := caddy.GetModule(store.Namespace + "." + name); err != nil {
+		return d.Errf("sse: resume: store: this Caddy has none with the name %q; each is a Go module of its own, which the binary is built with", name)
+	}
+	module, err := caddyfile.UnmarshalModule(d, store.Namespace+"."+name)
+	if err != nil {
+		return err
+	}
+	h.Resume.StoreRaw = caddyconfig.JSONModuleObject(module, "store", name, nil)
+	return nil
 }

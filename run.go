@@ -305,6 +305,9 @@ func (r *run) finish(end runEnd) {
 		r.forget()
 	}
 	r.cancel(errRunEnded)
+	if r.kept != nil && r.kept.mirror != nil {
+		r.kept.mirror.finish(end)
+	}
 	if end.reason == upstreamClosed {
 		r.feed.journal.Close(nil)
 	} else {
@@ -397,6 +400,12 @@ func (r *run) remove() {
 }
 
 func (r *run) group() *group { return r.h.group }
+
+// tries implements feedSource.
+func (r *run) tries() int64 { return r.tried.Load() }
+
+// hasUpstreamsIDs implements feedSource.
+func (r *run) hasUpstreamsIDs() bool { return r.feed.ownIDs.Load() }
 
 // outcome is how the run ended, for a client that has got all of it.
 func (r *run) outcome() runEnd {

@@ -119,21 +119,27 @@ func (t *runTable[R]) put(token runToken, run R) {
 	if t.runs == nil {
 		t.runs = make(map[[sha256.Size]byte]R)
 	}
-	t.runs[sha256.Sum256(token[:])] = run
+	t.runs[hashOf(token)] = run
 }
 
 func (t *runTable[R]) get(token runToken) (run R, ok bool) {
-	key := sha256.Sum256(token[:])
+	return t.find(hashOf(token))
+}
+
+// find is get for who has the hash alone.
+func (t *runTable[R]) find(hash [sha256.Size]byte) (run R, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	run, ok = t.runs[key]
+	run, ok = t.runs[hash]
 	return run, ok
 }
+
+func hashOf(token runToken) [sha256.Size]byte { return sha256.Sum256(token[:]) }
 
 func (t *runTable[R]) drop(token runToken) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	delete(t.runs, sha256.Sum256(token[:]))
+	delete(t.runs, hashOf(token))
 }
 
 // lastEventIDHeader is sent by clients that come back (HTML Standard, section

@@ -11,6 +11,8 @@ type runReader struct {
 	run    *run
 	cursor *journal.Cursor // nil until it has a place
 
+	distant *distant // nil: it is a client of this node
+
 	mu     sync.Mutex
 	stream *stream
 	why    reason // of an early end that was asked for before there was a stream
@@ -46,14 +48,14 @@ func (r *run) addReaderLocked(reader *runReader) {
 func (reader *runReader) leave() {
 	r := reader.run
 	reader.mu.Lock()
-	left := reader.left
+	left, cursor := reader.left, reader.cursor
 	reader.left = true
 	reader.mu.Unlock()
 	if left {
 		return
 	}
-	if reader.cursor != nil {
-		reader.cursor.Leave()
+	if cursor != nil {
+		cursor.Leave()
 	}
 	r.mu.Lock()
 	delete(r.readers, reader)
@@ -102,6 +104,10 @@ func (reader *runReader) feeds(s *stream) {
 // endStream ends the client's stream at an event boundary, and never waits for
 // the client.
 func (reader *runReader) endStream(why reason) {
+	if reader.distant != nil {
+		reader.run.sendAway(reader, why)
+		return
+	}
 	reader.mu.Lock()
 	s := reader.stream
 	if reader.why == notEnded {

@@ -46,6 +46,14 @@ var resumeResultNames = [resumeResultCount]string{"resumed", "gap", "unknown", "
 // runTokens finds the runs of the process by what their ids begin with.
 var runTokens runTable[*run]
 
+// runTable is where the handler finds runs.
+func (h *Handler) runTable() *runTable[*run] {
+	if h.resuming != nil && h.resuming.depot != nil {
+		return h.resuming.depot.runs
+	}
+	return &runTokens
+}
+
 // budget is what the journals of one policy may hold together.
 func (g *group) budget(policy journal.Policy, limit int) *journal.Budget {
 	g.mu.Lock()
@@ -60,7 +68,7 @@ func (g *group) budget(policy journal.Policy, limit int) *journal.Budget {
 }
 
 func (g *group) addRun(r *run) {
-	runTokens.put(r.token(), r)
+	r.h.runTable().put(r.token(), r)
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.runs.byID == nil {
@@ -70,7 +78,7 @@ func (g *group) addRun(r *run) {
 }
 
 func (g *group) removeRun(r *run) {
-	runTokens.drop(r.token())
+	r.h.runTable().drop(r.token())
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	delete(g.runs.byID, r.id)

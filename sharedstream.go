@@ -44,6 +44,8 @@ func (x *exchange) upstream() string {
 		return x.attempt.upstream()
 	case x.rare != nil && x.rare.reader != nil:
 		return x.rare.reader.run.figures().upstream
+	case x.rare != nil && x.rare.follower != nil:
+		return x.rare.follower.begin.Upstream
 	}
 	return ""
 }
@@ -55,7 +57,11 @@ func (x *exchange) takeID() {
 	x.rarely().brought = id
 	if isRunID(id) && x.h.foreignIDs.Load() {
 		parsed, ok := parseRunID(id)
-		if _, known := runTokens.get(parsed.token); !ok || !known {
+		// The upstream may be a site of this process, too, whose runs have another
+		// name.
+		r, known := x.h.runTable().get(parsed.token)
+		known = known && r.group() == x.h.group
+		if !ok || !known && !x.isKnownElsewhere(parsed.token) {
 			return // it is the upstream's
 		}
 	}
@@ -295,7 +301,7 @@ func (x *exchange) placeIn(reader *runReader) placing {
 		}
 		reader.join(start)
 	}
-	if isRunID(id) {
+	if x.broughtOurs() {
 		p.lost = lostUnknown
 	}
 	return p
@@ -303,7 +309,14 @@ func (x *exchange) placeIn(reader *runReader) placing {
 
 // newFed is what the request's stream is to know of the run that feeds it.
 func (x *exchange) newFed(r *run, g greeting) *fed {
-	f := &fed{run: r.token().short(), source: r, feed: r.feed, tried: r.tried.Load(), greeting: g}
+	f := x.newFedBy(r, r.token(), g)
+	f.feed = r.feed
+	return f
+}
+
+// newFedBy is newFed for whatever feeds it.
+func (x *exchange) newFedBy(source feedSource, token runToken, g greeting) *fed {
+	f := &fed{run: token.short(), source: source, tried: source.tries(), greeting: g}
 	if x.h.spared != nil && x.frames == &x.h.frames && !x.kind.eventSource {
 		f.line = &x.h.spared.line
 	}
@@ -334,7 +347,7 @@ func (x *exchange) greeting(reader *runReader, p placing) greeting {
 	switch {
 	case p.lost != "" && x.h.lost.isToldTo(x.kind.eventSource):
 		g.event, g.data = x.h.lost.name, p.lost
-	case x.kind.eventSource && !p.found && (!p.brought || isRunID(x.rare.brought)):
+	case x.kind.eventSource && !p.found && (!p.brought || x.broughtOurs()):
 		g.event = firstEvent
 	default:
 		return g

@@ -109,6 +109,7 @@ type rareStream struct {
 	panicked any                      // on a goroutine where no server would recover it
 	control  *http.ResponseController // of the connection, where writers in between hide it
 	tries    *tries                   // nil: the upstream is not asked again; set before the stream starts
+	drainDue instant                  // when a drain ends it; 0: none does; facts
 }
 
 // newStream makes the stream of a request. It has not started yet.
@@ -126,9 +127,13 @@ func (x *exchange) newStream(status int) *stream {
 		frames:  x.frames,
 	}
 	s.stage.Store(uint32(stageOpen))
-	if x.rare != nil && x.rare.fed != nil {
+	switch {
+	case x.rare == nil:
+	case x.rare.fed != nil:
 		s.fed = x.rare.fed
 		s.fed.greeting.owe(s)
+	case x.rare.unknown:
+		x.oweLost(s)
 	}
 	if x.rare != nil {
 		s.id = x.rare.id
@@ -274,7 +279,7 @@ func (s *stream) untilEndLocked(age time.Duration, writing bool) (wait time.Dura
 	if timeout := s.h.writeTimeout; timeout > 0 {
 		left := timeout
 		if moved := time.Duration(s.moved.Load()); writing && moved > 0 {
-			left = sum(moved, timeout) - age
+			left = max(sum(moved, timeout)-age, s.h.agenda.writeGrace())
 		}
 		if left < wait {
 			wait, why = left, writeTimeout
@@ -291,6 +296,11 @@ func (s *stream) untilEndLocked(age time.Duration, writing bool) (wait time.Dura
 		jitter := time.Duration(s.share() * float64(max(limit.Jitter, 0)))
 		if left := sum(s.opened, time.Duration(limit.Duration), jitter) - age; left < wait {
 			wait, why = left, maxDuration
+		}
+	}
+	if s.rare != nil && s.rare.drainDue != 0 && s.resumesLocked() {
+		if left := time.Duration(s.rare.drainDue - now()); left < wait {
+			wait, why = left, drained
 		}
 	}
 	return wait, why

@@ -139,7 +139,7 @@ func (s *stream) followBlocksLocked(c *journal.Cursor, p []byte) (lead []byte, f
 // addsIDsLocked is for the first id that the client gets: from then on the frames
 // are those for clients of a stream to which this module adds ids, if it does.
 func (s *stream) addsIDsLocked() {
-	if !s.fed.source.feed.ownIDs.Load() {
+	if !s.fed.source.hasUpstreamsIDs() {
 		s.frames = s.fed.line
 	}
 	s.fed.line = nil

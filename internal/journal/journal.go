@@ -6,12 +6,6 @@
 // that others want, gets slices of the journal's own memory and never holds up
 // the appender. What a reader has been given does not change and stays valid
 // for as long as it is held, whatever the journal drops meanwhile.
-//
-// What a stream needs of its source is little: [Cursor.Next],
-// [Cursor.Advance] and [Cursor.Wait], and from whoever finds the place of a
-// returning client a Cursor or "unknown". A journal that lives in a store can
-// offer the same: live delivery reads from memory in any case, and a node that
-// did not begin the run reads batches of events by their numbers.
 package journal
 
 import (

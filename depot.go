@@ -1,0 +1,389 @@
+package caddysse
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/caddyserver/caddy/v2"
+
+	"github.com/caddy-sse/caddy-sse/store"
+)
+
+// storeLease is after how long without a sign of life a node is dead.
+var storeLease = 10 * time.Second
+
+const (
+	// storePatience bounds a call that somebody waits for.
+	storePatience = 2 * time.Second
+
+	// storePause is how long to wait before a store that has failed is asked
+	// again.
+	storePause = time.Second
+
+	// storeLastWords is how long an exit waits for what is still to be written.
+	storeLastWords = time.Second
+)
+
+// depots are the stores that are open, by what their configurations say. They
+// outlive a reload, and are held by the runs that began with them, too.
+var depots = caddy.NewUsagePool()
+
+// tableOfDepot says where the runs of a store's node are found. Tests have
+// several nodes in one process.
+var tableOfDepot = func(store.Opener) *runTable[*run] { return &runTokens }
+
+// depot is a store as this process uses it: as one node, with one goroutine each
+// that writes, sends messages, receives them, and keeps the lease.
+type depot struct {
+	store store.Store
+	node  store.Node
+	key   string // in depots
+	runs  *runTable[*run]
+	lease time.Duration
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	work   sync.WaitGroup
+
+	away    atomic.Bool  // the last call has failed
+	refuses atomic.Int64 // when it has refused to write something last, an instant; 0: it has not
+	back    atomic.Int64 // since when it can be asked, an instant; 0: it has never been
+	renew   chan struct{}
+	leasing sync.Mutex   // held while the lease is renewed
+	leaves  bool         // it is not any more; leasing
+	warned  atomic.Int64 // unix nanoseconds of the last warning
+	looked  instant      // when the receiver has looked for silent readers last
+
+	mu        sync.Mutex
+	names     map[string]int // of the handlers that use it
+	mirrors   map[*mirror]struct{}
+	dirty     []*mirror // have something to be written, in that order
+	writes    chan struct{}
+	writing   bool
+	followers map[string]*follower
+	outbox    []letter
+	sending   bool
+	posts     chan struct{}
+
+	pending atomic.Int64 // bytes that the store has not confirmed
+}
+
+// openDepot opens a store, or returns the one that is open. It is to be given
+// back to depots by its key.
+func openDepot(module string, opener store.Opener) (*depot, error) {
+	sum := sha256.Sum256([]byte(module + "\x00" + opener.Identity()))
+	key := string(sum[:])
+	value, _, err := depots.LoadOrNew(key, func() (caddy.Destructor, error) {
+		s, err := opener.Open()
+		if err != nil {
+			return nil, fmt.Errorf("sse: resume: store: %w", err)
+		}
+		return newDepot(key, s, tableOfDepot(opener)), nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return value.(*depot), nil
+}
+
+func newDepot(key string, s store.Store, runs *runTable[*run]) *depot {
+	d := &depot{
+		store:     s,
+		node:      store.Node(rand.Text()),
+		key:       key,
+		runs:      runs,
+		lease:     storeLease,
+		renew:     make(chan struct{}, 1),
+		names:     make(map[string]int),
+		mirrors:   make(map[*mirror]struct{}),
+		writes:    make(chan struct{}, 1),
+		followers: make(map[string]*follower),
+		posts:     make(chan struct{}, 1),
+	}
+	d.ctx, d.cancel = context.WithCancel(context.Background())
+	d.work.Go(d.keepWriting)
+	d.work.Go(d.keepSending)
+	d.work.Go(d.keepReceiving)
+	d.work.Go(d.keepLease)
+	return d
+}
+
+// use takes note of one more configuration, run or client of a name that holds
+// the depot. It returns what gives it back.
+func (d *depot) use(name string) (release func()) {
+	d.mu.Lock()
+	d.names[name]++
+	d.mu.Unlock()
+	return sync.OnceFunc(func() {
+		d.mu.Lock()
+		if d.names[name]--; d.names[name] == 0 {
+			delete(d.names, name)
+		}
+		d.mu.Unlock()
+		// It may be one of the depot's own goroutines that is the last to hold it.
+		go func() { _, _ = depots.Delete(d.key) }()
+	})
+}
+
+// hold is use for a run, or a client of one: whatever reloads, it keeps the store
+// that it began with. It returns nil where the store is being closed.
+func (d *depot) hold(name string) (release func()) {
+	value, _, err := depots.LoadOrNew(d.key, func() (caddy.Destructor, error) { return nil, errDepotClosed })
+	if err != nil {
+		return nil
+	}
+	if value != d { // one that was opened again
+		_, _ = depots.Delete(d.key)
+		return nil
+	}
+	return d.use(name)
+}
+
+var errDepotClosed = errors.New("the store is being closed")
+
+// Destruct implements caddy.Destructor: no configuration and no run uses the
+// store any more.
+func (d *depot) Destruct() error {
+	d.takeLeave()
+	d.cancel()
+	err := d.store.Close()
+	d.work.Wait()
+	return err
+}
+
+// takeLeave writes and sends what is left, if that is possible in a moment,
+// and ends the node's lease: what it has not ended is over.
+func (d *depot) takeLeave() {
+	ctx, cancel := context.WithTimeout(d.ctx, storeLastWords)
+	defer cancel()
+	for !d.isIdle() && ctx.Err() == nil {
+		time.Sleep(time.Millisecond)
+	}
+	for !d.leasing.TryLock() {
+		if time.Sleep(time.Millisecond); ctx.Err() != nil {
+			return
+		}
+	}
+	defer d.leasing.Unlock()
+	d.leaves = true
+	_ = d.call(ctx, storeRenew, storePatience, func(ctx context.Context) error {
+		return d.store.Renew(ctx, d.node, 0)
+	})
+}
+
+// leaveStores is takeLeave for all stores, when the process exits.
+func leaveStores() {
+	var leaving sync.WaitGroup
+	depots.Range(func(_, value any) bool {
+		leaving.Go(value.(*depot).takeLeave)
+		return true
+	})
+	leaving.Wait()
+}
+
+// storeOp is what a store is asked for, as metrics tell it.
+type storeOp string
+
+const (
+	storeWrite   storeOp = "write"
+	storeTouch   storeOp = "touch"
+	storeFind    storeOp = "find"
+	storeRead    storeOp = "read"
+	storeRenew   storeOp = "renew"
+	storeLives   storeOp = "lives"
+	storeSend    storeOp = "send"
+	storeReceive storeOp = "receive"
+)
+
+var storeOps = []storeOp{storeWrite, storeTouch, storeFind, storeRead, storeRenew, storeLives, storeSend, storeReceive}
+
+// waits reports whether the store may wait for something: how long it takes says
+// nothing of it then.
+func (op storeOp) waits() bool { return op == storeRead || op == storeReceive }
+
+// call asks the store for something, counts what came of it, for the names given
+// or else for all that use the store, and takes note of whether it is away.
+func (d *depot) call(ctx context.Context, op storeOp, patience time.Duration, f func(ctx context.Context) error, names ...string) error {
+	limited, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	start := now()
+	err := f(limited)
+	took := time.Duration(now() - start)
+	if len(names) == 0 {
+		names = d.users()
+	}
+	if !op.waits() {
+		for _, name := range names {
+			collector.storeDuration.WithLabelValues(name, string(op)).Observe(took.Seconds())
+		}
+	}
+	if err == nil || errors.Is(err, store.ErrUnknown) {
+		return err
+	}
+	if ctx.Err() != nil {
+		return err // whoever asked has left
+	}
+	d.failed(op, err, names)
+	return err
+}
+
+// failed takes note that the store is away.
+func (d *depot) failed(op storeOp, err error, names []string) {
+	if !d.away.Swap(true) {
+		select {
+		case d.renew <- struct{}{}:
+		default:
+		}
+	}
+	d.tell(op, err, names)
+}
+
+// tell counts a failure of the store, and warns of it at most once a minute.
+func (d *depot) tell(op storeOp, err error, names []string) {
+	for _, name := range names {
+		collector.storeErrors.WithLabelValues(name, string(op)).Inc()
+	}
+	at := time.Now().UnixNano()
+	last := d.warned.Load()
+	if at-last < int64(time.Minute) || !d.warned.CompareAndSwap(last, at) {
+		return
+	}
+	currentLogger().Warn("resume: the store has failed; streams go on, but those that it does not take in time are as without resume",
+		zap.String("name", strings.Join(names, ", ")),
+		zap.String("op", string(op)),
+		zap.Error(err))
+}
+
+// answers takes note of a store that can be asked.
+func (d *depot) answers() {
+	if d.away.Swap(false) || d.back.Load() == 0 {
+		d.back.Store(int64(now()))
+	}
+}
+
+// takesRuns reports whether a new run should begin with the store.
+func (d *depot) takesRuns() bool {
+	if d.away.Load() {
+		return false
+	}
+	refused := instant(d.refuses.Load())
+	return refused == 0 || now()-refused > instant(d.lease/2)
+}
+
+// users are the names of the handlers that use the store.
+func (d *depot) users() []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Sorted(maps.Keys(d.names))
+}
+
+// keepLease renews the lease, and does what is to be done again and again.
+func (d *depot) keepLease() {
+	pulse := d.lease / 3
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	var touched instant
+	for {
+		select {
+		case <-timer.C:
+		case <-d.renew:
+		case <-d.ctx.Done():
+			return
+		}
+		if d.renewLease() != nil {
+			timer.Reset(min(storePause, pulse))
+			continue
+		}
+		if touched == 0 || now()-touched >= instant(d.lease-pulse/2) {
+			touched = now()
+			d.touchRuns()
+		}
+		d.lookAfterFollowers()
+		timer.Reset(pulse)
+	}
+}
+
+// renewLease says that the node lives, unless it is about to leave.
+func (d *depot) renewLease() error {
+	d.leasing.Lock()
+	defer d.leasing.Unlock()
+	if d.leaves {
+		return nil
+	}
+	err := d.call(d.ctx, storeRenew, max(storePatience, d.lease/4), func(ctx context.Context) error {
+		return d.store.Renew(ctx, d.node, d.lease)
+	})
+	if err == nil {
+		d.answers()
+	}
+	return err
+}
+
+// touchBatch is how many runs are touched at a time.
+const touchBatch = 500
+
+// touchRuns has the runs of this node stay.
+func (d *depot) touchRuns() {
+	stay := make(map[time.Duration][]store.Key)
+	for _, m := range d.allMirrors() {
+		if ttl, key, ok := m.stays(); ok {
+			stay[ttl] = append(stay[ttl], key)
+		}
+	}
+	for ttl, keys := range stay {
+		for some := range slices.Chunk(keys, touchBatch) {
+			_ = d.call(d.ctx, storeTouch, storePatience, func(ctx context.Context) error {
+				return d.store.Touch(ctx, ttl, some...)
+			})
+		}
+	}
+}
+
+// isDead reports whether a node has no lease. After the store was away, a node
+// that lives may not have renewed it yet.
+func (d *depot) isDead(node store.Node) bool {
+	if node == d.node {
+		return true // the run was here, and is here no more
+	}
+	back := instant(d.back.Load())
+	if back == 0 || d.away.Load() || now()-back < instant(d.lease/2) {
+		return false
+	}
+	var lives bool
+	err := d.call(d.ctx, storeLives, storePatience, func(ctx context.Context) (err error) {
+		lives, err = d.store.Lives(ctx, node)
+		return err
+	})
+	return err == nil && !lives
+}
+
+// find asks the store for a run.
+func (d *depot) find(ctx context.Context, key store.Key, name string) (found store.Run, err error) {
+	err = d.call(ctx, storeFind, storePatience, func(ctx context.Context) (err error) {
+		found, err = d.store.Find(ctx, key)
+		return err
+	}, name)
+	return found, err
+}
+
+// currentLogger is the logger of the configuration that is current.
+func currentLogger() *zap.Logger {
+	if current := caddy.ActiveContext(); current.Context != nil {
+		return current.Logger(Handler{})
+	}
+	return caddy.Log()
+}
+
+// Interface guards
+var _ caddy.Destructor = (*depot)(nil)

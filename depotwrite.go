@@ -1,0 +1,170 @@
+package caddysse
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/caddy-sse/caddy-sse/store"
+)
+
+const (
+	// writeBatch is how many runs are written at a time.
+	writeBatch = 1000
+
+	// largestBatch is about how many bytes are.
+	largestBatch = 4 << 20
+
+	// firstWritePause is how long the writer waits after a failure. It doubles up
+	// to storePause.
+	firstWritePause = 50 * time.Millisecond
+)
+
+// queue lets the writer know of a run that has something for the store. It is
+// called with the mirror's lock held.
+func (d *depot) queue(m *mirror) {
+	d.mu.Lock()
+	d.dirty = append(d.dirty, m)
+	d.mu.Unlock()
+	select {
+	case d.writes <- struct{}{}:
+	default:
+	}
+}
+
+func (d *depot) dropMirror(m *mirror) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.mirrors, m)
+}
+
+// allMirrors returns those that the store has not done with. A mirror's lock
+// comes before the depot's.
+func (d *depot) allMirrors() []*mirror {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Collect(maps.Keys(d.mirrors))
+}
+
+// isIdle reports whether the store has all that there is for it, and for other
+// nodes.
+func (d *depot) isIdle() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return len(d.dirty) == 0 && !d.writing && len(d.outbox) == 0 && !d.sending
+}
+
+// keepWriting writes what the runs have for the store, many at a time: while one
+// call is under way, the next one grows.
+func (d *depot) keepWriting() {
+	pause := firstWritePause
+	for {
+		batch := d.nextBatch()
+		if len(batch) == 0 {
+			select {
+			case <-d.writes:
+			case <-d.ctx.Done():
+				return
+			}
+			continue
+		}
+		if d.write(batch) {
+			pause = firstWritePause
+			continue
+		}
+		d.loseLate()
+		select {
+		case <-time.After(pause):
+		case <-d.ctx.Done():
+			return
+		}
+		pause = min(2*pause, storePause)
+	}
+}
+
+// nextBatch takes the runs that are written next.
+func (d *depot) nextBatch() []*mirror {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	n := min(len(d.dirty), writeBatch)
+	batch := slices.Clone(d.dirty[:n])
+	d.dirty = slices.Delete(d.dirty, 0, n)
+	d.writing = n > 0
+	return batch
+}
+
+// write writes what runs have, and reports whether the store has taken it.
+func (d *depot) write(batch []*mirror) bool {
+	var (
+		writes  []store.Write
+		writers []*mirror
+		names   = make(map[string]struct{})
+		size    int
+	)
+	for _, m := range batch {
+		if size > largestBatch {
+			d.queueAgain(m)
+			continue
+		}
+		w, ok := m.take()
+		if !ok {
+			m.settle(w, nil)
+			continue
+		}
+		for _, event := range w.Events {
+			size += len(event.Data)
+		}
+		writes, writers = append(writes, w), append(writers, m)
+		names[m.run.h.Name] = struct{}{}
+	}
+	if len(writes) == 0 {
+		return true
+	}
+	ctx, cancel := context.WithTimeout(d.ctx, max(storePatience, d.lease/2))
+	defer cancel()
+	start := now()
+	errs := d.store.Write(ctx, writes)
+	took := time.Duration(now() - start)
+	for name := range names {
+		collector.storeDuration.WithLabelValues(name, string(storeWrite)).Observe(took.Seconds())
+	}
+	var failure error
+	for i, m := range writers {
+		var err error
+		if errs != nil {
+			err = errs[i]
+		}
+		if err != nil && !errors.Is(err, store.ErrUnknown) {
+			failure = err
+		}
+		m.settle(writes[i], err)
+	}
+	if failure == nil {
+		d.refuses.Store(0)
+		return true
+	}
+	if d.ctx.Err() == nil {
+		d.refuses.Store(int64(now()))
+		d.tell(storeWrite, failure, slices.Sorted(maps.Keys(names)))
+	}
+	return false
+}
+
+// queueAgain puts off what is too much for one batch.
+func (d *depot) queueAgain(m *mirror) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	d.queue(m)
+}
+
+// loseLate gives up the runs that have waited for too long.
+func (d *depot) loseLate() {
+	d.mu.Lock()
+	dirty := slices.Clone(d.dirty)
+	d.mu.Unlock()
+	for _, m := range dirty {
+		m.loseIfLate()
+	}
+}

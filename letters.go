@@ -1,0 +1,315 @@
+package caddysse
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"sync/atomic"
+	"time"
+
+	"github.com/caddy-sse/caddy-sse/internal/journal"
+	"github.com/caddy-sse/caddy-sse/store"
+)
+
+// Nodes tell each other who reads which run. A node that has a client of another
+// node's run says so at once and then again and again, so that a message that is
+// lost does no harm for long. The node that has the run has its client in its
+// list like any other, keeps what that has not been sent, and tells when its
+// stream is to end.
+
+// letter is a message on its way to a node.
+type letter struct {
+	to store.Node
+	message
+}
+
+// message is what nodes tell each other.
+type message struct {
+	Op     messageOp     `json:"op"`
+	Run    string        `json:"run"` // the run's key
+	Reader string        `json:"reader,omitempty"`
+	From   store.Node    `json:"from"`
+	N      uint64        `json:"n,omitempty"`    // the last event that the client has been sent, or has
+	Stay   time.Duration `json:"stay,omitempty"` // how long the run goes on without it
+	Why    string        `json:"why,omitempty"`
+}
+
+type messageOp string
+
+const (
+	// To the node that has the run.
+	clientReads messageOp = "reads" // a client is there, and has got to event n
+	clientLeft  messageOp = "left"  // it has left
+	clientStops messageOp = "stops" // the run is to end, for a reason
+
+	// To the node that has the client.
+	clientEnds messageOp = "ends" // its stream is to end, for a reason
+	runUnknown messageOp = "gone" // there is no such run, or no such event
+)
+
+// maxOutbox is how many messages may wait for the store; the oldest go first.
+const maxOutbox = 10_000
+
+// post sends a message to a node, without waiting for the store.
+func (d *depot) post(to store.Node, m message) {
+	m.From = d.node
+	d.mu.Lock()
+	if len(d.outbox) >= maxOutbox {
+		d.outbox = d.outbox[maxOutbox/10:]
+	}
+	d.outbox = append(d.outbox, letter{to, m})
+	d.mu.Unlock()
+	select {
+	case d.posts <- struct{}{}:
+	default:
+	}
+}
+
+// send sends a message to a node, and waits for the store.
+func (d *depot) send(ctx context.Context, to store.Node, name string, messages ...message) error {
+	texts := make([][]byte, len(messages))
+	for i, m := range messages {
+		m.From = d.node
+		text, err := json.Marshal(m)
+		if err != nil {
+			panic(err) // plain fields
+		}
+		texts[i] = text
+	}
+	var names []string
+	if name != "" {
+		names = []string{name}
+	}
+	return d.call(ctx, storeSend, storePatience, func(ctx context.Context) error {
+		return d.store.Send(ctx, to, texts...)
+	}, names...)
+}
+
+// keepSending sends what has been posted. What can't be sent is lost: it will be
+// said again.
+func (d *depot) keepSending() {
+	for {
+		select {
+		case <-d.posts:
+		case <-d.ctx.Done():
+			return
+		}
+		d.mu.Lock()
+		letters := d.outbox
+		d.outbox, d.sending = nil, true
+		d.mu.Unlock()
+		byNode := make(map[store.Node][]message)
+		var nodes []store.Node
+		for _, l := range letters {
+			if byNode[l.to] == nil {
+				nodes = append(nodes, l.to)
+			}
+			byNode[l.to] = append(byNode[l.to], l.message)
+		}
+		for _, node := range nodes {
+			_ = d.send(d.ctx, node, "", byNode[node]...)
+		}
+		d.mu.Lock()
+		d.sending = false
+		d.mu.Unlock()
+	}
+}
+
+// keepReceiving takes what other nodes have to say.
+func (d *depot) keepReceiving() {
+	for d.ctx.Err() == nil {
+		wait := d.lease / 3
+		var texts [][]byte
+		err := d.call(d.ctx, storeReceive, wait+storePatience, func(ctx context.Context) (err error) {
+			texts, err = d.store.Receive(ctx, d.node, wait)
+			return err
+		})
+		for _, text := range texts {
+			var m message
+			if json.Unmarshal(text, &m) == nil {
+				d.read(m)
+			}
+		}
+		d.dropSilentReaders()
+		if err != nil {
+			select {
+			case <-time.After(storePause):
+			case <-d.ctx.Done():
+			}
+		}
+	}
+}
+
+// read takes one message.
+func (d *depot) read(m message) {
+	switch m.Op {
+	case clientEnds, runUnknown:
+		d.mu.Lock()
+		f := d.followers[m.Reader]
+		d.mu.Unlock()
+		if f == nil {
+			return
+		}
+		if why := reasonOf(m.Why); m.Op == clientEnds && why != notEnded && why != serverClosed {
+			f.endStream(why)
+		}
+		f.isOver()
+		return
+	}
+	key, err := keyFrom(m.Run)
+	if err != nil {
+		return
+	}
+	r, known := d.runs.find(key)
+	if !known || r.kept == nil || r.kept.mirror == nil {
+		if m.Op == clientReads {
+			d.post(m.From, message{Op: runUnknown, Run: m.Run, Reader: m.Reader})
+		}
+		return
+	}
+	switch m.Op {
+	case clientReads:
+		r.isReadElsewhere(d, m)
+	case clientLeft:
+		r.leftElsewhere(m)
+	case clientStops:
+		if why := reasonOf(m.Why); why == endedByAdmin || m.N <= r.feed.journal.Figures().Events {
+			r.stop(why)
+		}
+	}
+}
+
+// keyOf names a run in a store, and in the table of runs.
+func keyOf(token runToken) store.Key { return store.Key(hashOf(token)) }
+
+func keyFrom(text string) (key store.Key, err error) {
+	b, err := base64.RawURLEncoding.DecodeString(text)
+	if err == nil && copy(key[:], b) != len(key) {
+		err = errors.New("not the length of a key")
+	}
+	return key, err
+}
+
+// reasonOf is the reason with a name, notEnded where there is none.
+func reasonOf(name string) reason {
+	for why := notEnded + 1; why < reasonCount; why++ {
+		if why.String() == name {
+			return why
+		}
+	}
+	return notEnded
+}
+
+// distant is a reader that is a client of another node.
+type distant struct {
+	d     *depot
+	node  store.Node
+	id    string
+	heard atomic.Int64 // when that node has told of it last, an instant
+}
+
+// end tells its node that its stream is to end.
+func (t *distant) end(r *run, why reason) {
+	t.d.post(t.node, message{Op: clientEnds, Run: keyOf(r.token()).String(), Reader: t.id, Why: why.String()})
+}
+
+// maxSentAway is how many clients of other nodes a run remembers that it has
+// ended.
+const maxSentAway = 64
+
+// isReadElsewhere takes note of where a client of another node is. It belongs to
+// the depot's receiver, as does leftElsewhere.
+func (r *run) isReadElsewhere(d *depot, m message) {
+	r.mu.Lock()
+	why, sentAway := r.kept.sentAway[m.Reader]
+	reader := r.kept.distant[m.Reader]
+	newest := reader != nil && r.kept.newest == reader
+	r.mu.Unlock()
+	switch {
+	case sentAway:
+		(&distant{d: d, node: m.From, id: m.Reader}).end(r, why)
+	case r.kept.mirror.lost.Load():
+		d.post(m.From, message{Op: runUnknown, Run: m.Run, Reader: m.Reader})
+		m.Stay = r.h.resuming.window
+		r.leftElsewhere(m)
+	case reader == nil:
+		reader = &runReader{run: r, distant: &distant{d: d, node: m.From, id: m.Reader}}
+		reader.distant.heard.Store(int64(now()))
+		if !r.enterAt(m.N, reader) {
+			d.post(m.From, message{Op: runUnknown, Run: m.Run, Reader: m.Reader})
+		}
+	default:
+		reader.distant.heard.Store(int64(now()))
+		if newest {
+			reader.moveTo(m.N)
+		}
+	}
+}
+
+// moveTo says that a client of another node has been sent the events up to n:
+// they may go.
+func (reader *runReader) moveTo(n uint64) {
+	reader.mu.Lock()
+	defer reader.mu.Unlock()
+	if !reader.left {
+		reader.join(journal.After(n))
+	}
+}
+
+// leftElsewhere takes a client of another node off the run.
+func (r *run) leftElsewhere(m message) {
+	r.mu.Lock()
+	reader := r.kept.distant[m.Reader]
+	delete(r.kept.distant, m.Reader)
+	delete(r.kept.sentAway, m.Reader)
+	if reader != nil && r.kept.newest == reader {
+		r.kept.stay = m.Stay
+	}
+	r.mu.Unlock()
+	if reader != nil {
+		reader.leave()
+	}
+}
+
+// sendAway has the node of a client end its stream, and remembers that for as
+// long as that node may still tell of it. Nobody waits for it.
+func (r *run) sendAway(reader *runReader, why reason) {
+	id := reader.distant.id
+	r.mu.Lock()
+	delete(r.kept.distant, id)
+	if r.kept.sentAway == nil {
+		r.kept.sentAway = make(map[string]reason)
+	}
+	if len(r.kept.sentAway) >= maxSentAway {
+		clear(r.kept.sentAway)
+	}
+	r.kept.sentAway[id] = why
+	r.mu.Unlock()
+	reader.distant.end(r, why)
+	reader.leave()
+}
+
+// dropSilentReaders takes off the clients of nodes that have not told of them for
+// as long as a lease. It belongs to the receiver.
+func (d *depot) dropSilentReaders() {
+	if now()-d.looked < instant(d.lease/3) {
+		return
+	}
+	d.looked = now()
+	for _, m := range d.allMirrors() {
+		r := m.run
+		var silent []*runReader
+		r.mu.Lock()
+		for id, reader := range r.kept.distant {
+			if now()-instant(reader.distant.heard.Load()) > instant(d.lease) {
+				delete(r.kept.distant, id)
+				silent = append(silent, reader)
+			}
+		}
+		r.mu.Unlock()
+		for _, reader := range silent {
+			reader.leave()
+		}
+	}
+}

@@ -1,0 +1,333 @@
+package caddysse
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/caddy-sse/caddy-sse/store"
+)
+
+const (
+	// leastPending is what a run may have waiting for the store, whatever its
+	// history.
+	leastPending = 1 << 20
+
+	// mostPending is what all runs of a store may have.
+	mostPending = 64 << 20
+
+	// largestIdleBlock is how much room a run keeps for its next event.
+	largestIdleBlock = 4 << 10
+
+	// largestWrite is about how much of a run is written at a time.
+	largestWrite = 256 << 10
+)
+
+// mirror is what a store has of a run, or is about to get: whole events, which
+// the run's own journal keeps, too. The handlers' goroutine adds to it and never
+// waits for the store. What the store does not take in time makes the run one as
+// without resume.
+type mirror struct {
+	d       *depot
+	run     *run
+	key     store.Key
+	ttl     time.Duration
+	limit   int // bytes that may wait
+	release func()
+
+	lost atomic.Bool // the store does not have all that it should
+
+	// What follows belongs to the handlers' goroutine.
+	block   []byte // since the last event, without comments that are complete
+	started int    // where the block that is not complete begins
+	tokenAt int    // where the run's token was cut out of block; -1: nowhere
+
+	mu      sync.Mutex
+	begin   []byte // nil: the store has it
+	waiting []store.Event
+	taken   int     // how many of them are being written
+	size    int     // bytes of all that wait
+	since   instant // since when something waits
+	stage   mirrorStage
+	end     []byte // to be written; nil: nothing, or the store has it
+	queued  bool   // among the depot's dirty ones, or being written
+}
+
+// mirrorStage is what becomes of what a store has of a run.
+type mirrorStage uint8
+
+const (
+	mirrorOpen    mirrorStage = iota
+	mirrorEnded               // the run has ended: what there is stays for its window
+	mirrorLeft                // so has the process: it is left to the other nodes
+	mirrorDropped             // nothing stays
+	mirrorDone                // the store has been told, or can't be
+)
+
+// newMirror lets the store have a run, which begins.
+// release gives the depot back.
+func (d *depot) newMirror(r *run, begin []byte, release func()) *mirror {
+	rs := r.h.resuming
+	m := &mirror{
+		d:       d,
+		run:     r,
+		key:     keyOf(r.token()),
+		ttl:     rs.window + 2*d.lease,
+		limit:   max(4*rs.history, leastPending),
+		release: release,
+		tokenAt: -1,
+		begin:   begin,
+		since:   now(),
+	}
+	d.mu.Lock()
+	d.mirrors[m] = struct{}{}
+	d.mu.Unlock()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.queueLocked()
+	return m
+}
+
+// add takes bytes of the upstream.
+func (m *mirror) add(p []byte) { m.block = append(m.block, p...) }
+
+// addID takes the line with the id of an event. The token that is in it lets a
+// client come back, and stays here.
+func (m *mirror) addID(line []byte) {
+	at := bytes.Index(line, []byte(runIDPrefix)) + len(runIDPrefix)
+	m.add(line[:at])
+	m.tokenAt = len(m.block)
+	m.add(line[at+runTokenLength:])
+}
+
+// commit says that a block is complete, and whether it is an event. One that is
+// none is worth keeping only where it tells a reconnection time.
+func (m *mirror) commit(event bool, n uint64, retry bool) {
+	switch {
+	case event:
+		m.event(n)
+	case retry: // the last one counts
+		m.block = append(m.block[:0], m.block[m.started:]...)
+		m.started = len(m.block)
+	default:
+		m.rollback()
+	}
+}
+
+// rollback drops the block that is not complete.
+func (m *mirror) rollback() {
+	m.block = m.block[:m.started]
+	m.tokenAt = -1
+}
+
+// event lets the store have event n.
+func (m *mirror) event(n uint64) {
+	data := make([]byte, 0, len(m.block)+binary.MaxVarintLen32)
+	data = binary.AppendUvarint(data, uint64(m.tokenAt+1))
+	data = append(data, m.block...)
+	m.block, m.started = m.block[:0], 0
+	m.tokenAt = -1
+	if cap(m.block) > largestIdleBlock {
+		m.block = nil // a quiet run need not hold it
+	}
+	m.mu.Lock()
+	if m.stage != mirrorOpen || m.lost.Load() {
+		m.mu.Unlock()
+		return
+	}
+	m.waiting = append(m.waiting, store.Event{Number: n, Data: data})
+	m.size += len(data)
+	tooMuch := m.size > m.limit
+	m.queueLocked()
+	m.mu.Unlock()
+	if m.d.pending.Add(int64(len(data))) > mostPending || tooMuch {
+		m.lose()
+	}
+}
+
+// eventText is an event as clients get it: with the run's token in its id.
+func eventText(dst, data []byte, token string) ([]byte, error) {
+	at, n := binary.Uvarint(data)
+	if n <= 0 || at > uint64(len(data)-n)+1 {
+		return dst, errors.New("an event in the store is damaged")
+	}
+	data = data[n:]
+	if at == 0 {
+		return append(dst, data...), nil
+	}
+	dst = append(dst, data[:at-1]...)
+	dst = append(dst, token...)
+	return append(dst, data[at-1:]...), nil
+}
+
+// finish says how the run ended: what the store has stays for its window.
+func (m *mirror) finish(end runEnd) {
+	m.moveTo(mirrorEnded, marshalEnd(end, m.lost.Load()))
+}
+
+// forget says that nobody comes back to the run here any more. An exit leaves
+// what the store has to its clients, which come back to other nodes.
+func (m *mirror) forget() {
+	if exit.exiting() {
+		m.moveTo(mirrorLeft, marshalEnd(runEnd{reason: serverClosed}, true))
+		return
+	}
+	m.moveTo(mirrorDropped, nil)
+}
+
+// moveTo says what becomes of what the store has. The first end counts.
+func (m *mirror) moveTo(stage mirrorStage, end []byte) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.stage >= stage {
+		return
+	}
+	if m.stage == mirrorOpen {
+		m.end = end
+	}
+	m.stage = stage
+	m.queueLocked()
+}
+
+// queueLocked has the writer call.
+func (m *mirror) queueLocked() {
+	if m.queued {
+		return
+	}
+	m.queued = true
+	m.since = now()
+	m.d.queue(m)
+}
+
+// stays returns for how long the run stays in the store, if it is there.
+func (m *mirror) stays() (ttl time.Duration, key store.Key, ok bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.ttl, m.key, m.begin == nil && m.stage <= mirrorEnded
+}
+
+// lose says that the store does not have what it should: the run is one as
+// without resume when its upstream sends next.
+func (m *mirror) lose() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.loseLocked()
+}
+
+func (m *mirror) loseLocked() {
+	if m.lost.Swap(true) {
+		return
+	}
+	kept := 0
+	for _, event := range m.waiting[m.taken:] {
+		kept += len(event.Data)
+	}
+	m.waiting = slices.Clip(m.waiting[:m.taken])
+	m.size -= kept
+	m.d.pending.Add(-int64(kept))
+}
+
+// loseIfLate gives up a run for which the store has not taken anything for too
+// long: other nodes take this one for dead by now.
+func (m *mirror) loseIfLate() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if now()-m.since > instant(m.d.lease) {
+		m.loseLocked()
+	}
+}
+
+// take returns what is to be written next; ok is false where there is nothing.
+func (m *mirror) take() (w store.Write, ok bool) {
+	gone := m.run.feed.journal.Figures().Gone
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	w = store.Write{Run: m.key, TTL: m.ttl}
+	switch {
+	case m.stage == mirrorDropped:
+		w.Drop = true
+		return w, true
+	case m.lost.Load() && m.begin != nil:
+		return w, false
+	}
+	for size := 0; m.taken < len(m.waiting) && size < largestWrite; m.taken++ {
+		size += len(m.waiting[m.taken].Data)
+	}
+	w.Begin, w.Events = m.begin, m.waiting[:m.taken:m.taken]
+	if m.taken > 0 {
+		w.Oldest = min(gone+1, w.Events[m.taken-1].Number+1)
+	}
+	if m.taken == len(m.waiting) {
+		w.End = m.end
+	}
+	return w, w.Begin != nil || m.taken > 0 || w.End != nil
+}
+
+// settle takes note of what came of a write, or that there was nothing to write.
+func (m *mirror) settle(w store.Write, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.queued = false
+	if err == nil {
+		m.dropTakenLocked()
+		if w.Begin != nil {
+			m.begin = nil
+		}
+		if w.End != nil {
+			m.end = nil
+		}
+		switch {
+		case w.Drop, m.stage == mirrorLeft && (m.end == nil || m.lost.Load()):
+			m.doneLocked()
+		case m.stage == mirrorDropped, len(m.waiting) > 0, m.end != nil && !(m.lost.Load() && m.begin != nil):
+			m.queueLocked()
+		}
+		return
+	}
+	m.taken = 0
+	late := time.Duration(now() - m.since)
+	switch {
+	case errors.Is(err, store.ErrUnknown):
+		m.loseLocked()
+		m.begin, m.end = nil, nil
+		if m.stage >= mirrorLeft {
+			m.doneLocked()
+		}
+		return
+	case m.stage == mirrorOpen && late > m.d.lease:
+		m.loseLocked()
+		return // the store is told when the run is over
+	case m.stage >= mirrorLeft && late > 2*m.d.lease:
+		m.doneLocked() // what is there goes by itself
+		return
+	}
+	m.queued = true
+	m.d.queue(m) // and waits since before
+}
+
+func (m *mirror) dropTakenLocked() {
+	wrote := 0
+	for _, event := range m.waiting[:m.taken] {
+		wrote += len(event.Data)
+	}
+	m.waiting = slices.Delete(m.waiting, 0, m.taken)
+	if len(m.waiting) == 0 && cap(m.waiting) > 64 {
+		m.waiting = nil
+	}
+	m.taken = 0
+	m.size -= wrote
+	m.d.pending.Add(-int64(wrote))
+}
+
+// doneLocked leaves the store.
+func (m *mirror) doneLocked() {
+	m.stage = mirrorDone
+	m.taken = len(m.waiting)
+	m.dropTakenLocked()
+	m.d.dropMirror(m)
+	m.release()
+}

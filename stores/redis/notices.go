@@ -1,0 +1,202 @@
+package redis
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/redis/rueidis"
+)
+
+const (
+	// noticeLinger is how long a channel stays subscribed to that nobody waits on:
+	// a reader that has got something comes again.
+	noticeLinger = 15 * time.Second
+
+	// lookAgain is how often who waits looks without a notice: one may be lost
+	// with its connection, or forbidden.
+	lookAgain = 2 * time.Second
+)
+
+// notices tell who waits that there is something new: whoever changes a run, or
+// sends messages to a node, publishes on its channel. All waits of a node share
+// one connection.
+type notices struct {
+	connection *connection
+	work       sync.WaitGroup
+
+	mu       sync.Mutex
+	channels map[string]*channel
+	changed  chan struct{} // a channel is wanted, or not any more
+}
+
+// channel is one that somebody waits on, or has waited on a moment ago.
+type channel struct {
+	waiters int
+	idle    time.Time     // since when there is none
+	heard   bool          // the server sends its notices
+	notice  chan struct{} // closed and replaced with each notice
+}
+
+func newNotices(c *connection) *notices {
+	n := &notices{connection: c, channels: make(map[string]*channel), changed: make(chan struct{}, 1)}
+	n.work.Go(n.listen)
+	return n
+}
+
+// enter has the caller wait on a channel, until it leaves.
+func (n *notices) enter(name string) (leave func()) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	ch := n.channels[name]
+	if ch == nil {
+		ch = &channel{notice: make(chan struct{})}
+		n.channels[name] = ch
+		n.kick()
+	}
+	ch.waiters++
+	return func() {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if ch.waiters--; ch.waiters == 0 {
+			ch.idle = time.Now()
+		}
+	}
+}
+
+// next returns what is closed at the next notice on a channel that has been
+// entered. What was there before must be looked for after this call.
+func (n *notices) next(name string) <-chan struct{} {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.channels[name].notice
+}
+
+// tell has those look who wait on a channel.
+func (n *notices) tell(name string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if ch := n.channels[name]; ch != nil {
+		ch.tellLocked()
+	}
+}
+
+func (ch *channel) tellLocked() {
+	close(ch.notice)
+	ch.notice = make(chan struct{})
+}
+
+func (n *notices) kick() {
+	select {
+	case n.changed <- struct{}{}:
+	default:
+	}
+}
+
+// listen keeps a connection for notices.
+func (n *notices) listen() {
+	ctx := n.connection.ctx
+	for ctx.Err() == nil {
+		if client, err := n.connection.get(ctx); err == nil {
+			n.hear(ctx, client)
+		}
+		n.deaf()
+		select {
+		case <-time.After(dialPause):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// deaf says that no channel is subscribed to any more. Who waits looks by itself.
+func (n *notices) deaf() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, ch := range n.channels {
+		ch.heard = false
+		ch.tellLocked()
+	}
+}
+
+// hear subscribes to what is wanted on one connection, until that breaks.
+func (n *notices) hear(ctx context.Context, client rueidis.Client) {
+	own, release := client.Dedicate()
+	defer release()
+	broken := own.SetPubSubHooks(rueidis.PubSubHooks{
+		OnMessage: func(m rueidis.PubSubMessage) { n.tell(m.Channel) },
+		OnSubscription: func(s rueidis.PubSubSubscription) {
+			if s.Kind == "subscribe" {
+				n.tell(s.Channel) // what came before it has not been told
+			}
+		},
+	})
+	tidy := time.NewTicker(noticeLinger / 3)
+	defer tidy.Stop()
+	for {
+		wanted, unwanted := n.difference()
+		if len(wanted) > 0 && own.Do(ctx, own.B().Subscribe().Channel(wanted...).Build()).Error() != nil {
+			return
+		}
+		if len(unwanted) > 0 && own.Do(ctx, own.B().Unsubscribe().Channel(unwanted...).Build()).Error() != nil {
+			return
+		}
+		select {
+		case <-n.changed:
+		case <-tidy.C:
+		case <-broken:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// difference returns the channels to subscribe to, and those to leave.
+func (n *notices) difference() (wanted, unwanted []string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for name, ch := range n.channels {
+		switch {
+		case ch.waiters == 0 && time.Since(ch.idle) > noticeLinger:
+			delete(n.channels, name)
+			if ch.heard {
+				unwanted = append(unwanted, name)
+			}
+		case !ch.heard:
+			ch.heard = true
+			wanted = append(wanted, name)
+		}
+	}
+	slices.Sort(wanted)
+	return wanted, unwanted
+}
+
+// wait calls look again and again until it is done, fails, or the time is over.
+func (n *notices) wait(ctx context.Context, name string, wait time.Duration, look func() (done bool, err error)) error {
+	if done, err := look(); done || err != nil || wait <= 0 {
+		return err
+	}
+	leave := n.enter(name)
+	defer leave()
+	over := time.NewTimer(wait)
+	defer over.Stop()
+	again := time.NewTicker(lookAgain)
+	defer again.Stop()
+	for {
+		notice := n.next(name)
+		if done, err := look(); done || err != nil {
+			return err
+		}
+		select {
+		case <-notice:
+		case <-again.C:
+		case <-over.C:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-n.connection.ctx.Done():
+			return context.Cause(n.connection.ctx)
+		}
+	}
+}
