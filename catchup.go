@@ -247,9 +247,11 @@ func (reader *runReader) awaitID(ctx context.Context, id string) bool {
 
 // isFound notes that the client's id was found.
 func (x *exchange) isFound() {
-	x.stream.facts.Lock()
-	x.stream.fed.resumed = true
-	x.stream.facts.Unlock()
+	s := x.stream
+	s.goesOnIn(x.rare.reader.run.feed)
+	s.facts.Lock()
+	s.fed.resumed = true
+	s.facts.Unlock()
 	x.h.group.countResume(resumeFound)
 }
 
@@ -257,6 +259,7 @@ func (x *exchange) isFound() {
 // told that it has lost something.
 func (x *exchange) startUnknown(reader *runReader) bool {
 	x.h.group.countResume(resumeUnknown)
+	x.stream.goesOnIn(reader.run.feed)
 	if !reader.join(journal.Live()) {
 		return false
 	}
@@ -280,6 +283,7 @@ func (x *exchange) followCatchUp(ctx context.Context, reader *runReader, up *cat
 		return runEnd{}, false, false
 	}
 	defer c.Leave()
+	x.stream.goesOnIn(up.feed)
 	look := time.NewTicker(catchUpLook)
 	defer look.Stop()
 	for {
@@ -301,11 +305,10 @@ func (x *exchange) followCatchUp(ctx context.Context, reader *runReader, up *cat
 			}
 			return up.end, false, true
 		case p != nil:
-			n, err := x.stream.pass(p)
-			c.Advance(n)
-			if err != nil || n < len(p) {
+			if x.stream.passBlocks(c, p, nil) != nil {
 				return runEnd{}, false, true
 			}
+			c.Advance(len(p))
 			if x.meets(reader, c) {
 				return runEnd{}, true, true
 			}

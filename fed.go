@@ -28,6 +28,13 @@ type fed struct {
 	tried   int64  // how many tries of the run there were before
 	resumed bool   // the client's id was found
 	missed  uint64 // events that it has lost
+
+	// Of the client of a shared run: where in the journal it is, and the id that
+	// it had before, from a journal in which it is no longer. The stream's facts.
+	feed  *feed // of that journal
+	at    journal.Spot
+	id    string
+	hasID bool
 }
 
 // feedSource is what feeds a stream: a run of this process, or what a store has
@@ -81,7 +88,7 @@ func (s *stream) greet(text []byte) error {
 	return s.sendLocked(s.age(), s.splicer.Block(&s.frames.Frames, nil, text), nil)
 }
 
-// follow passes on what a reader of a journal gets, until the stream or the
+// follow passes on what the reader of a journal gets, until the stream or the
 // journal ends. The error is the journal's, io.EOF for a clean end of the
 // upstream; nil where the stream is over.
 func (s *stream) follow(ctx context.Context, c *journal.Cursor) error {
@@ -106,10 +113,36 @@ func (s *stream) follow(ctx context.Context, c *journal.Cursor) error {
 	}
 }
 
+// lastID is the id of the last event that the client of a shared run has been
+// sent; ok is false where it has been sent none. It wants the stream's facts to be
+// locked.
+func (f *fed) lastID() (id string, ok bool) {
+	if f == nil || f.feed == nil {
+		return "", false
+	}
+	if id, ok = f.at.ID(); ok {
+		return id, true
+	}
+	if n := min(f.at.Number(), f.feed.numbered.Load()); n > f.at.Since() {
+		return runID{token: f.feed.token, n: n}.String(), true
+	}
+	return f.id, f.hasID
+}
+
+// goesOnIn is for a client that reads another feed's journal from now on.
+func (s *stream) goesOnIn(f *feed) {
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	s.fed.id, s.fed.hasID = s.fed.lastID()
+	s.fed.feed, s.fed.at = f, journal.Spot{}
+}
+
 // followRun is follow for the reader of a run, and tells how the run ended.
 func (reader *runReader) followRun(ctx context.Context, s *stream) runEnd {
 	var err error
-	if reader.run.kept != nil {
+	if reader.run.use == sharedRun {
+		err = reader.followShared(ctx)
+	} else if reader.run.kept != nil {
 		err = reader.followInTurns(ctx, s)
 	} else {
 		err = s.follow(ctx, reader.cursor)

@@ -33,10 +33,11 @@ type feed struct {
 	// publish lets the readers have what there is; nil: the journal wakes them.
 	publish func()
 
-	bytes  atomic.Uint64
-	ownIDs atomic.Bool  // the upstream has sent an id field
-	heard  atomic.Int64 // when it has sent something last, an instant
-	waits  atomic.Bool  // for room: the upstream is not listened to
+	bytes    atomic.Uint64
+	numbered atomic.Uint64 // events that have got an id
+	ownIDs   atomic.Bool   // the upstream has sent an id field
+	heard    atomic.Int64  // when it has sent something last, an instant
+	waits    atomic.Bool   // for room: the upstream is not listened to
 
 	// unkeep is called when nothing may be kept any more: the upstream has ids of
 	// its own, or sends no events, or one that is too large. It returns false where
@@ -187,6 +188,7 @@ func (f *feed) appendBlock(p []byte, idAt int) error {
 	}
 	f.id = f.token.append(f.id[:0], f.events+1)
 	f.line = f.splicer.AppendID(f.line[:0], f.id)
+	f.numbered.Store(f.events + 1)
 	if err := f.append(f.line); err != nil {
 		return err
 	}
@@ -236,12 +238,21 @@ func (f *feed) commit() {
 	}
 	block := journal.Block{Event: scanner.Events() > f.scanned}
 	f.scanned = scanner.Events()
+	if f.policy == journal.KeepNewest {
+		block.Invalid = f.splicer.TakeInvalidUTF8()
+	}
 	if f.splicer.HasOwnIDs() {
 		f.plain = true
 		f.ownIDs.Store(true)
-		if id, committed := scanner.LastEventID(); committed && (id != f.lastID || !f.follows) {
+		if id, committed := scanner.LastEventID(); committed && id == f.lastID && f.follows {
+			block.RepeatsID = f.splicer.TakeCommit()
+		} else if committed {
+			f.splicer.TakeCommit()
 			f.lastID, f.follows = id, true
 			block.SetsID, block.ID = true, f.commitID(id)
+			if block.ID == "" {
+				block.Told = id
+			}
 		}
 	}
 	retold := false

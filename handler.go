@@ -107,6 +107,20 @@ func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived in
 	return x
 }
 
+// beginExchange is newExchange, and enters the run that the request shares, if it
+// is there.
+func (h *Handler) beginExchange(w http.ResponseWriter, r *http.Request, arrived instant) (x *exchange) {
+	if h.sharing == nil {
+		return h.newExchange(w, r, arrived)
+	}
+	onOwnStack(func() {
+		if x = h.newExchange(w, r, arrived); x.mayShare() {
+			x.findRun()
+		}
+	})
+	return x
+}
+
 // rarely returns the rare part and makes it where there is none.
 func (x *exchange) rarely() *rare {
 	if x.rare == nil {
@@ -131,7 +145,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	h.drain.enter()
 	defer h.drain.leave()
 
-	x := h.newExchange(w, r, arrived)
+	x := h.beginExchange(w, r, arrived)
 	out := outcome{left: true}
 	defer func() {
 		if x.role > aside || x.stream != nil {
@@ -148,9 +162,6 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		x.attempt = x.newAttempt(nil)
 		out.err = next.ServeHTTP(w, x.attempt.request)
 		return nil
-	}
-	if x.mayShare() {
-		x.findRun()
 	}
 	if x.mayComeBack() {
 		var back bool

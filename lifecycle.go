@@ -283,6 +283,9 @@ func (s *stream) lastEventIDLocked() string {
 	if id, committed := s.splicer.Scanner().LastEventID(); committed {
 		return printableID(id)
 	}
+	if id, committed := s.fed.lastID(); committed {
+		return printableID(id)
+	}
 	if s.client.lastEventID != nil {
 		return *s.client.lastEventID
 	}

@@ -99,11 +99,19 @@ func (r *run) endOf(ctx context.Context, w *runResponse, err error) runEnd {
 	return runEnd{reason: upstreamClosed}
 }
 
-// answeredOther reports whether each client is to ask the upstream by itself.
+// answeredOther reports whether each client is to ask the upstream by itself. What
+// handlers answer to a run that has been left meanwhile is no answer of the
+// upstream's: reverse_proxy says 499.
 func (r *run) answeredOther(end runEnd) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.answer.kind == answerOther || errors.Is(end.err, errOtherBody)
+	switch r.answer.kind {
+	case answerOther:
+		return true
+	case answerStream:
+		return errors.Is(end.err, errOtherBody)
+	}
+	return false
 }
 
 // runResponse is the ResponseWriter that the handlers of a run's attempt get. It
@@ -128,12 +136,6 @@ func (w *runResponse) Header() http.Header { return w.header }
 // client that comes later would be missing.
 func (w *runResponse) WriteHeader(status int) {
 	if status < 200 && status != http.StatusSwitchingProtocols || w.kind != answerPending {
-		return
-	}
-	if w.run.ctx.Err() != nil {
-		// It is the proxy that answers, for a run that is over.
-		w.kind, w.failed = answerFailure, errRunEnded
-		w.answer = runAnswer{kind: answerFailure, err: caddyhttp.Error(http.StatusServiceUnavailable, errRunEnded)}
 		return
 	}
 	if w.try != nil {
@@ -206,7 +208,7 @@ func (w *runResponse) Write(p []byte) (int, error) {
 		}
 		return n, err
 	case answerFailure:
-		if w.try != nil || w.failed != nil {
+		if w.try != nil {
 			return 0, errRunEnded
 		}
 		if len(w.answer.body)+len(p) > maxFailureBody {

@@ -115,6 +115,7 @@ func (sh *sharing) findOrBegin(x *exchange, next caddyhttp.Handler) *runReader {
 		return nil
 	}
 	f.foreign = func() { sh.h.foreignIDs.Store(true) }
+	f.journal.ServedBy(fanOut{})
 	r := sh.h.newRun(sharedRun, f)
 	r.host, r.path = printable(x.r.Host, 255), printable(share.key.received.Path, 1024)
 	r.stays = func() time.Duration {

@@ -124,17 +124,18 @@ func (x *exchange) earlyStartIn() time.Duration {
 // false where the request is to ask the upstream by itself after all.
 func (x *exchange) callShared() (out outcome, shared bool) {
 	reader := x.rare.reader
-	x.rare.fed = x.newFed(reader.run, x.newGreeting())
-	feed := &x.rare.feed
-	feed.ctx, feed.cancel = context.WithCancelCause(x.r.Context())
-	if !x.awaitAnswer(feed.ctx, reader) {
+	onOwnStack(func() {
+		x.rare.fed = x.newFed(reader.run, x.newGreeting())
+		feed := &x.rare.feed
+		feed.ctx, feed.cancel = context.WithCancelCause(x.r.Context())
+	})
+	if !x.awaitAnswer(x.rare.feed.ctx, reader) {
 		return outcome{}, true
 	}
 	answer := reader.run.answer
 	switch answer.kind {
 	case answerStream:
-		end := x.openShared(reader, answer)
-		return outcome{left: true, run: end}, true
+		return outcome{left: true, run: x.followAnswer(reader)}, true
 	case answerFailure:
 		return outcome{left: true, err: x.passFailure(answer)}, true
 	}
@@ -144,6 +145,20 @@ func (x *exchange) callShared() (out outcome, shared bool) {
 		x.stream.unfeed()
 	}
 	return outcome{}, false
+}
+
+// followAnswer makes a stream of the run and passes on what comes.
+func (x *exchange) followAnswer(reader *runReader) (end runEnd) {
+	var p placing
+	open := false
+	onOwnStack(func() { p, open = x.openShared(reader, reader.run.answer) })
+	if open && p.catchUp != "" {
+		end, open = x.catchUp(reader, p.catchUp)
+	}
+	if !open {
+		return end
+	}
+	return reader.followRun(x.rare.feed.ctx, x.stream)
 }
 
 // awaitAnswer waits for the answer to the run. It returns false where the client
@@ -192,38 +207,47 @@ func (x *exchange) passFailure(answer runAnswer) error {
 	return nil
 }
 
-// openShared makes a stream of the run, from the client's place on.
-func (x *exchange) openShared(reader *runReader, answer runAnswer) runEnd {
-	p := x.placeIn(reader)
+// openShared makes a stream of the run, from the client's place on. It returns
+// false where the client has left.
+func (x *exchange) openShared(reader *runReader, answer runAnswer) (p placing, open bool) {
+	p = x.placeIn(reader)
 	x.h.group.countPlace(p)
 	x.notePlace(p)
 	greeting := x.greeting(reader, p)
 	if x.stream != nil {
 		x.role = streaming
 		x.stream.answered(answer.status, answer.header, answer.upstream)
+		x.stream.writeChunksTo(x.chunkConn())
 		greeting.retry = 0 // it has been told
-		if x.stream.greet(greeting.text()) != nil {
-			return runEnd{}
-		}
-	} else {
-		header := x.w.Header()
-		for field, values := range answer.header {
-			if field == "Server" {
-				delete(header, field) // as reverse_proxy does
-			}
-			// Handlers around this one edit values in place.
-			header[field] = slices.Concat(header[field], values)
-		}
-		x.rare.fed.greeting = greeting
-		x.open(answer.status)
-		reader.feeds(x.stream)
+		return p, x.stream.greet(greeting.text()) == nil
 	}
-	if p.catchUp != "" {
-		if end, met := x.catchUp(reader, p.catchUp); !met {
-			return end
+	header := x.w.Header()
+	for field, values := range answer.header {
+		if field == "Server" {
+			delete(header, field) // as reverse_proxy does
 		}
+		// Handlers around this one edit values in place.
+		header[field] = slices.Concat(header[field], values)
 	}
-	return reader.followRun(x.rare.feed.ctx, x.stream)
+	x.rare.fed.greeting = greeting
+	x.open(answer.status)
+	x.stream.writeChunksTo(x.chunkConn())
+	reader.feeds(x.stream)
+	return p, true
+}
+
+// onOwnStack calls f on a goroutine of its own and waits for it. A goroutine's stack
+// is as large as the deepest call that it has ever made: what is called here, once,
+// would double that of each quiet client. A panic in f is the caller's.
+func onOwnStack(f func()) {
+	returned := make(chan any, 1)
+	go func() {
+		defer func() { returned <- recover() }()
+		f()
+	}()
+	if panicked := <-returned; panicked != nil {
+		panic(panicked)
+	}
 }
 
 // notePlace keeps what is told of the client's place. Its stream may have started
@@ -285,7 +309,9 @@ func (x *exchange) placeIn(reader *runReader) placing {
 
 // newFed is what the request's stream is to know of the run that feeds it.
 func (x *exchange) newFed(r *run, g greeting) *fed {
-	return x.newFedBy(r, r.token(), g)
+	f := x.newFedBy(r, r.token(), g)
+	f.feed = r.feed
+	return f
 }
 
 // newFedBy is newFed for whatever feeds it.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"math"
+	"net"
 	"net/http"
 	"sync"
 	"sync/atomic"
@@ -37,7 +38,7 @@ type stream struct {
 	mu sync.Mutex
 
 	// facts guards what observers ask for. It is never held across a write.
-	// Inside it only the agenda's lock may be taken.
+	// Inside it only the agenda's lock may be taken, and a journal's.
 	facts sync.Mutex
 
 	w      http.ResponseWriter
@@ -88,6 +89,7 @@ type stream struct {
 	cancel context.CancelCauseFunc // ends the upstream's half
 	rare   *rareStream             // nil for most; facts, once the stream has started
 	fed    *fed                    // by a run; nil: by the handlers themselves
+	chunks net.Conn                // where workers may write chunks to; nil: nowhere; mu
 
 	// Neighbours among the live streams of the same name, guarded by the
 	// group's lock.

@@ -5,6 +5,8 @@ import (
 	"net/http"
 	"os"
 	"time"
+
+	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
 // slowWrite is how long a write may take before it counts that the upstream can
@@ -55,6 +57,45 @@ func (s *stream) pass(p []byte) (int, error) {
 	if ends {
 		s.wait = s.frames.wait()
 	}
+	s.isSentLocked(first)
+	return n, nil
+}
+
+// passBlocks is pass for the next bytes of a shared run's reader: whole blocks,
+// which the run has followed. The client gets all of them or, where its stream
+// ends early, none. A worker has its framing; nil: there is none.
+func (s *stream) passBlocks(c *journal.Cursor, p []byte, f *framing) error {
+	s.mu.Lock()
+	defer s.unlock()
+	if err := s.errLocked(); err != nil {
+		return err
+	}
+	ends := s.endsSilenceLocked()
+	lead, first, passes := s.followBlocksLocked(c, p)
+	if !passes {
+		return errStreamEnded
+	}
+	var err error
+	if f != nil && s.chunks != nil && len(lead) == 0 && len(p) <= progressUnit {
+		err = s.sendChunkLocked(f.frame(p))
+	} else {
+		err = s.sendLocked(s.lastBytes, lead, p)
+	}
+	if err != nil {
+		if first {
+			s.noteFirstEvent(0)
+		}
+		return err
+	}
+	if ends {
+		s.wait = s.frames.wait()
+	}
+	s.isSentLocked(first)
+	return nil
+}
+
+// isSentLocked is called when what the upstream sent has been written.
+func (s *stream) isSentLocked(first bool) {
 	if first || s.lastHeard-s.lastBytes > slowWrite {
 		s.facts.Lock()
 		s.lastBytes = s.lastHeard // the upstream was not listened to meanwhile
@@ -64,7 +105,44 @@ func (s *stream) pass(p []byte) (int, error) {
 		s.noteFirstEvent(s.lastHeard)
 		collector.observeFirstEvent(s)
 	}
-	return n, nil
+}
+
+// followBlocksLocked takes note of blocks, and returns what goes before them, and
+// whether they have the client's first event. A stream that is to end is at a
+// boundary already.
+func (s *stream) followBlocksLocked(c *journal.Cursor, p []byte) (lead []byte, first, passes bool) {
+	events, invalid, at := c.Coming()
+	age := s.age()
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	if s.isEndingLocked() {
+		return nil, false, false
+	}
+	s.longestGap = max(s.longestGap, age-s.lastBytes)
+	s.lastBytes = age
+	s.bytes += uint64(len(p))
+	s.fed.at = at
+	if s.body != eventStreamBody {
+		return nil, false, true
+	}
+	if first = events > 0 && s.splicer.Scanner().Events() == 0; first {
+		// The client may have it, and leave, before the write has returned.
+		s.firstEvent = age
+	}
+	lead = s.splicer.PassBlocks(&s.frames.Frames, p, events, invalid)
+	if s.fed.line != nil && events > 0 {
+		s.addsIDsLocked()
+	}
+	return lead, first, true
+}
+
+// addsIDsLocked is for the first id that the client gets: from then on the frames
+// are those for clients of a stream to which this module adds ids, if it does.
+func (s *stream) addsIDsLocked() {
+	if !s.fed.source.hasUpstreamsIDs() {
+		s.frames = s.fed.line
+	}
+	s.fed.line = nil
 }
 
 func (s *stream) noteFirstEvent(age time.Duration) {
@@ -95,10 +173,7 @@ func (s *stream) followLocked(p []byte) (lead, body []byte, n int) {
 	}
 	s.bytes += uint64(n)
 	if s.splicer.HasOwnIDs() && s.fed != nil && s.fed.line != nil {
-		if !s.fed.source.hasUpstreamsIDs() {
-			s.frames = s.fed.line
-		}
-		s.fed.line = nil
+		s.addsIDsLocked()
 	}
 	if s.body == eventStreamBody && s.splicer.Opaque() {
 		if s.refuseLocked() {

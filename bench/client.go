@@ -20,6 +20,7 @@ import (
 type fleet struct {
 	addr string
 	path string
+	tls  bool // HTTP/2, a connection each
 
 	mutex   sync.Mutex
 	streams []*clientStream
@@ -29,7 +30,7 @@ type fleet struct {
 // clientStream is one response, read by a goroutine of its own.
 type clientStream struct {
 	fleet *fleet
-	conn  net.Conn
+	conn  io.Closer
 	body  body
 
 	mutex     sync.Mutex
@@ -64,6 +65,9 @@ func (r received) wrong() error {
 
 // open adds one stream to the fleet.
 func (f *fleet) open(ctx context.Context) error {
+	if f.tls {
+		return f.openTLS(ctx)
+	}
 	dialer := net.Dialer{Timeout: 30 * time.Second}
 	conn, err := dialer.DialContext(ctx, "tcp", f.addr)
 	if err != nil {
@@ -91,50 +95,68 @@ func (f *fleet) open(ctx context.Context) error {
 		return fmt.Errorf("answered %q", buffer[:end])
 	}
 	conn.SetDeadline(time.Time{})
-	s := &clientStream{fleet: f, conn: conn}
-	f.mutex.Lock()
-	f.streams = append(f.streams, s)
-	f.mutex.Unlock()
+	s := f.add(conn)
 	rest := copy(buffer, buffer[end+4:read])
-	go s.read(buffer, rest)
+	go s.read(conn, s.body.feed, buffer, rest)
 	return nil
 }
 
-func (s *clientStream) read(buffer []byte, n int) {
+// add takes note of a stream.
+func (f *fleet) add(conn io.Closer) *clientStream {
+	s := &clientStream{fleet: f, conn: conn}
+	f.mutex.Lock()
+	defer f.mutex.Unlock()
+	f.streams = append(f.streams, s)
+	return s
+}
+
+// read reads a stream to its end. Its first n bytes are in the buffer already.
+func (s *clientStream) read(from io.Reader, feed func(p []byte, each func(block []byte)) error, buffer []byte, n int) {
 	for {
 		s.mutex.Lock()
-		err := s.body.feed(buffer[:n], s.note)
+		err := feed(buffer[:n], s.note)
 		s.mutex.Unlock()
 		if err == nil {
-			n, err = s.conn.Read(buffer)
+			n, err = from.Read(buffer)
 		}
 		if err == nil {
 			continue
 		}
-		s.conn.Close()
-		s.mutex.Lock()
-		if !s.closed {
-			if errors.Is(err, errBodyEnd) {
-				s.counts.CleanEnds++
-			} else {
-				s.counts.BrokenEnds++
-			}
-		}
-		tell := !s.closed && s.fleet.ended != nil
-		s.mutex.Unlock()
-		if tell {
-			s.fleet.ended(s)
-		}
+		s.end(err)
 		return
+	}
+}
+
+// end counts how a stream has ended.
+func (s *clientStream) end(err error) {
+	s.conn.Close()
+	s.mutex.Lock()
+	if !s.closed {
+		if errors.Is(err, errBodyEnd) || errors.Is(err, io.EOF) && s.fleet.tls {
+			s.counts.CleanEnds++
+		} else {
+			s.counts.BrokenEnds++
+		}
+	}
+	tell := !s.closed && s.fleet.ended != nil
+	s.mutex.Unlock()
+	if tell {
+		s.fleet.ended(s)
 	}
 }
 
 // note takes one block of the stream, with its blank line.
 func (s *clientStream) note(block []byte) {
-	switch {
-	case block[0] == ':':
+	// A heartbeat can be a comment line with no blank line after it.
+	for block[0] == ':' {
 		s.counts.Heartbeats++
-	case len(block) != eventSize || !bytes.HasPrefix(block, []byte("data: ")):
+		end := bytes.IndexByte(block, '\n')
+		if block = block[end+1:]; len(block) == 1 {
+			return
+		}
+	}
+	switch {
+	case !isEvent(block):
 		s.counts.Corrupt++
 	default:
 		sent := number(block[timeAt : timeAt+timeSize])
@@ -146,6 +168,16 @@ func (s *clientStream) note(block []byte) {
 		s.counts.Events++
 		s.latencies = append(s.latencies, uint32(min((clock()-sent)/100, 1<<32-1)))
 	}
+}
+
+// isEvent reports whether a block is one of the upstream's events. A shared
+// stream adds an id to each.
+func isEvent(block []byte) bool {
+	if len(block) < eventSize || !bytes.HasPrefix(block, []byte("data: ")) {
+		return false
+	}
+	added := block[eventSize-1:] // after the data line
+	return len(block) == eventSize || bytes.HasPrefix(added, []byte("id: sse1-"))
 }
 
 func number(digits []byte) (n int64) {
@@ -308,7 +340,9 @@ func (f *fleet) collect(want int) ([]time.Duration, error) {
 	}
 	slices.Sort(took)
 	if len(took) != want {
-		return took, fmt.Errorf("%d events arrived, %d were sent", len(took), want)
+		counts := f.counts()
+		return took, fmt.Errorf("%d events arrived, %d were sent, and %d streams ended by themselves",
+			len(took), want, counts.CleanEnds+counts.BrokenEnds)
 	}
 	return took, f.counts().wrong()
 }

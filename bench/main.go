@@ -4,8 +4,8 @@
 // reverse_proxy beside the same Caddy without it, nginx and HAProxy, all on
 // loopback on one machine. From the root of the checkout:
 //
-//	go run ./bench           # about 20 minutes
-//	go run ./bench -quick    # about 2 minutes, to see that it works
+//	go run ./bench           # about 35 minutes
+//	go run ./bench -quick    # about 3 minutes, to see that it works
 //
 // It prints a table and writes JSON. nginx and HAProxy take part if they are
 // installed. Each system is a process of its own, and so is the upstream; the
@@ -57,6 +57,8 @@ type settings struct {
 	Churn         int           `json:"churn_streams"`
 	ChurnWorkers  int           `json:"churn_workers"`
 	ReloadStreams int           `json:"reload_streams"`
+	SharedStreams int           `json:"shared_streams"`
+	StalledEvents int           `json:"stalled_events"`
 }
 
 func full() settings {
@@ -64,6 +66,7 @@ func full() settings {
 		Rounds: 3, Quiet: []int{2000, 10000}, Beats: 20 * time.Second,
 		Streams: 1000, Rate: 10000, Windows: 6, Window: 2 * time.Second,
 		BurstStreams: 5000, Bursts: 5, Churn: 5000, ChurnWorkers: 50, ReloadStreams: 5000,
+		SharedStreams: 5000, StalledEvents: 12,
 	}
 }
 
@@ -72,6 +75,7 @@ func quick() settings {
 		Rounds: 1, Quiet: []int{200, 500}, Beats: 3 * time.Second,
 		Streams: 100, Rate: 2000, Windows: 2, Window: time.Second,
 		BurstStreams: 300, Bursts: 2, Churn: 200, ChurnWorkers: 20, ReloadStreams: 200,
+		SharedStreams: 300, StalledEvents: 4,
 	}
 }
 
@@ -96,12 +100,13 @@ func run() error {
 	burst := flag.Int("burst-streams", 0, "streams of a burst, instead of 5000")
 	churn := flag.Int("churn", 0, "streams that are opened and closed, instead of 5000")
 	reload := flag.Int("reload-streams", 0, "streams that are open at a reload, instead of 5000")
+	shared := flag.Int("shared-streams", 0, "clients of one stream, instead of 5000")
 	only := flag.String("only", strings.Join(scenarioNames(), ","), "scenarios")
 	names := flag.String("systems", "plain,sse,nginx,haproxy", "systems; control is plain once more, and its ratio to plain what chance does")
 	binary := flag.String("caddy", "", "a Caddy binary with the module, instead of one that is built from the checkout")
 	output := flag.String("json", "bench.json", "file for the results")
 	profiles := flag.String("profile", "", "folder for CPU profiles of both Caddys, taken behind the scenarios")
-	limit := flag.Duration("timeout", 45*time.Minute, "give up after this time")
+	limit := flag.Duration("timeout", time.Hour, "give up after this time")
 	flag.Parse()
 
 	s := full()
@@ -111,6 +116,7 @@ func run() error {
 	for flagged, setting := range map[*int]*int{
 		rounds: &s.Rounds, eventStreams: &s.Streams, rate: &s.Rate, windows: &s.Windows,
 		burst: &s.BurstStreams, churn: &s.Churn, reload: &s.ReloadStreams,
+		shared: &s.SharedStreams,
 	} {
 		if *flagged > 0 {
 			*setting = *flagged
@@ -137,7 +143,7 @@ func run() error {
 		return err
 	}
 	// A proxy needs two descriptors for a stream.
-	for _, n := range append(pointers(s.Quiet), &s.BurstStreams, &s.ReloadStreams, &s.Streams) {
+	for _, n := range append(pointers(s.Quiet), &s.BurstStreams, &s.ReloadStreams, &s.Streams, &s.SharedStreams) {
 		if most := (files - 200) / 2; *n > most {
 			fmt.Printf("%d streams instead of %d: a process may have %d open files here\n", most, *n, files)
 			*n = most
@@ -220,14 +226,14 @@ func (b *bench) turns(round int) []int {
 }
 
 // each runs a measurement for every system in every round, with a fresh process.
-func (b *bench) each(title string, measure func(p *proxy, sample func(metric, unit string, value float64)) error) error {
+func (b *bench) each(title string, as way, measure func(p *proxy, sample func(metric, unit string, value float64)) error) error {
 	for round := range b.settings.Rounds {
 		for _, i := range b.turns(round) {
 			if err := b.context.Err(); err != nil {
 				return err
 			}
 			fmt.Printf("%s, round %d of %d, %s\n", title, round+1, b.settings.Rounds, b.systems[i].name)
-			p, err := b.start(i)
+			p, err := b.start(i, as)
 			if err != nil {
 				return err
 			}

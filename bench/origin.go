@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -70,7 +71,8 @@ type order struct {
 	Group int `json:"group"` // the port, which is to say the system
 	// Do is "count" the streams, "send" Rounds events to each, one round per
 	// Interval with the streams spread over it, or "burst": one to each at once,
-	// which all say when the first was sent.
+	// which all say when the first was sent. "broadcast" is Rounds bursts, one
+	// per Interval, and "fill" Rounds long comments to each.
 	Do       string        `json:"do"`
 	Rounds   int           `json:"rounds"`
 	Interval time.Duration `json:"interval"`
@@ -130,6 +132,10 @@ func serveOrigin() {
 			answer.Sent = send(streams, o.Rounds, o.Interval)
 		case "burst":
 			answer.Sent = burst(streams)
+		case "broadcast":
+			answer.Sent = broadcast(streams, o.Rounds, o.Interval)
+		case "fill":
+			answer.Sent = fill(streams, o.Rounds)
 		}
 		answer.Streams = len(streams)
 		results.Encode(answer)
@@ -206,6 +212,13 @@ func (s *upstreamStream) send(c chunk, now int64) bool {
 	return s.sendLocked(c, now)
 }
 
+func (s *upstreamStream) sendRaw(p []byte) bool {
+	s.mutex.Lock()
+	defer s.mutex.Unlock()
+	_, err := s.conn.Write(p)
+	return err == nil
+}
+
 func send(streams []*upstreamStream, rounds int, interval time.Duration) (sent int) {
 	c := newChunk()
 	start := time.Now()
@@ -228,6 +241,29 @@ func burst(streams []*upstreamStream) (sent int) {
 	for _, s := range streams {
 		if s.send(c, now) {
 			sent++
+		}
+	}
+	return sent
+}
+
+func broadcast(streams []*upstreamStream, rounds int, interval time.Duration) (sent int) {
+	ticks := time.NewTicker(interval)
+	defer ticks.Stop()
+	for range rounds {
+		sent += burst(streams)
+		<-ticks.C
+	}
+	return sent
+}
+
+func fill(streams []*upstreamStream, rounds int) (sent int) {
+	comment := slices.Concat([]byte{':'}, bytes.Repeat([]byte{'x'}, fillerSize-3), []byte("\n\n"))
+	c := fmt.Appendf(nil, "%x\r\n%s\r\n", len(comment), comment)
+	for range rounds {
+		for _, s := range streams {
+			if s.sendRaw(c) {
+				sent++
+			}
 		}
 	}
 	return sent

@@ -28,9 +28,24 @@ type system struct {
 	reload    func(p *proxy) error
 }
 
+// way is how a proxy is asked.
+type way struct {
+	shared bool // sse shares one upstream stream; the others can't
+	tls    bool // HTTP/2
+}
+
+// upstreams is how many streams of the upstream so many clients get.
+func (p *proxy) upstreams(clients int) int {
+	if p.shared && p.name == "sse" {
+		return min(clients, 1)
+	}
+	return clients
+}
+
 // proxy is a running system.
 type proxy struct {
 	system
+	way
 	group   int // the upstream's
 	dir     string
 	addr    string
@@ -85,7 +100,7 @@ func freeAddr() (string, error) {
 }
 
 // start runs a system until stop.
-func (b *bench) start(group int) (*proxy, error) {
+func (b *bench) start(group int, as way) (*proxy, error) {
 	dir, err := os.MkdirTemp(b.dir, "proxy")
 	if err != nil {
 		return nil, err
@@ -95,10 +110,15 @@ func (b *bench) start(group int) (*proxy, error) {
 		return nil, err
 	}
 	p := &proxy{
-		system: b.systems[group], group: group, dir: dir, addr: addr,
+		system: b.systems[group], way: as, group: group, dir: dir, addr: addr,
 		origin: fmt.Sprintf("127.0.0.1:%d", b.origin.ports[group]),
 		output: filepath.Join(dir, "output"),
 		ended:  make(chan error, 1),
+	}
+	if p.tls {
+		if err := writeCertificate(dir); err != nil {
+			return nil, err
+		}
 	}
 	if p.binary == "" {
 		p.binary = b.caddy
@@ -161,19 +181,31 @@ func caddyWith(directive string) func(*proxy, bool) ([]string, error) {
 		if changed {
 			change = "header X-Loaded again"
 		}
+		directive := directive
+		if p.shared && directive != "" {
+			directive += " {\n\t\tshare\n\t}"
+		}
+		scheme, certificate := "http", ""
+		if p.tls {
+			scheme, certificate = "https", fmt.Sprintf("tls %s %s", p.path(certificateFile), p.path(keyFile))
+		}
 		_, port, _ := net.SplitHostPort(p.addr)
 		content := fmt.Sprintf(`{
 	admin unix/%s
 	persist_config off
 	auto_https off
+	servers {
+		protocols h1 h2
+	}
 }
-http://:%s {
+%s://:%s {
 	bind 127.0.0.1
+	%s
 	%s
 	%s
 	reverse_proxy %s
 }
-`, p.path("admin"), port, change, directive, p.origin)
+`, p.path("admin"), scheme, port, certificate, change, directive, p.origin)
 		return []string{"run", "--config", p.path("Caddyfile"), "--adapter", "caddyfile"},
 			os.WriteFile(p.path("Caddyfile"), []byte(content), 0o644)
 	}
@@ -197,6 +229,11 @@ func configureNginx(p *proxy, _ bool) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	protocol, certificate := "", ""
+	if p.tls {
+		protocol = "ssl http2"
+		certificate = fmt.Sprintf("ssl_certificate %s; ssl_certificate_key %s;", p.path(certificateFile), p.path(keyFile))
+	}
 	user := ""
 	if os.Geteuid() == 0 {
 		user = "user root;"
@@ -218,7 +255,8 @@ http {
 	uwsgi_temp_path %[4]s/uwsgi;
 	scgi_temp_path %[4]s/scgi;
 	server {
-		listen %[5]s backlog=4096 reuseport;
+		listen %[5]s %[7]s backlog=4096 reuseport;
+		%[8]s
 		location / {
 			proxy_pass http://%[6]s;
 			proxy_http_version 1.1;
@@ -228,7 +266,7 @@ http {
 		}
 	}
 }
-`, user, runtime.NumCPU(), files, p.dir, p.addr, p.origin)
+`, user, runtime.NumCPU(), files, p.dir, p.addr, p.origin, protocol, certificate)
 	return []string{"-p", p.dir, "-e", "stderr", "-c", p.path("nginx.conf")},
 		os.WriteFile(p.path("nginx.conf"), []byte(content), 0o644)
 }
@@ -239,6 +277,10 @@ func configureHAProxy(p *proxy, _ bool) ([]string, error) {
 	files, err := measure.RaiseFileLimit()
 	if err != nil {
 		return nil, err
+	}
+	secure := ""
+	if p.tls {
+		secure = "ssl crt " + p.path(bothFile) + " alpn h2"
 	}
 	content := fmt.Sprintf(`global
 	maxconn %d
@@ -252,9 +294,9 @@ defaults
 	timeout client 1h
 	timeout server 1h
 listen all
-	bind %s backlog 4096
+	bind %s %s backlog 4096
 	server origin %s
-`, (files-100)/2, runtime.NumCPU(), p.path("stats"), p.addr, p.origin)
+`, (files-100)/2, runtime.NumCPU(), p.path("stats"), p.addr, secure, p.origin)
 	return []string{"-W", "-db", "-f", p.path("haproxy.cfg")},
 		os.WriteFile(p.path("haproxy.cfg"), []byte(content), 0o644)
 }

@@ -5,9 +5,6 @@ package main
 import (
 	"fmt"
 	"math/rand/v2"
-	"net/http"
-	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -23,6 +20,11 @@ var scenarios = []struct {
 	{"burst", (*bench).burst},
 	{"churn", (*bench).churn},
 	{"reload", (*bench).reload},
+	{"shared-quiet", (*bench).sharedQuiet},
+	{"shared-events", (*bench).sharedEvents},
+	{"shared-events-h2", (*bench).sharedEventsTLS},
+	{"shared-burst", (*bench).sharedBurst},
+	{"shared-stalled", (*bench).sharedStalled},
 }
 
 func scenarioNames() (names []string) {
@@ -37,7 +39,7 @@ const kiB = 1024
 func microseconds(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
 
 func (b *bench) newFleet(p *proxy, path string) *fleet {
-	return &fleet{addr: p.addr, path: path}
+	return &fleet{addr: p.addr, path: path, tls: p.tls}
 }
 
 // settle is longer than the second after which the first heartbeat comes.
@@ -51,8 +53,8 @@ func (b *bench) quiet() error {
 		most = max(most, n)
 	}
 	for _, n := range b.settings.Quiet {
-		err := b.each(fmt.Sprintf("%d quiet streams", n), func(p *proxy, sample func(string, string, float64)) error {
-			return b.quietStreams(p, n, n == most, sample)
+		err := b.each(fmt.Sprintf("%d quiet streams", n), way{}, func(p *proxy, sample func(string, string, float64)) error {
+			return b.quietStreams(p, n, "stream", n == most, sample)
 		})
 		if err != nil {
 			return err
@@ -61,7 +63,7 @@ func (b *bench) quiet() error {
 	return nil
 }
 
-func (b *bench) quietStreams(p *proxy, n int, heartbeats bool, sample func(metric, unit string, value float64)) error {
+func (b *bench) quietStreams(p *proxy, n int, one string, heartbeats bool, sample func(metric, unit string, value float64)) error {
 	var before measure.Runtime
 	var err error
 	if p.admin != nil {
@@ -86,21 +88,21 @@ func (b *bench) quietStreams(p *proxy, n int, heartbeats bool, sample func(metri
 		return err
 	}
 	streams := float64(n)
-	sample("resident per stream", "KiB", (resident-residentBefore)/streams/kiB)
-	sample("proportional per stream", "KiB", (proportional-proportionalBefore)/streams/kiB)
+	sample("resident per "+one, "KiB", (resident-residentBefore)/streams/kiB)
+	sample("proportional per "+one, "KiB", (proportional-proportionalBefore)/streams/kiB)
 	if p.admin != nil {
 		after, err := p.admin.Runtime()
 		if err != nil {
 			return err
 		}
 		heap, stacks := (after.Heap-before.Heap)/streams/kiB, (after.Stacks-before.Stacks)/streams/kiB
-		sample("heap + stacks per stream", "KiB", heap+stacks)
-		sample("live heap per stream", "KiB", heap)
-		sample("stacks per stream", "KiB", stacks)
-		sample("goroutines per stream", "", (after.Goroutines-before.Goroutines)/streams)
-		sample("allocations to open a stream", "", (after.Allocations-before.Allocations)/streams)
+		sample("heap + stacks per "+one, "KiB", heap+stacks)
+		sample("live heap per "+one, "KiB", heap)
+		sample("stacks per "+one, "KiB", stacks)
+		sample("goroutines per "+one, "", (after.Goroutines-before.Goroutines)/streams)
+		sample("allocations to open a "+one, "", (after.Allocations-before.Allocations)/streams)
 	}
-	sample("CPU to open a stream", "µs", microseconds(cpu)/streams)
+	sample("CPU to open a "+one, "µs", microseconds(cpu)/streams)
 	if heartbeats && p.admin != nil {
 		if err := b.heartbeats(p, f, sample); err != nil {
 			return err
@@ -110,6 +112,9 @@ func (b *bench) quietStreams(p *proxy, n int, heartbeats bool, sample func(metri
 		return fmt.Errorf("%d streams ended by themselves", counts.CleanEnds+counts.BrokenEnds)
 	}
 	f.close()
+	if p.shared {
+		return nil // the upstream's stream stays for a while
+	}
 	closed := time.Now()
 	if err := b.origin.awaitNone(p.group, 60*time.Second); err != nil {
 		return err
@@ -133,8 +138,11 @@ func (b *bench) heartbeats(p *proxy, f *fleet, sample func(metric, unit string, 
 // events says what an event costs. All systems have their streams open, and
 // take turns in getting events, each turn in another order.
 func (b *bench) events() error {
-	return b.withAll("events", func(round int, proxies []*proxy, fleets []*fleet) error {
-		title := fmt.Sprintf("%d streams, %d events/s in all", b.settings.Streams, b.settings.Rate)
+	return b.eventsOf(way{}, fmt.Sprintf("%d streams, %d events/s in all", b.settings.Streams, b.settings.Rate))
+}
+
+func (b *bench) eventsOf(as way, title string) error {
+	return b.withAll(title, as, func(round int, proxies []*proxy, fleets []*fleet) error {
 		for window := -1; window < b.settings.Windows; window++ { // the first is not counted
 			for _, i := range rand.Perm(len(proxies)) {
 				err := b.window(proxies[i], fleets[i], func(metric, unit string, value float64) {
@@ -152,14 +160,14 @@ func (b *bench) events() error {
 }
 
 // withAll opens the streams of all systems and leaves them open.
-func (b *bench) withAll(title string, measure func(round int, proxies []*proxy, fleets []*fleet) error) error {
+func (b *bench) withAll(title string, as way, measure func(round int, proxies []*proxy, fleets []*fleet) error) error {
 	for round := range b.settings.Rounds {
 		fmt.Printf("%s, round %d of %d\n", title, round+1, b.settings.Rounds)
 		err := func() error {
 			var proxies []*proxy
 			var fleets []*fleet
 			for i := range b.systems {
-				p, err := b.start(i)
+				p, err := b.start(i, as)
 				if err != nil {
 					return err
 				}
@@ -199,19 +207,23 @@ func (b *bench) window(p *proxy, f *fleet, sample func(metric, unit string, valu
 	}
 	interval := time.Duration(b.settings.Streams) * time.Second / time.Duration(b.settings.Rate)
 	rounds := max(1, int(b.settings.Window/interval))
+	do := "send"
+	if p.shared {
+		do = "broadcast"
+	}
 	cpuBefore := p.process().CPU()
-	answer, err := b.origin.do(order{Group: p.group, Do: "send", Rounds: rounds, Interval: interval})
+	answer, err := b.origin.do(order{Group: p.group, Do: do, Rounds: rounds, Interval: interval})
 	if err != nil {
 		return err
 	}
-	if want := rounds * b.settings.Streams; answer.Sent != want {
+	if want := rounds * p.upstreams(b.settings.Streams); answer.Sent != want {
 		return fmt.Errorf("the upstream could send %d events of %d", answer.Sent, want)
 	}
-	took, err := f.collect(answer.Sent)
+	took, err := f.collect(rounds * b.settings.Streams)
 	if err != nil {
 		return err
 	}
-	cpu, events := p.process().CPU()-cpuBefore, float64(answer.Sent)
+	cpu, events := p.process().CPU()-cpuBefore, float64(len(took))
 	var count, size float64
 	if p.admin != nil {
 		if count, size, err = p.admin.Allocations(); err != nil {
@@ -236,7 +248,11 @@ func (b *bench) window(p *proxy, f *fleet, sample func(metric, unit string, valu
 // burst is one event for all at once, as a broadcast is.
 func (b *bench) burst() error {
 	n := b.settings.BurstStreams
-	return b.each(fmt.Sprintf("burst of one event to %d streams", n), func(p *proxy, sample func(string, string, float64)) error {
+	return b.burstOf(way{}, n, fmt.Sprintf("burst of one event to %d streams", n))
+}
+
+func (b *bench) burstOf(as way, n int, title string) error {
+	return b.each(title, as, func(p *proxy, sample func(string, string, float64)) error {
 		f := b.newFleet(p, "/events")
 		defer f.close()
 		if err := f.openAll(b.context, n); err != nil {
@@ -250,8 +266,8 @@ func (b *bench) burst() error {
 			if err != nil {
 				return err
 			}
-			if answer.Sent != n {
-				return fmt.Errorf("the upstream could send %d events of %d", answer.Sent, n)
+			if want := p.upstreams(n); answer.Sent != want {
+				return fmt.Errorf("the upstream could send %d events of %d", answer.Sent, want)
 			}
 			took, err := f.collect(n)
 			if err != nil {
@@ -277,7 +293,7 @@ func (b *bench) burst() error {
 // churn opens streams, waits for one event on each and leaves.
 func (b *bench) churn() error {
 	n := b.settings.Churn
-	return b.each(fmt.Sprintf("%d streams opened and closed", n), func(p *proxy, sample func(string, string, float64)) error {
+	return b.each(fmt.Sprintf("%d streams opened and closed", n), way{}, func(p *proxy, sample func(string, string, float64)) error {
 		if err := b.churnStreams(p, n/10); err != nil { // to warm up
 			return err
 		}
@@ -325,7 +341,7 @@ func (b *bench) churnStreams(p *proxy, n int) error {
 func (b *bench) reload() error {
 	n := b.settings.ReloadStreams
 	const watched = 14 * time.Second // the streams' ends spread over 10 s
-	return b.each(fmt.Sprintf("reload with %d streams", n), func(p *proxy, sample func(string, string, float64)) error {
+	return b.each(fmt.Sprintf("reload with %d streams", n), way{}, func(p *proxy, sample func(string, string, float64)) error {
 		f := b.newFleet(p, "/events")
 		defer f.close()
 		var opening sync.WaitGroup
@@ -406,58 +422,4 @@ func densest(times []time.Time) (most int) {
 		most = max(most, last-first+1)
 	}
 	return most
-}
-
-// profile writes CPU profiles of each Caddy: one under events, one while streams
-// are opened and closed.
-func (b *bench) profile(dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	rounds := b.settings.Rounds
-	b.settings.Rounds = 1
-	defer func() { b.settings.Rounds = rounds }()
-	return b.withAll("profile", func(_ int, proxies []*proxy, fleets []*fleet) error {
-		for i, p := range proxies {
-			if p.admin == nil {
-				continue
-			}
-			err := p.profileWhile(filepath.Join(dir, p.name+"-events.pprof"), func() error {
-				return b.window(p, fleets[i], func(string, string, float64) {})
-			})
-			if err != nil {
-				return err
-			}
-			err = p.profileWhile(filepath.Join(dir, p.name+"-churn.pprof"), func() error {
-				return b.churnStreams(p, b.settings.Churn/10)
-			})
-			if err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-}
-
-// profileWhile takes a CPU profile of 10 s while something is done over and
-// over.
-func (p *proxy) profileWhile(path string, do func() error) error {
-	profile := make(chan error, 1)
-	go func() {
-		content, err := p.admin.Ask(http.MethodGet, "/debug/pprof/profile?seconds=10", "", nil)
-		if err == nil {
-			err = os.WriteFile(path, content, 0o644)
-		}
-		profile <- err
-	}()
-	for {
-		if err := do(); err != nil {
-			return err
-		}
-		select {
-		case err := <-profile:
-			return err
-		default:
-		}
-	}
 }

@@ -1,5 +1,7 @@
 package eventstream
 
+import "bytes"
+
 // scanPiece bounds what the scanner looks through at a time: it looks for line
 // ends in all that it is given, and is called anew for each block. Without a
 // bound, the work on many blocks in one piece would grow with its square.
@@ -58,3 +60,40 @@ func (s *Splicer) AppendID(dst, id []byte) []byte {
 // AtBoundary reports whether the stream is at an event boundary, also after a
 // CR whose LF may still come.
 func (s *Splicer) AtBoundary() bool { return s.scan.Place().isBoundary() }
+
+// TakeInvalidUTF8 reports whether the body since the last call is no UTF-8. It is
+// for event boundaries: a line has ended there, and no sequence can be open.
+func (s *Splicer) TakeInvalidUTF8() bool {
+	invalid := s.scan.utf8.invalid || s.scan.utf8.length > 0
+	s.scan.utf8 = utf8Checker{}
+	return invalid
+}
+
+// TakeCommit reports whether an id has been committed since the last call, be it
+// the same again: see [Scanner.LastEventID].
+func (s *Splicer) TakeCommit() bool {
+	isNew := s.scan.id.isNew
+	s.scan.id.isNew = false
+	return isNew
+}
+
+// PassBlocks is [Splicer.Splice] for whole blocks that have been followed before,
+// by [Splicer.ScanBlock]: the stream is at an event boundary before p and after
+// it, no byte order mark is to be dropped, and no LF is to come. It takes no look
+// at them but for how the last line ends. p is not empty; events is how many of
+// the blocks dispatch one, and invalid whether they are no UTF-8.
+//
+// A client that gets a byte order mark first drops it. In the middle of a body it
+// is none, so a comment goes in front of it there.
+func (s *Splicer) PassBlocks(f *Frames, p []byte, events uint64, invalid bool) (lead []byte) {
+	s.scan.passed(p, events, invalid)
+	if s.owed != nil {
+		lead = s.appendOwed(f, nil)
+	}
+	if !s.spoken && len(lead) == 0 && bytes.HasPrefix(p, []byte(bom)) {
+		lead = append(lead, ':')
+		lead = append(lead, s.scan.lineEnding.Text()...)
+	}
+	s.bomChecked, s.spoken, s.overdue = true, true, false
+	return lead
+}

@@ -23,6 +23,7 @@ type lastEventID struct {
 	buffered    uint16 // where the buffer ends in text
 	isCommitted bool   // there is a string
 	isBuffered  bool   // there is a buffer
+	isNew       bool   // a string has been committed, and nobody has asked since
 }
 
 func (id *lastEventID) beginLine() {
@@ -56,7 +57,7 @@ func (id *lastEventID) commit() {
 	id.text = append(id.text[:0], id.text[id.committed:id.buffered]...)
 	id.committed = uint16(len(id.text))
 	id.buffered = id.committed
-	id.isBuffered, id.isCommitted = false, true
+	id.isBuffered, id.isCommitted, id.isNew = false, true, true
 }
 
 // string returns the string, decoded as the standard has it. Decoding never

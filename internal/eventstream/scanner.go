@@ -245,6 +245,21 @@ func (s *Scanner) scan(p []byte, toBoundary bool) int {
 	return n
 }
 
+// passed follows whole blocks without a look through them.
+func (s *Scanner) passed(p []byte, events uint64, invalid bool) {
+	s.opening = textOpening
+	s.events += events
+	s.utf8.invalid = s.utf8.invalid || invalid
+	switch last := len(p) - 1; {
+	case p[last] == '\r':
+		s.lineEnding = CR
+	case last > 0 && p[last-1] == '\r':
+		s.lineEnding = CRLF
+	default:
+		s.lineEnding = LF
+	}
+}
+
 // followBOM follows a byte order mark, which the decoder strips once, from the
 // very first bytes (Encoding Standard, section 6, "UTF-8 decode"). It returns
 // how many bytes of p belong to the mark.

@@ -17,7 +17,7 @@ const (
 
 	// idOverhead is what an id costs beside its text: its entry in the chunk
 	// and the one in the journal's map.
-	idOverhead = 112
+	idOverhead = 144
 )
 
 // chunk is a piece of the journal. Bytes that readers may have seen never
@@ -42,6 +42,10 @@ type chunk struct {
 	// them: one word, so that a reader gets both of one moment.
 	published atomic.Uint64
 
+	// Where the last block ends that is no UTF-8, and the last one that commits
+	// the id in force again; 0: there is none.
+	invalid, repeats atomic.Int64
+
 	// next is the chunk that follows, set after the last change of published.
 	// It is dropped once the journal has dropped this chunk: otherwise one slow
 	// reader would keep everything that came after its place.
@@ -51,10 +55,13 @@ type chunk struct {
 // dropped stands for what follows a chunk that the journal no longer has.
 var dropped = new(chunk)
 
-// mark is an id in force, and how many events had ended when it was committed.
+// mark is an id in force, how many events had ended when it was committed, and
+// where its block ended.
 type mark struct {
 	id     string
+	told   string // instead of it, where no client can bring it back
 	events uint64
+	offset int64
 }
 
 // idMark is an id that was committed in a chunk.
@@ -62,6 +69,9 @@ type idMark struct {
 	mark
 	end uint32 // where its block ends
 }
+
+// cost is what a mark adds to the journal's size.
+func (m mark) cost() int { return idOverhead + len(m.id) + len(m.told) }
 
 func (c *chunk) end() int64 { return c.base + int64(c.used) }
 
@@ -72,7 +82,7 @@ func (c *chunk) events() uint64 { return c.before + uint64(len(c.ends)) }
 func (c *chunk) cost() int {
 	cost := chunkOverhead + len(c.buf) + 4*cap(c.ends)
 	for _, m := range c.ids {
-		cost += idOverhead + len(m.id)
+		cost += m.cost()
 	}
 	return cost
 }

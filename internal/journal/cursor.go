@@ -39,19 +39,23 @@ func After(n uint64) Start { return Start{kind: startAfter, n: n} }
 func AfterID(id string) Start { return Start{kind: startAfterID, id: id} }
 
 // Cursor is one reader's place in a journal. Wake is for any goroutine, all else
-// for one at a time.
+// for one at a time: the reader's, or while it rests one of the journal's server.
 type Cursor struct {
 	j       *Journal
 	begin   Place
+	beginAt int64 // the offset of begin
 	missed  uint64
 	lagged  func()
+	deliver func(worker any)
 	wake    chan struct{}
-	parked  atomic.Bool
-	chunk   *chunk // nil where there is none yet
-	offset  int64  // of the next byte
-	gotTo   int64  // where the slice ends that Next returned last
-	gotEnds uint64 // and how many events have ended there
-	ends    uint64 // how many had ended where the reader is
+	state   atomic.Uint32 // whose the cursor is
+	wanted  atomic.Bool   // its reader waits to have it back
+	chunk   *chunk        // nil where there is none yet
+	offset  int64         // of the next byte
+	gotTo   int64         // where the slice ends that Next returned last
+	gotEnds uint64        // and how many events have ended there
+	ends    uint64        // how many had ended where the reader is
+	repeats bool          // it has been given a block that commits the id in force again
 
 	// kept is what a reader of a ring is to get when it joins: kept for it,
 	// whatever the ring drops meanwhile.
@@ -89,6 +93,7 @@ func (j *Journal) Join(at Start, lagged func()) (c *Cursor, ok bool) {
 	c = &Cursor{
 		j:       j,
 		begin:   Place{Number: events, ID: j.idAtLocked(offset)},
+		beginAt: offset,
 		missed:  missed,
 		lagged:  lagged,
 		wake:    make(chan struct{}, 1),
@@ -335,6 +340,16 @@ func (end *closing) error() error {
 	return end.cause
 }
 
+// Coming says of the bytes that Next has returned last how many events end in
+// them, whether they are no UTF-8, and where they end. It is for a ring.
+func (c *Cursor) Coming() (events uint64, invalid bool, end Spot) {
+	bad, repeats := c.chunk.invalid.Load(), c.chunk.repeats.Load()
+	if repeats > c.offset && repeats <= c.gotTo {
+		c.repeats = true
+	}
+	return c.gotEnds - c.ends, bad > c.offset && bad <= c.gotTo, Spot{c, c.chunk, c.gotTo, c.gotEnds, c.repeats}
+}
+
 // Advance says that the next n bytes have been sent.
 func (c *Cursor) Advance(n int) {
 	c.offset += int64(n)
@@ -353,8 +368,8 @@ func (c *Cursor) Advance(n int) {
 // Wait returns a channel that gets a value when Next may have more to say, and
 // after each [Cursor.Wake]. Now and then there is nothing.
 func (c *Cursor) Wait() <-chan struct{} {
-	c.parked.Store(true)
-	if c.hasMore() {
+	c.state.Store(waiting)
+	if c.j.hasMore(c.chunk, c.offset) {
 		c.Wake()
 	}
 	return c.wake
@@ -364,26 +379,26 @@ func (c *Cursor) Wait() <-chan struct{} {
 // not wake it. Whoever has it reads with Next and Advance, and ends with Wait, or
 // with Wake to leave the rest to the reader. It returns false where the reader does
 // not wait.
-func (c *Cursor) Take() bool { return c.parked.CompareAndSwap(true, false) }
+func (c *Cursor) Take() bool { return c.state.CompareAndSwap(waiting, held) }
 
-// hasMore looks again after the reader has said that it waits: what is
+// hasMore looks again after a reader at a place has said that it waits: what is
 // published from then on wakes it.
-func (c *Cursor) hasMore() bool {
-	if c.j.closed.Load() != nil {
+func (j *Journal) hasMore(at *chunk, offset int64) bool {
+	if j.closed.Load() != nil {
 		return true
 	}
-	if c.chunk == nil {
-		c.j.mu.Lock()
-		defer c.j.mu.Unlock()
-		next := c.j.chunkAtLocked(c.offset)
+	if at == nil {
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		next := j.chunkAtLocked(offset)
 		if next == nil {
 			return false
 		}
 		n, _ := next.visible()
-		return next.base+int64(n) > c.offset
+		return next.base+int64(n) > offset
 	}
-	n, _ := c.chunk.visible()
-	return n > int(c.offset-c.chunk.base) || c.chunk.next.Load() != nil
+	n, _ := at.visible()
+	return n > int(offset-at.base) || at.next.Load() != nil
 }
 
 // Wake makes a reader that waits look around, whatever has happened.

@@ -88,6 +88,7 @@ type Journal struct {
 	passing bool              // nothing is kept that has been sent
 	over    bool              // closed or discarded: nothing may be appended
 
+	server  Server // of readers that rest; set before there is one
 	readers []*Cursor
 	slowest uint64  // no reader has been given fewer events than that
 	fastest uint64  // some reader has been given that many
@@ -121,6 +122,10 @@ type Block struct {
 	Event  bool   // a client dispatches an event
 	SetsID bool   // the block commits an id field of the upstream
 	ID     string // that id; empty for none, or for one that no client can bring back
+	Told   string // what is told of one that no client can bring back
+
+	RepeatsID bool // it commits the same id again
+	Invalid   bool // it is no UTF-8
 }
 
 // Append adds bytes to the unfinished block and returns how many it has taken.
@@ -195,8 +200,14 @@ func (j *Journal) Commit(b Block) uint64 {
 			c.ends = append(c.ends, uint32(at))
 			j.bytes += 4 * (cap(c.ends) - before)
 		}
-		if b.SetsID && j.policy == KeepNewest && (b.ID != "" || j.last.id != "") {
-			j.markIDLocked(c, b.ID)
+		if b.Invalid {
+			c.invalid.Store(c.end())
+		}
+		if b.RepeatsID {
+			c.repeats.Store(c.end())
+		}
+		if b.SetsID && j.policy == KeepNewest {
+			j.markIDLocked(c, b)
 		}
 		if j.policy == KeepNewest {
 			j.fitLocked(c)
@@ -211,10 +222,11 @@ func (j *Journal) Commit(b Block) uint64 {
 	return events
 }
 
-func (j *Journal) markIDLocked(c *chunk, id string) {
-	j.last = mark{id: id, events: j.events}
+func (j *Journal) markIDLocked(c *chunk, b Block) {
+	id := b.ID
+	j.last = mark{id: id, told: b.Told, events: j.events, offset: c.end()}
 	c.ids = append(c.ids, idMark{mark: j.last, end: uint32(c.used)})
-	j.bytes += idOverhead + len(id)
+	j.bytes += j.last.cost()
 	if id == "" {
 		return
 	}
@@ -247,9 +259,12 @@ func (j *Journal) fitLocked(c *chunk) {
 // time.
 func (j *Journal) Publish() {
 	j.mu.Lock()
-	defer j.mu.Unlock()
 	j.publishLocked()
-	j.wakeLocked()
+	due := j.wakeLocked()
+	j.mu.Unlock()
+	if due != nil {
+		j.server.Serve(due)
+	}
 }
 
 func (j *Journal) publishLocked() {
@@ -264,12 +279,24 @@ func (j *Journal) publishLocked() {
 	c.publish(n)
 }
 
-func (j *Journal) wakeLocked() {
+// wakeLocked wakes the readers that wait, and returns those that rest: they are
+// due to be read for.
+func (j *Journal) wakeLocked() (due *Due) {
 	for _, r := range j.readers {
-		if r.parked.Load() && r.parked.CompareAndSwap(true, false) {
-			r.Wake()
+		switch r.state.Load() {
+		case waiting:
+			if r.state.CompareAndSwap(waiting, held) {
+				r.Wake()
+			}
+		case resting:
+			if j.over || j.server == nil {
+				r.giveBackIf(resting)
+			} else if r.state.CompareAndSwap(resting, lent) {
+				due = due.add(r)
+			}
 		}
 	}
+	return due
 }
 
 // Rollback drops the unfinished block of a ring: the upstream has broken off
@@ -315,7 +342,7 @@ func (j *Journal) Close(cause error) {
 	j.publishLocked()
 	j.over = true
 	j.closed.Store(&closing{cause})
-	j.wakeLocked()
+	j.wakeLocked() // nobody is due: each sees the end for itself
 	j.mu.Unlock()
 	j.budget.offerEnded(j)
 }

@@ -48,21 +48,30 @@ func FromContext(ctx context.Context) *Conn {
 
 type acceptedKey struct{}
 
-// WithAccepted adds what the listener accepted to the context of a connection's
-// requests, for Accepted, without the TLS and other wrappers around it. It is
-// cheap enough for every connection, while WithConn is for those that may be
-// watched. It returns ctx as it is if that was added before. It fits
-// net/http.Server.ConnContext.
+// WithAccepted adds what the server reads from and writes to, to the context of a
+// connection's requests, for Accepted and Served. It is cheap enough for every
+// connection, while WithConn is for those that may be watched. It returns ctx as it
+// is if that was added before. It fits net/http.Server.ConnContext.
 func WithAccepted(ctx context.Context, c net.Conn) context.Context {
 	if ctx.Value(acceptedKey{}) != nil {
 		return ctx
 	}
-	return context.WithValue(ctx, acceptedKey{}, unwrapped(c))
+	return context.WithValue(ctx, acceptedKey{}, c)
 }
 
-// Accepted returns what WithAccepted added, or nil, which LimitUnsent, Expire and
-// HangUp ignore. Over HTTP/3 nothing is accepted.
+// Accepted returns what the listener accepted, without the TLS and other wrappers
+// around it, or nil where WithAccepted was not called, which LimitUnsent, Expire
+// and HangUp ignore. Over HTTP/3 nothing is accepted.
 func Accepted(ctx context.Context) net.Conn {
+	c := Served(ctx)
+	if c == nil {
+		return nil
+	}
+	return unwrapped(c)
+}
+
+// Served returns what WithAccepted added, with all wrappers, or nil.
+func Served(ctx context.Context) net.Conn {
 	c, _ := ctx.Value(acceptedKey{}).(net.Conn)
 	return c
 }

@@ -1,0 +1,133 @@
+package caddysse
+
+import (
+	"context"
+	"runtime"
+	"sync"
+	"sync/atomic"
+
+	"github.com/caddy-sse/caddy-sse/internal/journal"
+)
+
+// A client of a shared run that has all that there is rests: its request's
+// goroutine waits for the end and for nothing else. What comes next is written by
+// a few workers, one client after the other, so that an event wakes some
+// goroutines and not one for each client. A worker that a client holds up, since
+// that does not read, stays with it, and another one takes its place: nobody else
+// waits. Workers touch a stream as its agenda does, with its lock.
+
+// fanOut has workers read for the clients of a run that rest.
+type fanOut struct{}
+
+// round is what workers do when something has come.
+type round struct {
+	due     *journal.Due
+	workers atomic.Int32 // that there are
+	busy    atomic.Int32 // that are with a client
+}
+
+var (
+	rounds   = sync.Pool{New: func() any { return new(round) }}
+	framings = sync.Pool{New: func() any { return new(framing) }}
+)
+
+// Serve begins a round.
+func (fanOut) Serve(due *journal.Due) {
+	r := rounds.Get().(*round)
+	r.due = due
+	n := min(runtime.GOMAXPROCS(0), due.Len())
+	r.workers.Store(int32(n))
+	for range n {
+		go r.work()
+	}
+}
+
+func (r *round) work() {
+	f := framings.Get().(*framing)
+	for deliver := r.due.Next(); deliver != nil; deliver = r.due.Next() {
+		if busy := r.busy.Add(1); busy >= r.workers.Load() {
+			// All are with a client now, who may hold them up.
+			r.workers.Add(1)
+			go r.work()
+		}
+		deliver(f)
+		r.busy.Add(-1)
+	}
+	f.of = nil // a journal's
+	framings.Put(f)
+	if r.workers.Add(-1) == 0 {
+		r.due.Recycle()
+		r.due = nil
+		rounds.Put(r)
+	}
+}
+
+// mostAtATime is how much a worker writes to one client. Who wants more is
+// behind, and its own goroutine goes on with that.
+const mostAtATime = 64 << 10
+
+// deliver writes what has come to the reader's client, on a worker that has a
+// framing.
+func (reader *runReader) deliver(worker any) {
+	f := worker.(*framing)
+	c, s := reader.cursor, reader.stream
+	rested := false
+	defer func() {
+		if !rested {
+			c.GiveBack()
+		}
+	}()
+	defer s.survive()
+	for sent := 0; sent <= mostAtATime; {
+		p, err := c.Next()
+		switch {
+		case err != nil:
+			return
+		case p == nil:
+			if rested = c.Rested(); rested {
+				return
+			}
+		case s.passBlocks(c, p, f) != nil:
+			return
+		default:
+			c.Advance(len(p))
+			sent += len(p)
+		}
+	}
+}
+
+// followShared is stream.follow for the reader of a shared run.
+func (reader *runReader) followShared(ctx context.Context) error {
+	for c := reader.cursor; ; {
+		p, err := c.Next()
+		switch {
+		case err != nil:
+			return err
+		case p == nil:
+			if !reader.rest(ctx) {
+				return nil
+			}
+		case reader.stream.passBlocks(c, p, nil) != nil:
+			return nil
+		default:
+			c.Advance(len(p))
+		}
+	}
+}
+
+// rest waits until the workers leave the client to its own goroutine again. It
+// returns false where the stream is over.
+func (reader *runReader) rest(ctx context.Context) bool {
+	back := reader.cursor.Rest(reader.deliver)
+	for {
+		select {
+		case <-back:
+			if reader.cursor.IsHeld() {
+				return true
+			}
+		case <-ctx.Done():
+			reader.cursor.Reclaim()
+			return false
+		}
+	}
+}

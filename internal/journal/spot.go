@@ -1,0 +1,39 @@
+package journal
+
+// Spot is where a reader of a ring has come to, for those who ask of it later. It
+// is for any goroutine.
+type Spot struct {
+	cursor *Cursor // nil: nowhere yet
+	chunk  *chunk
+	offset int64
+	number uint64
+	given  bool // the reader has been given an id that was in force before it
+}
+
+// Number is how many events come before it, Since how many came before the place
+// where the reader began.
+func (s Spot) Number() uint64 { return s.number }
+func (s Spot) Since() uint64 {
+	if s.cursor == nil {
+		return 0
+	}
+	return s.cursor.begin.Number
+}
+
+// ID is the upstream's id in force there, as one tells of it. ok is false where
+// the reader has been given none.
+func (s Spot) ID() (id string, ok bool) {
+	if s.cursor == nil {
+		return "", false
+	}
+	s.cursor.j.mu.Lock()
+	defer s.cursor.j.mu.Unlock()
+	m := s.chunk.idAt(s.offset)
+	if m.offset <= s.cursor.beginAt && !s.given {
+		return "", false
+	}
+	if m.told != "" {
+		return m.told, true
+	}
+	return m.id, true
+}
