@@ -252,38 +252,27 @@ func everyClientHasEveryEvent(t *testing.T, ids bool, rng *rand.Rand) {
 	defer ticks.Stop()
 	var last sync.WaitGroup
 	gone := make(chan struct{})
-	goOn := func(client *counting) {
-		before := client.last
-		ctx, leave := context.WithTimeout(t.Context(), patience)
-		defer leave()
-		client.enough = func() {
-			if client.last > before {
-				leave()
-			}
-		}
-		for client.last <= before && ctx.Err() == nil {
-			client.visit(ctx)
-		}
-		if client.last <= before {
-			t.Errorf("a client that comes back after event %d (id %s) gets nothing", before, client.id)
-		}
-	}
 	for _, client := range all {
-		last.Go(func() { goOn(client) })
+		last.Go(func() {
+			before := client.last
+			ctx, leave := context.WithTimeout(t.Context(), patience)
+			defer leave()
+			client.enough = func() {
+				if client.last > before {
+					leave()
+				}
+			}
+			for client.last <= before && ctx.Err() == nil {
+				client.visit(ctx)
+			}
+			if client.last <= before {
+				t.Errorf("a client that comes back after event %d (id %s) gets nothing", before, client.id)
+			}
+		})
 	}
 	go func() {
-		defer close(gone)
 		last.Wait()
-		// While somebody is there, the run is: who comes back goes on.
-		somebody, err := all[0].cl.begin(all[0].cl.request(t, "GET", "/", nil, asEventSource...)).outcome()
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		defer somebody.leave()
-		for range 2 {
-			goOn(all[0])
-		}
+		close(gone)
 	}()
 	for waiting := true; waiting; {
 		select {
