@@ -85,7 +85,7 @@ func (r *run) publish() {
 		return
 	}
 	j.Publish()
-	reader.deliverInTurn(b.stream)
+	reader.deliverHere(b.stream)
 }
 
 // takesAtOnce reports whether the client takes some more without making anybody
@@ -95,9 +95,9 @@ func (b *baton) takesAtOnce() bool {
 	return ok && size <= onItsWay
 }
 
-// deliverInTurn writes what there is. What it can't do is left to the client's own
+// deliverHere writes what there is. What it can't do is left to the client's own
 // goroutine.
-func (reader *runReader) deliverInTurn(s *stream) {
+func (reader *runReader) deliverHere(s *stream) {
 	c, rests := reader.cursor, false
 	defer func() {
 		if !rests {

@@ -27,6 +27,10 @@ func BenchmarkHandlerWrite(b *testing.B) {
 	b.Run("bare", func(b *testing.B) { benchmarkWrite(b, absent{}, true) })
 	b.Run("lock", func(b *testing.B) { benchmarkWrite(b, locking{}, true) })
 	b.Run("sse", func(b *testing.B) { benchmarkWrite(b, provision(b, &caddysse.Handler{}), false) })
+	b.Run("sse that asks again", func(b *testing.B) {
+		retry := &caddysse.UpstreamRetry{Window: caddy.Duration(time.Minute), Live: true}
+		benchmarkWrite(b, provision(b, &caddysse.Handler{UpstreamRetry: retry}), false)
+	})
 	b.Run("sse with a handler that flushes", func(b *testing.B) { benchmarkWrite(b, provision(b, &caddysse.Handler{}), true) })
 }
 

@@ -72,6 +72,13 @@ func isServersOwn(w http.ResponseWriter) bool {
 	return false
 }
 
+// writeChunksTo has chunks written to a connection, if there is one.
+func (s *stream) writeChunksTo(conn net.Conn) {
+	s.mu.Lock()
+	defer s.unlock()
+	s.chunks = conn
+}
+
 // sendChunkLocked writes a chunk to the connection, instead of sendLocked.
 func (s *stream) sendChunkLocked(chunk []byte) error {
 	defer s.rests() // also after a panic

@@ -81,6 +81,22 @@ func SeemToExit(is bool) { seemsToExit.Store(is) }
 // EndHandler ends a handler's streams as the end of the grace period does.
 func EndHandler(h *Handler) { endStreams(h.liveStreams()) }
 
+// OpenStreams is how many streams of a handler are open.
+func OpenStreams(h *Handler) int { return len(h.liveStreams()) }
+
+// OpenAndChunked is how many streams there are, and to how many of them chunks may
+// be written.
+func OpenAndChunked() (open, chunked int) {
+	for _, s := range live.streams() {
+		s.mu.Lock()
+		if open++; s.chunks != nil {
+			chunked++
+		}
+		s.mu.Unlock()
+	}
+	return open, chunked
+}
+
 // nodeTables are where the nodes of this process find their runs, by the identity
 // of their way to the store.
 var nodeTables sync.Map
@@ -97,20 +113,4 @@ func SetStoreLease(lease time.Duration) (undo func()) {
 	before := storeLease
 	storeLease = lease
 	return func() { storeLease = before }
-}
-
-// OpenStreams is how many streams of a handler are open.
-func OpenStreams(h *Handler) int { return len(h.liveStreams()) }
-
-// OpenAndChunked is how many streams there are, and to how many of them chunks may
-// be written.
-func OpenAndChunked() (open, chunked int) {
-	for _, s := range live.streams() {
-		s.mu.Lock()
-		if open++; s.chunks != nil {
-			chunked++
-		}
-		s.mu.Unlock()
-	}
-	return open, chunked
 }

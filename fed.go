@@ -140,10 +140,10 @@ func (s *stream) goesOnIn(f *feed) {
 // followRun is follow for the reader of a run, and tells how the run ended.
 func (reader *runReader) followRun(ctx context.Context, s *stream) runEnd {
 	var err error
-	if reader.run.kept != nil {
-		err = reader.followInTurns(ctx, s)
-	} else if reader.run.use == sharedRun {
+	if reader.run.use == sharedRun {
 		err = reader.followShared(ctx)
+	} else if reader.run.kept != nil {
+		err = reader.followInTurns(ctx, s)
 	} else {
 		err = s.follow(ctx, reader.cursor)
 	}

@@ -166,7 +166,7 @@ func (c *counting) take(data string, first bool) {
 	switch {
 	case err != nil:
 		c.t.Errorf("it got %q", data)
-	case n <= c.last:
+	case n <= c.last && !c.mayMiss: // another run may be a little behind
 		c.t.Errorf("it got %d again, after %d (with id %s)", n, c.last, c.id)
 	case c.last > 0 && n != c.last+1 && !c.mayMiss:
 		c.t.Errorf("it got %d after %d, and was told nothing (with id %s, first: %v)", n, c.last, c.id, first)

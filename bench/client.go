@@ -147,9 +147,15 @@ func (s *clientStream) end(err error) {
 
 // note takes one block of the stream, with its blank line.
 func (s *clientStream) note(block []byte) {
-	switch {
-	case block[0] == ':':
+	// A heartbeat can be a comment line with no blank line after it.
+	for block[0] == ':' {
 		s.counts.Heartbeats++
+		end := bytes.IndexByte(block, '\n')
+		if block = block[end+1:]; len(block) == 1 {
+			return
+		}
+	}
+	switch {
 	case !isEvent(block):
 		s.counts.Corrupt++
 	default:
@@ -334,7 +340,9 @@ func (f *fleet) collect(want int) ([]time.Duration, error) {
 	}
 	slices.Sort(took)
 	if len(took) != want {
-		return took, fmt.Errorf("%d events arrived, %d were sent", len(took), want)
+		counts := f.counts()
+		return took, fmt.Errorf("%d events arrived, %d were sent, and %d streams ended by themselves",
+			len(took), want, counts.CleanEnds+counts.BrokenEnds)
 	}
 	return took, f.counts().wrong()
 }

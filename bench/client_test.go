@@ -19,6 +19,8 @@ func TestAClientCountsWhatWasSentHoweverItIsCut(t *testing.T) {
 	}
 	beat := ":heartbeat\n\n"
 	sent += fmt.Sprintf("%x\r\n%s\r\n", len(beat), beat)
+	line := ":heartbeat\n"
+	sent += fmt.Sprintf("%x\r\n%s\r\n", len(line), line)
 	c.set(clock(), 6)
 	// Two chunks of one event.
 	event := string(c[len("c8\r\n") : len(c)-2])
@@ -35,7 +37,7 @@ func TestAClientCountsWhatWasSentHoweverItIsCut(t *testing.T) {
 			t.Fatalf("in pieces of %d: %v", size, err)
 		}
 		s.counts.lastCount = 0
-		if want := (received{Events: 6, Heartbeats: 1}); s.counts != want || len(s.latencies) != 6 {
+		if want := (received{Events: 6, Heartbeats: 2}); s.counts != want || len(s.latencies) != 6 {
 			t.Fatalf("in pieces of %d: %+v", size, s.counts)
 		}
 	}

@@ -4,8 +4,8 @@
 // reverse_proxy beside the same Caddy without it, nginx and HAProxy, all on
 // loopback on one machine. From the root of the checkout:
 //
-//	go run ./bench           # about 20 minutes
-//	go run ./bench -quick    # about 2 minutes, to see that it works
+//	go run ./bench           # about 35 minutes
+//	go run ./bench -quick    # about 3 minutes, to see that it works
 //
 // It prints a table and writes JSON. nginx and HAProxy take part if they are
 // installed. Each system is a process of its own, and so is the upstream; the
@@ -106,7 +106,7 @@ func run() error {
 	binary := flag.String("caddy", "", "a Caddy binary with the module, instead of one that is built from the checkout")
 	output := flag.String("json", "bench.json", "file for the results")
 	profiles := flag.String("profile", "", "folder for CPU profiles of both Caddys, taken behind the scenarios")
-	limit := flag.Duration("timeout", 45*time.Minute, "give up after this time")
+	limit := flag.Duration("timeout", time.Hour, "give up after this time")
 	flag.Parse()
 
 	s := full()

@@ -65,6 +65,8 @@ func findSystems(names []string) ([]system, error) {
 			s.configure, s.reload = caddyWith(""), reloadCaddy
 		case "sse":
 			s.configure, s.reload = caddyWith("sse"), reloadCaddy
+		case "resume":
+			s.configure, s.reload = caddyWith(resumeDirective), reloadCaddy
 		case "nginx":
 			s.configure, s.reload = configureNginx, signalled(syscall.SIGHUP)
 		case "haproxy":

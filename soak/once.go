@@ -10,8 +10,12 @@ import (
 	"time"
 )
 
-// resumeWindow is the window of `resume` in trials.
+// resumeWindow is the window of `resume` in short trials.
 const resumeWindow = 20 * time.Second
+
+// window is for trials of any length. Thousands of clients that come back on a
+// machine that has more to do than it can take a while.
+func (s size) window() time.Duration { return max(resumeWindow, min(s.length/4, time.Minute)) }
 
 func onceSite(s size, upstream string) string {
 	return fmt.Sprintf(`
@@ -23,7 +27,7 @@ func onceSite(s size, upstream string) string {
 		resume %v
 	}
 	reverse_proxy %s
-`, s.length/20+2*time.Second, s.length/10, resumeWindow, upstream)
+`, s.length/20+2*time.Second, s.length/10, s.window(), upstream)
 }
 
 // follower holds what a client gets of a numbered stream against what there is.
@@ -92,7 +96,7 @@ func (s *stage) once() error {
 	if err := <-reloaded; err != nil {
 		return err
 	}
-	if err := s.awaitNoRuns(resumeWindow); err != nil {
+	if err := s.awaitNoRuns(s.window()); err != nil {
 		return err
 	}
 	told, err := s.upstream.requests()
