@@ -64,7 +64,7 @@ var targets = map[string][]target{
 	"heap + stacks per stream": {{Of: "plain", Most: 1.03}},
 	"latency p99":              {{Of: "plain", Most: 1.05}},
 
-	"resident per client":            {{Most: 40}},
+	"shared resident per client":     {{Most: 40}},
 	"shared CPU per million events":  {{Of: "nginx", Most: 0.8}},
 	"shared until all have it":       {{Of: "plain", Most: 0.6}, {Of: "nginx", Most: 1}},
 	"shared p99 with them / without": {{Most: 1.5}},
