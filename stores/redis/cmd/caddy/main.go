@@ -1,0 +1,15 @@
+// Command caddy is Caddy with its standard modules, the sse module and its Redis
+// store: the same binary that xcaddy builds, without xcaddy.
+package main
+
+import (
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+
+	_ "github.com/caddy-sse/caddy-sse"
+	_ "github.com/caddy-sse/caddy-sse/stores/redis"
+	_ "github.com/caddyserver/caddy/v2/modules/standard"
+)
+
+func main() {
+	caddycmd.Main()
+}
