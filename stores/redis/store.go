@@ -55,8 +55,10 @@ func (o *opened) Close() error {
 	return nil
 }
 
-func (o *opened) runName(run store.Key) string     { return o.settings.Prefix + "run:" + run.String() }
-func (o *opened) eventsName(run store.Key) string  { return o.settings.Prefix + "events:" + run.String() }
+func (o *opened) runName(run store.Key) string { return o.settings.Prefix + "run:" + run.String() }
+func (o *opened) eventsName(run store.Key) string {
+	return o.settings.Prefix + "events:" + run.String()
+}
 func (o *opened) leaseName(node store.Node) string { return o.settings.Prefix + "node:" + string(node) }
 func (o *opened) inboxName(node store.Node) string { return o.settings.Prefix + "for:" + string(node) }
 
