@@ -157,9 +157,10 @@ type tab struct {
 
 	lastID string // as an EventSource has it
 
-	incarnation int64 // 0: none yet
-	seen        int   // the last number
-	ids         bool  // they had ids
+	incarnation int64  // 0: none yet
+	seen        int    // the last number
+	brought     string // the id that it came with
+	ids         bool   // they had ids
 	done        bool
 	lost        bool // told that what it had is gone
 	resumed     int  // how often it has gone on where it was
@@ -192,7 +193,7 @@ func (c *tab) take(m message) error {
 	if incarnation != c.incarnation {
 		// Without ids nobody can tell a client that it has lost something.
 		if c.ids && !c.lost && !c.done {
-			return fmt.Errorf("after event %d of stream %d comes event %d of stream %d, and nothing was told", c.seen, c.incarnation, number, incarnation)
+			return fmt.Errorf("after event %d of stream %d comes event %d of stream %d, and nothing was told; it came with the id %q", c.seen, c.incarnation, number, incarnation, c.brought)
 		}
 		if c.turn != nil && c.incarnation != 0 {
 			c.turn()
@@ -210,6 +211,7 @@ func (c *tab) take(m message) error {
 
 // visit connects once, and reads until ctx ends or the response does.
 func (c *tab) visit(ctx context.Context) error {
+	c.brought = c.lastID
 	s, err := request(ctx, c.client, "GET", c.url, c.host, c.lastID)
 	if err != nil {
 		return nil // it comes back
