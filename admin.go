@@ -172,26 +172,36 @@ func (adminAPI) serveStreams(w http.ResponseWriter, r *http.Request) error {
 
 // serveStream shows one stream or ends it.
 func (adminAPI) serveStream(w http.ResponseWriter, r *http.Request) error {
+	return serveOne(w, r, streamsPath, "live stream", live.stream,
+		func(s *stream) any { return newStreamJSON(s.report()) },
+		func(s *stream) bool { return s.end(endedByAdmin) })
+}
+
+// serveOne shows the stream or run whose id follows path, or ends it.
+func serveOne[T stream | run](
+	w http.ResponseWriter, r *http.Request, path, kind string,
+	find func(uuid.UUID) *T, show func(*T) any, end func(*T) bool,
+) error {
 	if r.Method != http.MethodGet && r.Method != http.MethodDelete {
 		return methodNotAllowed(w, r, "GET, DELETE")
 	}
 	if _, err := parseQuery(r.URL); err != nil {
 		return badRequest(err)
 	}
-	text := strings.TrimPrefix(r.URL.Path, streamsPath+"/")
+	text := strings.TrimPrefix(r.URL.Path, path+"/")
 	id, err := uuid.Parse(text)
-	s := live.stream(id)
-	if err != nil || s == nil {
+	one := find(id)
+	if err != nil || one == nil {
 		return caddy.APIError{
 			HTTPStatus: http.StatusNotFound,
-			Message:    fmt.Sprintf("no live stream has the id %q", printable(text, 64)),
+			Message:    fmt.Sprintf("no %s has the id %q", kind, printable(text, 64)),
 		}
 	}
 	if r.Method == http.MethodGet {
-		return writeJSON(w, http.StatusOK, newStreamJSON(s.report()))
+		return writeJSON(w, http.StatusOK, show(one))
 	}
 	var ending endingJSON
-	if s.end(endedByAdmin) {
+	if end(one) {
 		ending.Ending = 1
 	}
 	return writeJSON(w, http.StatusAccepted, ending)
@@ -315,8 +325,8 @@ func newFilter(values map[string]string) (f filter, err error) {
 	return f, nil
 }
 
-// parseQuery wants each key known and given once, with a value: a filter that
-// was misspelt and so ignored would end every stream.
+// parseQuery accepts known keys only, each given once and with a value: a misspelt
+// filter that was ignored would end every stream.
 func parseQuery(from *url.URL, known ...string) (map[string]string, error) {
 	query, err := url.ParseQuery(from.RawQuery) // URL.Query drops what it can't read
 	if err != nil {

@@ -5,12 +5,7 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
-
-	"github.com/google/uuid"
-
-	"github.com/caddyserver/caddy/v2"
 )
 
 const runsPath = "/sse/runs"
@@ -104,27 +99,7 @@ func (adminAPI) serveRuns(w http.ResponseWriter, r *http.Request) error {
 
 // serveRun shows one run or ends it.
 func (adminAPI) serveRun(w http.ResponseWriter, r *http.Request) error {
-	if r.Method != http.MethodGet && r.Method != http.MethodDelete {
-		return methodNotAllowed(w, r, "GET, DELETE")
-	}
-	if _, err := parseQuery(r.URL); err != nil {
-		return badRequest(err)
-	}
-	text := strings.TrimPrefix(r.URL.Path, runsPath+"/")
-	id, err := uuid.Parse(text)
-	run := live.run(id)
-	if err != nil || run == nil {
-		return caddy.APIError{
-			HTTPStatus: http.StatusNotFound,
-			Message:    fmt.Sprintf("no run has the id %q", printable(text, 64)),
-		}
-	}
-	if r.Method == http.MethodGet {
-		return writeJSON(w, http.StatusOK, newRunJSON(run.figures()))
-	}
-	var ending endingJSON
-	if run.stop(endedByAdmin) {
-		ending.Ending = 1
-	}
-	return writeJSON(w, http.StatusAccepted, ending)
+	return serveOne(w, r, runsPath, "run", live.run,
+		func(r *run) any { return newRunJSON(r.figures()) },
+		func(r *run) bool { return r.stop(endedByAdmin) })
 }

@@ -20,6 +20,8 @@ type agenda struct {
 	// that times in which the process did not run are noticed; 0: nobody asks.
 	pulse time.Duration
 	stops []stop // the latest ones
+
+	resumed instant // when the timer last fired as late as it does after a stop; 0: it has not
 }
 
 // entry says when a stream is to be called on.
@@ -90,12 +92,12 @@ func (a *agenda) armLocked() {
 	}
 }
 
-// fire has every stream called on whose time has come.
+// fire calls on every stream whose time has come.
 func (a *agenda) fire() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	at := now()
-	if a.pulse > 0 && a.armed != 0 {
+	if a.armed != 0 {
 		a.noteStopLocked(a.armed, at)
 	}
 	a.armed = 0
@@ -121,11 +123,18 @@ const (
 	// keptStops is how many stops are remembered. More of them in one silence of
 	// an upstream are not worth the memory.
 	keptStops = 8
+
+	// resumePatience is how long a write has to get further after a stop.
+	resumePatience = 500 * time.Millisecond
 )
 
 // noteStopLocked remembers that a timer that was due fired late.
 func (a *agenda) noteStopLocked(due, at instant) {
 	if time.Duration(at-due) < stopSlack {
+		return
+	}
+	a.resumed = at
+	if a.pulse == 0 {
 		return
 	}
 	if len(a.stops) == keptStops {
@@ -144,6 +153,18 @@ func (a *agenda) stoppedSince(moment instant) (stopped time.Duration) {
 		}
 	}
 	return stopped
+}
+
+// writeGrace returns how long a write may still take, whatever its time limit
+// says, as the process was stopped: the client may have taken all there was, but
+// timers fire before sockets are looked at.
+func (a *agenda) writeGrace() time.Duration {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.resumed == 0 {
+		return 0
+	}
+	return max(time.Duration(a.resumed.plus(resumePatience)-now()), 0)
 }
 
 // entries implements heap.Interface, and tells each stream where its entry is.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"math/rand/v2"
 	"net/http"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -59,7 +60,7 @@ func TestAStopOfTheProcessIsNoSilenceOfTheUpstream(t *testing.T) {
 		"a silence that began in the stop": {[][2]instant{{1 * second, 8 * second}}, 5 * second, 3 * time.Second},
 		"a busy machine":                   {[][2]instant{{1 * second, 1*second + instant(stopSlack)}}, 0, stopSlack},
 	} {
-		a := new(agenda)
+		a := &agenda{pulse: time.Second}
 		for _, fire := range test.fires {
 			a.noteStopLocked(fire[0], fire[1])
 		}
@@ -70,7 +71,7 @@ func TestAStopOfTheProcessIsNoSilenceOfTheUpstream(t *testing.T) {
 }
 
 func TestTheLatestStopsAreRemembered(t *testing.T) {
-	a := new(agenda)
+	a := &agenda{pulse: time.Second}
 	for i := range instant(100) {
 		a.noteStopLocked(i*instant(time.Minute), i*instant(time.Minute)+instant(time.Second))
 	}
@@ -79,6 +80,42 @@ func TestTheLatestStopsAreRemembered(t *testing.T) {
 	}
 	if got, want := a.stoppedSince(0), keptStops*time.Second; got != want {
 		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
+// The client of a process that was stopped may have taken all that was sent.
+func TestAWriteHasAMomentToGetFurtherAfterAStop(t *testing.T) {
+	const timeout = 30 * time.Second
+	for stop, want := range map[time.Duration]time.Duration{
+		0:               timeout,
+		stopSlack - 1:   timeout,
+		stopSlack:       timeout + resumePatience,
+		7 * time.Second: timeout + resumePatience,
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			h := quietHandler()
+			h.writeTimeout = timeout
+			taken := make(chan struct{})
+			s := openStream(h, &beaten{write: func() { <-taken }}, 0)
+			ended := make(chan time.Duration, 1)
+			began := time.Now()
+			brokenOff := sync.OnceFunc(func() {
+				ended <- time.Since(began)
+				close(taken)
+			})
+			s.cancel = func(error) { brokenOff() }
+			s.watchWrite()
+			go s.write([]byte("data: 1\n\n"))
+			time.Sleep(timeout - 1)
+			h.agenda.mu.Lock()
+			h.agenda.armed -= instant(stop) // as if it fired so late
+			h.agenda.mu.Unlock()
+			if got := <-ended; got < want || got > want+time.Millisecond {
+				t.Errorf("after a stop of %v, the write was broken off at %v, want %v", stop, got, want)
+			}
+			synctest.Wait()
+			h.agenda.drop(s)
+		})
 	}
 }
 
@@ -137,4 +174,28 @@ func TestAWaitBeyondAllTimeIsNeverOver(t *testing.T) {
 			t.Errorf("after %v comes %v", time.Duration(from), time.Duration(to))
 		}
 	}
+}
+
+// The agenda may be about to call on a stream that is just ending.
+func TestAStreamWhoseHandlersHaveLeftIsLeftAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := quietHandler()
+		h.upstreamTimeout = time.Second
+		client := new(beaten)
+		s := openStream(h, client, time.Second)
+		s.rare = &rareStream{tries: &tries{live: true}}
+		s.close()
+		time.Sleep(time.Minute)
+		s.tick()
+		s.mu.Lock() // as somebody has who looks at it at the same time
+		s.arrived = now()
+		s.tick()
+		s.mu.Unlock()
+		if s.end(drained) || s.at() != stageOpen || s.why != notEnded {
+			t.Errorf("it is at stage %d, ended as %v", s.at(), s.why)
+		}
+		if len(h.agenda.entries) != 0 || client.writes.Load() != 0 {
+			t.Errorf("%d entries are left, %d frames have gone out", len(h.agenda.entries), client.writes.Load())
+		}
+	})
 }

@@ -30,8 +30,8 @@ import (
 //   - The Replacer knows the attempt's request, so that placeholders see what
 //     handlers after sse have rewritten. What handlers set in it, such as
 //     {http.reverse_proxy.upstream.hostport}, the client's Replacer knows too
-//     (see exchange.placeholder), so that logs and error routes see it. What
-//     only the client's Replacer knows, the attempt's asks it for.
+//     (see exchange.placeholder), so that logs and error routes see it. The
+//     attempt's asks the client's for what it does not know itself.
 //   - Variables are the client's own, so that what is set inside is seen
 //     outside. An isolated attempt has copies, which are handed back when its
 //     handlers have answered or left (see isolation.handBack).
@@ -195,7 +195,7 @@ func (x *exchange) placeholder(key string) (any, bool) {
 		return nil, false
 	}
 	c := &a.context
-	if x.relayed() && !x.rare.relay.waits || x.tries() != nil {
+	if x.relayed() && !x.rare.relay.waits.Load() || x.tries() != nil {
 		return c.set.Get(key) // handlers may be at work, and just add a way to find something (map)
 	}
 	return c.replacer.Get(key)

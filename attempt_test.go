@@ -37,7 +37,7 @@ func (b *lateDial) begin(r *http.Request) {
 		for first := true; ; first = false {
 			for _, placeholder := range []string{
 				"{http.request.header.X-Name}", "{http.request.header.Accept-Encoding}", "{http.request.host}",
-				"{http.request.uri}", "{outside}", "{unknown}", "{http.sse.reason}",
+				"{http.request.uri}", "{outside}", "{unknown}", "{http.sse.reason}", "{mapped}",
 			} {
 				repl.ReplaceAll(placeholder, "")
 			}
@@ -105,7 +105,14 @@ func TestADialThatNobodyWaitsForMayReadTheRequestForEver(t *testing.T) {
 				r := get("text/event-stream")
 				r.Header.Set("X-Name", "example.com")
 				r.Header.Set("Accept-Encoding", "gzip")
-				r = caddyhttp.PrepareRequest(r, caddy.NewReplacer(), c, new(caddyhttp.Server))
+				repl := caddy.NewReplacer()
+				r = caddyhttp.PrepareRequest(r, repl, c, new(caddyhttp.Server))
+				repl.Map(func(key string) (any, bool) { // as the handler map does
+					if key != "mapped" {
+						return nil, false
+					}
+					return repl.ReplaceAll("{unknown}", ""), true
+				})
 				var dial lateDial
 				defer dial.end()
 				func() {

@@ -140,7 +140,7 @@ const browserRequest = "GET %s HTTP/1.1\r\nHost: localhost\r\n" +
 	"Accept: text/event-stream\r\nAccept-Encoding: gzip, deflate, br, zstd\r\n\r\n"
 
 // measureOnce returns what the process holds with streams open. Each has had
-// its first heartbeat then, where it gets any, and one event behind it; with
+// its first heartbeat then, where it gets any, and one event after it; with
 // the default interval the next heartbeat is 11 seconds away.
 func measureOnce(t testing.TB, c *testCaddy, up quietUpstream, path string, streams int) cost {
 	t.Helper()
@@ -183,7 +183,7 @@ func measureOnce(t testing.TB, c *testCaddy, up quietUpstream, path string, stre
 	return held
 }
 
-// settledCost is that of the whole process behind several collections: two
+// settledCost is that of the whole process after several collections: two
 // empty the pools, and each halves the stacks that have become too large.
 func settledCost() cost {
 	for range 4 {
@@ -206,7 +206,7 @@ func readUntil(t testing.TB, conn net.Conn, text string) []byte {
 	for !bytes.Contains(readBuffer[:n], []byte(text)) {
 		got, err := conn.Read(readBuffer[n:])
 		if err != nil {
-			t.Fatalf("behind %q: %v", readBuffer[:n], err)
+			t.Fatalf("after %q: %v", readBuffer[:n], err)
 		}
 		n += got
 	}

@@ -596,7 +596,7 @@ type follower struct {
 	mu       sync.Mutex
 	arrivals []arrival
 	unread   string        // what no expect has seen
-	err      error         // io.EOF behind a clean end
+	err      error         // io.EOF after a clean end
 	changed  chan struct{} // closed and replaced with every change
 }
 
@@ -682,6 +682,7 @@ type testUpstream struct {
 	*httptest.Server
 	addr  string // host and port
 	calls chan *upstreamCall
+	paths sync.Map // of chan *upstreamCall, for those who wait for one path
 }
 
 // newUpstream starts an upstream that the test plays itself; see accept.
@@ -707,6 +708,7 @@ func (up *testUpstream) play(w http.ResponseWriter, r *http.Request) error {
 	defer close(c.done)
 	select {
 	case up.calls <- c:
+	case up.callsAt(r.URL.Path) <- c:
 	case <-c.left:
 		return r.Context().Err()
 	}
@@ -731,11 +733,30 @@ func (up *testUpstream) start(t testing.TB, answer http.HandlerFunc) {
 	t.Cleanup(up.Close)
 }
 
+// callsAt is where requests for a path can be waited for.
+func (up *testUpstream) callsAt(path string) chan *upstreamCall {
+	calls, _ := up.paths.LoadOrStore(path, make(chan *upstreamCall))
+	return calls.(chan *upstreamCall)
+}
+
 // accept waits for the next request.
 func (up *testUpstream) accept(t testing.TB) *upstreamCall {
 	t.Helper()
+	return acceptFrom(t, up.calls)
+}
+
+// acceptAt waits for the next request for a path: of those that are under way at
+// the same time, each test takes its own.
+func (up *testUpstream) acceptAt(t testing.TB, path string) *upstreamCall {
+	t.Helper()
+	path, _, _ = strings.Cut(path, "?")
+	return acceptFrom(t, up.callsAt(path))
+}
+
+func acceptFrom(t testing.TB, calls <-chan *upstreamCall) *upstreamCall {
+	t.Helper()
 	select {
-	case c := <-up.calls:
+	case c := <-calls:
 		c.t = t
 		t.Cleanup(c.end)
 		return c
@@ -1015,7 +1036,7 @@ func (c *testCaddy) logs() []logEntry {
 	return slices.Clone(c.logged.entries)
 }
 
-// waitForLog waits for an entry with this message, behind the first skip ones
+// waitForLog waits for an entry with this message, after the first skip ones
 // of its kind.
 func (c *testCaddy) waitForLog(message string, skip int) logEntry {
 	c.t.Helper()

@@ -167,7 +167,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			return d.WrapErr(err)
 		}
 	}
-	// Only the whole of them tells whether a comment is ever sent.
+	// Whether a comment is ever sent depends on all of them together.
 	if err := h.Heartbeat.validate(); err != nil {
 		return heartbeat.WrapErr(err)
 	}

@@ -146,7 +146,7 @@ func TestACaddyfileBecomesTheDocumentedJSON(t *testing.T) {
 	}
 }
 
-func TestTheDirectiveComesRightBehindEncode(t *testing.T) {
+func TestTheDirectiveComesRightAfterEncode(t *testing.T) {
 	handlers, err := adapt(`
 		:8080 {
 			reverse_proxy localhost:9000
@@ -178,7 +178,7 @@ func TestAMatcherLimitsTheDirective(t *testing.T) {
 	}
 }
 
-func TestACaddyfileThatCannotBeKeptToIsAnErrorWithFileAndLine(t *testing.T) {
+func TestAnInvalidCaddyfileIsAnErrorWithFileAndLine(t *testing.T) {
 	for _, test := range []struct {
 		directive string // begins in line 2
 		line      int
@@ -469,7 +469,7 @@ func TestJSONThatIsAccepted(t *testing.T) {
 	}
 }
 
-func TestJSONThatCannotBeKeptToIsAnErrorThatSaysWhy(t *testing.T) {
+func TestInvalidJSONIsAnErrorThatSaysWhy(t *testing.T) {
 	for _, test := range []struct {
 		config string
 		want   []string

@@ -2,8 +2,15 @@ package caddysse_test
 
 import (
 	"fmt"
+	"net/http"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
+
+	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
 func withID(n int) string { return fmt.Sprintf("id: u%d\ndata: %d\n\n", n, n) }
@@ -108,59 +115,100 @@ func TestAClientEndsWithTheStreamThatItCatchesUpBy(t *testing.T) {
 	one.expectFirst(t, 0)
 	run.send(withID(50))
 	one.expect(t, withID(50))
-	ends := []func(own *upstreamCall, f *follower){
-		func(own *upstreamCall, f *follower) { // it is none
+	ends := map[string]func(own *upstreamCall, f *follower){
+		"no-stream": func(own *upstreamCall, f *follower) {
 			own.startWith(404)
 			own.end()
 			f.expectAbort(t)
 		},
-		func(own *upstreamCall, f *follower) {
+		"end": func(own *upstreamCall, f *follower) {
 			own.start("text/event-stream")
 			own.send(withID(31))
 			f.expect(t, withID(31))
 			own.end()
 			f.expectEnd(t)
 		},
-		func(own *upstreamCall, f *follower) {
+		"abort": func(own *upstreamCall, f *follower) {
 			own.start("text/event-stream")
 			own.abort()
 			f.expectAbort(t)
 		},
 	}
-	for i, end := range ends {
-		f := cl.get(t, "/", append(asEventSource, fmt.Sprintf("Last-Event-ID: other%d", i))...).follow()
-		end(up.accept(t), f)
+	clients := make(map[string]*follower)
+	for id := range ends { // each waits for a second
+		clients[id] = cl.get(t, "/", append(asEventSource, "Last-Event-ID: "+id)...).follow()
+	}
+	for range ends {
+		own := up.accept(t)
+		id := own.Header.Get("Last-Event-ID")
+		ends[id](own, clients[id])
 	}
 	run.end()
 	one.expectEnd(t)
 }
 
 func TestWhoFindsNoPlaceToCatchUpIsToldAfterAWhile(t *testing.T) {
-	if testing.Short() {
-		t.Skip("it waits for 10 s")
-	}
-	checkLeaks(t)
-	up := newUpstream(t)
-	c := startCaddy(t, sharedSite(up, ""))
-	cl := c.client("h1")
-	first, run := open(t, cl, up, "/", asEventSource...)
-	run.start("text/event-stream")
-	one := first.headers(t).follow()
-	one.expectFirst(t, 0)
-	run.send(withID(50))
-	one.expect(t, withID(50))
-	var busy []*follower
-	for i := range 8 {
-		busy = append(busy, cl.get(t, "/", append(asEventSource, fmt.Sprintf("Last-Event-ID: busy%d", i))...).follow())
-		up.accept(t).start("text/event-stream")
-	}
-	late := cl.get(t, "/", append(asEventSource, "Last-Event-ID: late")...).follow()
-	late.expect(t, "event: lost\ndata: {\"reason\":\"unknown\"}\nid: u50\n\n")
-	run.send(withID(51))
-	late.expect(t, withID(51))
-	run.end()
-	late.expectEnd(t)
-	for _, f := range busy {
-		f.expectEnd(t)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		config := silent()
+		config.Share = new(caddysse.Share)
+		h := provision(t, config)
+		say := make(chan string)
+		var mu sync.Mutex
+		var catchingUp []string
+		upstream := func(w http.ResponseWriter, r *http.Request) error {
+			w.Header().Set("Content-Type", eventStream)
+			w.WriteHeader(200)
+			if id := r.Header.Get("Last-Event-ID"); id != "" {
+				mu.Lock()
+				catchingUp = append(catchingUp, id)
+				mu.Unlock()
+				<-r.Context().Done()
+				return r.Context().Err()
+			}
+			for text := range say {
+				write(t, w, text)
+			}
+			return nil
+		}
+		var group sync.WaitGroup
+		ask := func(id string) *client {
+			c, r := newClient(t), get(eventStream)
+			r.Header.Set("Cache-Control", "no-cache")
+			r.Header.Set("Last-Event-ID", id)
+			group.Go(func() {
+				if err := serve(h, c, r, upstream); err != nil {
+					t.Error(err)
+				}
+			})
+			synctest.Wait()
+			return c
+		}
+		first := ask("")
+		say <- withID(50)
+		for i := range 8 {
+			ask(fmt.Sprint("busy", i))
+		}
+		time.Sleep(time.Millisecond)
+		late := ask("late")
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		say <- withID(51)
+		synctest.Wait()
+		want := "event: lost\ndata: {\"reason\":\"unknown\"}\nid: u50\n\n" + withID(51)
+		if got := late.body.String(); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+		close(say)
+		group.Wait()
+		told := slices.IndexFunc(late.log, func(h happening) bool { return h.what == "write" })
+		if told < 0 || late.log[told].at != 10*time.Second {
+			t.Errorf("it was told as %v", late.log)
+		}
+		if len(catchingUp) != 8 || slices.Contains(catchingUp, "late") {
+			t.Errorf("%v caught up", catchingUp)
+		}
+		if !strings.HasSuffix(first.body.String(), withIDs(50, 51)) {
+			t.Errorf("the first client got %q", first.body.String())
+		}
+	})
 }

@@ -35,7 +35,7 @@ func addCommands(cmd *cobra.Command) {
 	}
 	cmd.SetFlagErrorFunc(func(failed *cobra.Command, err error) error {
 		if words := failed.Flags().Args(); failed == cmd && len(words) > 0 {
-			return unknownCommand(cmd, words[0]) // the flag is one of a command that there is not
+			return unknownCommand(cmd, words[0]) // the flag of an unknown command
 		}
 		return err
 	})

@@ -51,7 +51,8 @@ func TestTheCheckFindsNothingOnTheWayToThisCaddy(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes as long as a check")
 	}
-	c := startCaddy(t, strings.Replace(probeSite, "token sesame", "token sesame\nmax_probes 100", 1))
+	t.Parallel()
+	c := startCaddyProcess(t, strings.Replace(probeSite, "token sesame", "token sesame\nmax_probes 100", 1), "")
 	var wg sync.WaitGroup
 	for name, config := range map[string]doctor.Config{
 		"HTTP/1.1":          {URL: c.url + "/probe"},

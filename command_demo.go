@@ -3,6 +3,7 @@ package caddysse
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -35,7 +36,8 @@ Starts Caddy twice on one path: with the sse handler and without it. In front is
 a hop with an idle timer of ` + demoIdle.String() + `, as load balancers and CDNs have one. At the other end
 is an upstream that does everything wrong on purpose: long silences, no
 heartbeats, no cache headers, events cut in half. A page shows both side by side,
-and has a button that restarts the upstream.
+and has a button that restarts the upstream. Another one pulls the plug between
+browser and Caddy, for two streams of which one has resume.
 
 It needs no other program, no configuration and no internet, and leaves no
 configuration behind.
@@ -70,7 +72,7 @@ func runDemo(flags caddycmd.Flags) (int, error) {
 	defer stop()
 	caddy.TrapSignals()
 
-	if err := startDemo(ctx, listener, admin, demo.NewUpstream()); err != nil {
+	if err := startDemo(ctx, listener, admin, demo.NewParts()); err != nil {
 		return caddy.ExitCodeFailedStartup, err
 	}
 	fmt.Print(demoText(demoURL(listener.Addr()), admin))
@@ -82,7 +84,9 @@ func demoText(url, admin string) string {
 	return fmt.Sprintf(`
   Open  %[1]s  in a browser. Ctrl-C ends the demo.
 
-  Two EventSources, with the sse handler and without it: wait %[3]s for a silence
+  Press "Pull the plug": two EventSources lose their connection, and only the one
+  with resume misses nothing.
+  Below, two more, with the sse handler and without it: wait %[3]s for a silence
   that cuts one of them, then press "Restart the upstream".
 
   In another terminal:
@@ -169,22 +173,25 @@ const (
 // startDemo starts everything on loopback ports of their own, the upstream, the
 // page and Caddy, and lets the hop in front of Caddy use the listener. All of it
 // ends with ctx.
-func startDemo(ctx context.Context, listener net.Listener, admin string, upstream *demo.Upstream) error {
+func startDemo(ctx context.Context, listener net.Listener, admin string, parts demo.Parts) error {
 	endings := new(demo.Endings)
-	upstream.Endings = endings
-	upstreamAddr, err := upstream.Start(ctx)
+	parts.Upstream.Endings = endings
+	upstreamAddr, err := parts.Upstream.Start(ctx)
 	if err != nil {
 		return fmt.Errorf("sse demo: upstream: %w", err)
 	}
-	pageListener, err := net.Listen("tcp", "127.0.0.1:0")
+	numbersAddr, err := serveDemoLocally(ctx, parts.Numbers)
 	if err != nil {
-		return fmt.Errorf("sse demo: page: %w", err)
+		return fmt.Errorf("sse demo: upstream: %w", err)
 	}
-	serveDemo(ctx, pageListener, demo.Page(ctx, upstream, endings, demo.About{
+	pageAddr, err := serveDemoLocally(ctx, demo.Page(ctx, parts, endings, demo.About{
 		List:  demoCommandLine("list", admin),
 		Close: demoCommandLine("close", admin) + " --all",
 	}))
-	if err := caddy.Run(demoConfig(admin, upstreamAddr, pageListener.Addr().String())); err != nil {
+	if err != nil {
+		return fmt.Errorf("sse demo: page: %w", err)
+	}
+	if err := caddy.Run(demoConfig(admin, upstreamAddr, numbersAddr, pageAddr)); err != nil {
 		return fmt.Errorf("sse demo: %w", err)
 	}
 	app, err := caddy.ActiveContext().App("http")
@@ -192,8 +199,22 @@ func startDemo(ctx context.Context, listener net.Listener, admin string, upstrea
 		return fmt.Errorf("sse demo: %w", err)
 	}
 	behind := app.(*caddyhttp.App).Servers[demoServer].Listeners()[0].Addr().String()
-	serveDemo(ctx, listener, demo.Hop(&url.URL{Scheme: "http", Host: behind}, demoIdle, endings))
+	hop := demo.Hop(&url.URL{Scheme: "http", Host: behind}, demoIdle, endings)
+	ways := http.NewServeMux()
+	ways.Handle("/", hop)
+	ways.Handle("/plug/", parts.Plug.Through(hop))
+	serveDemo(ctx, listener, ways)
 	return nil
+}
+
+// serveDemoLocally serves at a loopback port of its own until ctx is done.
+func serveDemoLocally(ctx context.Context, handler http.Handler) (addr string, err error) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	serveDemo(ctx, listener, handler)
+	return listener.Addr().String(), nil
 }
 
 // serveDemo serves until ctx is done.
@@ -207,8 +228,9 @@ func serveDemo(ctx context.Context, listener net.Listener, handler http.Handler)
 }
 
 // demoConfig is two ways to the same upstream: /events passes the sse handler,
-// /plain/events does not. Everything else is the page.
-func demoConfig(admin, upstream, page string) *caddy.Config {
+// /plain/events does not. It is two ways to the numbers too, with resume and
+// without it. Everything else is the page.
+func demoConfig(admin, upstream, numbers, page string) *caddy.Config {
 	type object = map[string]any
 	proxy := func(to string) object {
 		return object{"handler": "reverse_proxy", "upstreams": []object{{"dial": to}}}
@@ -229,6 +251,14 @@ func demoConfig(admin, upstream, page string) *caddy.Config {
 		"retry":        object{"min": "1s", "max": "3s"},
 		"reconnect_on": []int{502, 503, 504},
 	}
+
+	// Its browser comes back soon, so that one can watch it.
+	plug := func(more object) object {
+		handler := object{"handler": "sse", "name": "plug", "retry": object{"min": "500ms", "max": "800ms"}}
+		maps.Copy(handler, more)
+		return handler
+	}
+	resume := object{"name": "plug-resume", "resume": object{"window": "1m"}}
 
 	persist := false
 	return &caddy.Config{
@@ -253,6 +283,8 @@ func demoConfig(admin, upstream, page string) *caddy.Config {
 					Routes: caddyhttp.RouteList{
 						route("/events", sse, proxy(upstream)),
 						route("/plain/events", object{"handler": "rewrite", "strip_path_prefix": "/plain"}, proxy(upstream)),
+						route("/plug/plain", plug(nil), proxy(numbers)),
+						route("/plug/resume", plug(resume), proxy(numbers)),
 						route("/metrics", object{"handler": "metrics"}),
 						route("", proxy(page)),
 					},

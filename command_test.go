@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -19,7 +20,9 @@ import (
 )
 
 func TestTheDemosConfigurationIsValid(t *testing.T) {
-	config := func() *caddy.Config { return demoConfig("localhost:2019", "127.0.0.1:9", "127.0.0.1:10") }
+	config := func() *caddy.Config {
+		return demoConfig("localhost:2019", "127.0.0.1:9", "127.0.0.1:10", "127.0.0.1:11")
+	}
 	if err := caddy.Validate(config()); err != nil {
 		t.Error(err)
 	}
@@ -106,7 +109,7 @@ func TestTheDemoSaysWhatToTry(t *testing.T) {
 
 // runningDemo starts a demo. It returns a client, the URL of the page, the
 // address of the admin API and what ends everything but Caddy.
-func runningDemo(t *testing.T, upstream *demo.Upstream) (client *http.Client, url, admin string, end context.CancelFunc) {
+func runningDemo(t *testing.T, parts demo.Parts) (client *http.Client, url, admin string, end context.CancelFunc) {
 	t.Helper()
 	listener, err := demoListen("127.0.0.1:0", true)
 	if err != nil {
@@ -120,7 +123,7 @@ func runningDemo(t *testing.T, upstream *demo.Upstream) (client *http.Client, ur
 	admin = "unix/" + dir + "/admin"
 	ctx, end := context.WithCancel(context.Background())
 	t.Cleanup(end)
-	if err := startDemo(ctx, listener, admin, upstream); err != nil {
+	if err := startDemo(ctx, listener, admin, parts); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -147,7 +150,9 @@ func openDemo(t *testing.T, client *http.Client, url string) *http.Response {
 }
 
 func TestTheDemoShowsTheSameUpstreamWithAndWithoutSSE(t *testing.T) {
-	client, url, admin, _ := runningDemo(t, &demo.Upstream{Burst: 5, Step: time.Hour, Silence: time.Hour, Lifetime: time.Hour})
+	parts := demo.NewParts()
+	parts.Upstream = &demo.Upstream{Burst: 5, Step: time.Hour, Silence: time.Hour, Lifetime: time.Hour}
+	client, url, admin, _ := runningDemo(t, parts)
 	for path, cacheControl := range map[string]string{
 		"events":       "no-cache, no-store, no-transform",
 		"plain/events": "",
@@ -186,9 +191,9 @@ func TestTheDemoShowsTheSameUpstreamWithAndWithoutSSE(t *testing.T) {
 }
 
 func TestTheDemosRestartIsFinalOnlyWithoutSSE(t *testing.T) {
-	client, url, _, _ := runningDemo(t, &demo.Upstream{
-		Burst: 5, Step: time.Hour, Silence: time.Hour, Lifetime: time.Hour, Away: time.Hour,
-	})
+	parts := demo.NewParts()
+	parts.Upstream = &demo.Upstream{Burst: 5, Step: time.Hour, Silence: time.Hour, Lifetime: time.Hour, Away: time.Hour}
+	client, url, _, _ := runningDemo(t, parts)
 	restarted, err := client.Post(url+"restart", "", nil)
 	if err != nil || restarted.StatusCode != http.StatusAccepted {
 		t.Fatalf("%v, %v", restarted, err)
@@ -212,9 +217,87 @@ func TestTheDemosRestartIsFinalOnlyWithoutSSE(t *testing.T) {
 	}
 }
 
+func TestTheDemosPlugCostsEventsOnlyWithoutResume(t *testing.T) {
+	parts := demo.NewParts()
+	parts.Numbers.Step, parts.Plug.Out = 10*time.Millisecond, 200*time.Millisecond
+	client, url, _, _ := runningDemo(t, parts)
+	follow := func(path, lastEventID string) *demoNumbers {
+		request, err := http.NewRequest("GET", url+path+"?client="+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		request.Header = http.Header{"Accept": {"text/event-stream"}, "Cache-Control": {"no-cache"}}
+		if lastEventID != "" {
+			request.Header.Set("Last-Event-ID", lastEventID)
+		}
+		response, err := client.Do(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { response.Body.Close() })
+		return &demoNumbers{lines: bufio.NewReader(response.Body)}
+	}
+	paths := []string{"plug/plain", "plug/resume"}
+	before := make(map[string]*demoNumbers)
+	for _, path := range paths {
+		before[path] = follow(path, "")
+		if !before[path].next() {
+			t.Fatalf("%s: no number", path)
+		}
+	}
+	pulled, err := client.Post(url+"pull", "", nil)
+	if err != nil || pulled.StatusCode != http.StatusAccepted {
+		t.Fatalf("%v, %v", pulled, err)
+	}
+	pulled.Body.Close()
+	for _, path := range paths {
+		for before[path].next() {
+		}
+		if before[path].err == io.EOF {
+			t.Errorf("%s: it ended cleanly", path)
+		}
+		after := follow(path, before[path].id)
+		after.next()
+		missing := after.n - before[path].n - 1
+		if resumed := path == "plug/resume"; (missing == 0) != resumed || (after.asked == 1) != resumed {
+			t.Errorf("%s: %d numbers are missing, and the upstream was asked %d times", path, missing, after.asked)
+		}
+	}
+}
+
+// demoNumbers reads what the demo's second upstream counts.
+type demoNumbers struct {
+	lines    *bufio.Reader
+	n, asked int
+	id       string
+	err      error
+}
+
+// next reads on to the next number; false is the end.
+func (d *demoNumbers) next() bool {
+	var data, id string
+	for {
+		line, err := d.lines.ReadString('\n')
+		if err != nil {
+			d.err = err
+			return false
+		}
+		switch field, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ": "); {
+		case field == "data":
+			data = value
+		case field == "id":
+			id = value
+		case line == "\n" && data != "":
+			d.id = id
+			_, d.err = fmt.Sscanf(data, `{"n": %d, "asked": %d}`, &d.n, &d.asked)
+			return d.err == nil
+		}
+	}
+}
+
 func TestTheDemosStreamsEndWithIt(t *testing.T) {
-	client, url, _, end := runningDemo(t, demo.NewUpstream())
-	paths := []string{"events", "plain/events"}
+	client, url, _, end := runningDemo(t, demo.NewParts())
+	paths := []string{"events", "plain/events", "plug/plain", "plug/resume"}
 	ended := make(chan struct{}, len(paths))
 	for _, path := range paths {
 		response := openDemo(t, client, url+path)

@@ -53,7 +53,7 @@ all the streams of --name.
 }
 
 func runTop(flags caddycmd.Flags) (int, error) {
-	// Where the terminal goes, or somebody ends the process, it is left as it was
+	// If the terminal closes, or somebody ends the process, it is left as it was
 	// too.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
@@ -82,7 +82,7 @@ func watchInTerminal(ctx context.Context, flags caddycmd.Flags, in, out *os.File
 		interval: flags.Duration("interval"),
 		news:     make(chan topNews),
 	}
-	// What is wrong from the beginning is better told where it stays.
+	// An error at the start is returned before the screen is cleared, so it stays.
 	first, err := w.open(ctx)
 	if err != nil {
 		return err

@@ -31,7 +31,6 @@ type pseudoTerminal struct {
 
 func newPseudoTerminal(t *testing.T) *pseudoTerminal {
 	t.Helper()
-	t.Setenv("TERM", "xterm")
 	keyboard, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -162,12 +161,14 @@ func topFlags(t *testing.T, args ...string) caddycmd.Flags {
 }
 
 func TestTopShowsAWatchComesBackAndLeavesTheTerminalAsItWas(t *testing.T) {
+	t.Setenv("TERM", "xterm")
 	for name, leave := range map[string]func(p *pseudoTerminal, stop func()){
 		"by q":      func(p *pseudoTerminal, _ func()) { p.press("q") },
 		"by Ctrl-C": func(p *pseudoTerminal, _ func()) { p.press("\x03") },
 		"by signal": func(_ *pseudoTerminal, stop func()) { stop() },
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			admin, say, asked := watchServer(t)
 			p := newPseudoTerminal(t)
 			before := p.settings()
@@ -210,6 +211,7 @@ func TestTopShowsAWatchComesBackAndLeavesTheTerminalAsItWas(t *testing.T) {
 }
 
 func TestTopNeedsATerminal(t *testing.T) {
+	t.Setenv("TERM", "xterm")
 	admin, _, _ := watchServer(t)
 	p := newPseudoTerminal(t)
 	null, err := os.Open(os.DevNull)
@@ -232,6 +234,7 @@ func TestTopNeedsATerminal(t *testing.T) {
 }
 
 func TestTopSaysPlainlyWhatIsWrongAndLeavesTheTerminalAlone(t *testing.T) {
+	t.Setenv("TERM", "xterm")
 	p := newPseudoTerminal(t)
 	refusing := adminServer(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/config/" {

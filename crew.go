@@ -7,7 +7,7 @@ import (
 
 // crew calls on streams whose time has come: a few at a time, so that many that
 // are due in one instant do not take a goroutine each. One whose client does not
-// read holds its caller up, who is replaced then: it delays nobody else.
+// read holds up its caller, which is then replaced, so that nobody else is delayed.
 type crew struct {
 	mu      sync.Mutex
 	waiting []*stream

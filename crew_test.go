@@ -91,7 +91,7 @@ func TestClientsThatReadNothingDelayNobodyElsesFrame(t *testing.T) {
 		if n := at.present.Load(); n != blocked {
 			t.Errorf("%d calls are under way, want one for each of the %d that block", n, blocked)
 		}
-		// Who has been replaced does not go on when its client reads again.
+		// A caller that has been replaced does not go on when its client reads again.
 		close(free)
 		synctest.Wait()
 		h.agenda.crew.mu.Lock()

@@ -1,7 +1,6 @@
 package caddysse
 
 import (
-	"cmp"
 	"context"
 	"math/rand/v2"
 	"slices"
@@ -137,8 +136,8 @@ func (h *Handler) drainStreams() {
 			h.drain.awaitIdle(nil, stop)
 		}
 	}
-	// The process exits, maybe in the middle of a reload's window: who is left
-	// has the time of an exit.
+	// The process exits, maybe in the middle of a reload's window: the streams that
+	// are left have the time of an exit.
 	if exit.exiting() && h.drain.exit > 0 {
 		h.drainOver(h.drain.exit, nil)
 	}
@@ -194,37 +193,21 @@ func (h *Handler) setGrace() {
 // Streams that are spared get their own time, which may be after it.
 func (h *Handler) drainOver(window time.Duration, stop <-chan struct{}) bool {
 	start := now()
-	end := start.plus(window)
-	h.drain.until.Store(int64(end))
+	last := start.plus(window)
+	h.drain.until.Store(int64(last))
 	streams := h.drainable()
-	type turn struct {
-		s   *stream
-		due time.Duration // from start
-	}
-	turns := make([]turn, len(streams))
 	phase := rand.Float64() // so that many handlers with few streams don't begin together
 	for i, s := range streams {
-		turns[i] = turn{s, time.Duration(float64(window) * (float64(i) + phase) / float64(len(streams)))}
+		due := start.plus(time.Duration(float64(window) * (float64(i) + phase) / float64(len(streams))))
 		if spared := s.spared(); spared > 0 {
-			turns[i].due = spared
+			due = start.plus(spared)
 		}
+		s.endDrainedAt(due)
+		last = max(last, due)
 	}
-	slices.SortStableFunc(turns, func(a, b turn) int { return cmp.Compare(a.due, b.due) })
-	for _, turn := range turns {
-		due := time.NewTimer(turn.due - time.Duration(now()-start))
-		h.drain.awaitIdle(due.C, stop)
-		due.Stop()
-		if isClosed(stop) {
-			return false
-		}
-		if h.drain.requests.Load() == 0 {
-			break // all have left, and with them who was spared
-		}
-		turn.s.endDrained()
-	}
-	// Who opens a stream from now on ends it in time (joinDrain), but would not
+	// A stream that opens from now on ends in time (joinDrain), but would not
 	// notice that the process exits.
-	over := time.NewTimer(time.Duration(end) - time.Duration(now()))
+	over := time.NewTimer(time.Duration(last) - time.Duration(now()))
 	defer over.Stop()
 	h.drain.awaitIdle(over.C, stop)
 	return !isClosed(stop)
@@ -269,22 +252,22 @@ func (s *stream) joinDrain() {
 	if spared := s.spared(); spared > 0 {
 		wait = spared
 	}
+	s.endDrainedAt(now().plus(wait))
+}
+
+// endDrainedAt has a stream end at a moment, unless its body turns out to be none
+// that can be resumed. The earliest of several moments counts.
+func (s *stream) endDrainedAt(due instant) {
 	s.facts.Lock()
 	defer s.facts.Unlock()
 	if s.rare == nil {
 		s.rare = new(rareStream)
 	}
-	s.rare.drainDue = now().plus(wait)
+	if s.rare.drainDue == 0 || due < s.rare.drainDue {
+		s.rare.drainDue = due
+	}
 	if !s.gone {
 		s.h.agenda.hasten(s, s.rare.drainDue)
-	}
-}
-
-// endDrained ends a stream whose turn in a window has come, unless its body has
-// turned out meanwhile to be none that can be resumed.
-func (s *stream) endDrained() {
-	if s.resumes() {
-		s.end(drained)
 	}
 }
 

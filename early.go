@@ -155,10 +155,11 @@ func (x *exchange) startEarly() {
 	x.stream = s
 	x.h.headers.apply(header)
 	if upload := x.rare.upload; upload != nil && x.r.ProtoMajor == 1 && !upload.read.Load() {
-		// Else net/http takes what is left of the request's body from the
-		// upstream when the headers go out. And as it may panic on the next
-		// request of a connection where some of it is left in the end, there is
-		// no next one. Where this is not supported there is no such habit.
+		// Otherwise net/http reads the rest of the request's body itself when
+		// the headers go out, and the upstream does not get it. net/http may
+		// also panic on the connection's next request if some of the body is
+		// left at the end, so there is no next one. Connections that do not
+		// support this do neither.
 		if http.NewResponseController(x.w).EnableFullDuplex() == nil {
 			header["Connection"] = []string{"close"}
 		}

@@ -65,7 +65,7 @@ func TestASilentUpstreamsStreamStartsWithoutIt(t *testing.T) {
 		}
 		call.start(eventStream, "Access-Control-Allow-Origin: https://upstream.example", "Set-Cookie: a=b")
 		c.waitForStream(t, path, func(s map[string]any) bool { return s["state"] == "open" && s["upstream"] == up.addr })
-		// Behind a frame, a byte order mark would belong to the first field.
+		// After a frame, a byte order mark would belong to the first field.
 		call.send("\xef\xbb")
 		call.send("\xbfdata: 1\n\n")
 		body.expect(t, "data: 1\n\n")
@@ -92,7 +92,11 @@ func TestALateAnswerThatIsNoStreamBecomesAnErrorEvent(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, earlySite(up.addr), withAdmin())
-	for _, test := range []struct {
+	failures := func(status float64) float64 {
+		return c.scrape(t).sum("early_start_failures_total", "early", fmt.Sprintf("status=%q", fmt.Sprint(status)))
+	}
+	before, failed := make(map[float64]float64), make(map[float64]float64)
+	tests := []struct {
 		name    string
 		answer  func(call *upstreamCall)
 		status  float64
@@ -117,20 +121,16 @@ func TestALateAnswerThatIsNoStreamBecomesAnErrorEvent(t *testing.T) {
 			"the upstream answered with an encoded body"},
 		{"dies", func(call *upstreamCall) { call.abort() }, 502,
 			"the upstream did not answer"},
-	} {
-		for _, proto := range clientProtocols {
-			t.Run(test.name+" "+proto, func(t *testing.T) {
-				path := "/" + test.name + proto
-				before := c.scrape(t).sum("early_start_failures_total", "early", fmt.Sprintf("status=%q", fmt.Sprint(test.status)))
-				cl := c.client(proto)
-				e := cl.begin(cl.request(t, "GET", path, nil, "Accept: text/event-stream"))
-				call := up.accept(t)
-				res := e.headers(t)
-				if res.StatusCode != 200 {
-					t.Error(res.Status)
-				}
-				body := res.follow()
-				body.expect(t, ":heartbeat\n\n")
+	}
+	for _, test := range tests {
+		before[test.status] = failures(test.status)
+		failed[test.status] += float64(len(clientProtocols))
+	}
+	t.Run("over", func(t *testing.T) {
+		atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+			for _, test := range tests {
+				path := "/" + test.name + cl.proto
+				call, body := openWaiting(t, cl, up, path)
 				test.answer(call)
 				body.expect(t, errorEvent(test.message))
 				body.expectEnd(t)
@@ -138,16 +138,17 @@ func TestALateAnswerThatIsNoStreamBecomesAnErrorEvent(t *testing.T) {
 				expectEnd(t, line, "upstream_error", "warn")
 				if upstreamStatus, differs := line["upstream_status"]; line["status"] != 200.0 ||
 					differs != (test.status != 200) || (differs && upstreamStatus != test.status) {
-					t.Errorf("told: %v", line)
+					t.Errorf("%s: told: %v", path, line)
 				}
 				if line["events"] != 0.0 || line["bytes"] != 0.0 {
-					t.Errorf("our event counts as the upstream's: %v", line)
+					t.Errorf("%s: our event counts as the upstream's: %v", path, line)
 				}
-				after := c.scrape(t).sum("early_start_failures_total", "early", fmt.Sprintf("status=%q", fmt.Sprint(test.status)))
-				if after != before+1 {
-					t.Errorf("the failures with this status went from %v to %v", before, after)
-				}
-			})
+			}
+		})
+	})
+	for status, n := range failed {
+		if after := failures(status); after != before[status]+n {
+			t.Errorf("the failures with %v went from %v to %v, want %v more", status, before[status], after, n)
 		}
 	}
 }
@@ -360,9 +361,12 @@ func TestAClientThatLeavesWhileWaitingCancelsTheUpstream(t *testing.T) {
 // prelude.
 func openWaiting(t *testing.T, cl *testClient, up *testUpstream, path string) (*upstreamCall, *follower) {
 	t.Helper()
-	e := cl.begin(cl.request(t, "GET", path, nil, "Accept: text/event-stream"))
-	call := up.accept(t)
-	body := e.headers(t).follow()
+	e, call := open(t, cl, up, path, acceptStream)
+	res := e.headers(t)
+	if res.StatusCode != 200 {
+		t.Fatalf("%s: %s", path, res.Status)
+	}
+	body := res.follow()
 	body.expect(t, ":heartbeat\n\n")
 	return call, body
 }
@@ -410,7 +414,7 @@ func TestTheEndOfAWaitingStreamIsNoFailureOfItsUpstream(t *testing.T) {
 			}`, 1)
 		t.Run(end, func(t *testing.T) {
 			c := startCaddy(t, site, withAdmin())
-			overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+			atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 				path := "/" + cl.proto
 				for range 2 {
 					call, body := openWaiting(t, cl, up, path)
@@ -598,7 +602,7 @@ func TestARequestBodyThatIsNotReadDoesNotHarmItsConnection(t *testing.T) {
 		// Nobody accepts, and reverse_proxy tries again for a while.
 		"an early start": {"reverse_proxy 127.0.0.1:1 {\nlb_try_duration 1s\nlb_try_interval 10ms\n}",
 			errorEvent("the upstream did not answer"), true},
-		"an early start behind the body": {"reverse_proxy " + up.addr, "data: 1\n\n", false},
+		"an early start after the body": {"reverse_proxy " + up.addr, "data: 1\n\n", false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := startCaddy(t, "sse {\nearly_start 30ms\n}\n"+test.directives, withAdmin())

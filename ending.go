@@ -15,7 +15,7 @@ import (
 // counts any other failure of a request against the upstream.
 var errStreamEnded = fmt.Errorf("sse: the stream has ended: %w", context.Canceled)
 
-// stage is where a stream is in its life. A stream only moves on, but for one
+// stage is where a stream is in its life. A stream only moves on, except for one
 // that retries: it is open again when its upstream has come back.
 type stage uint8
 
@@ -76,10 +76,14 @@ func (s *stream) move(to stage, patience time.Duration) bool {
 	return s.moveLocked(to, patience)
 }
 
-// ask notes the reason of an early end. The first one counts.
+// ask notes the reason of an early end. The first one counts, and none does when
+// the handlers have left: the stream has ended by itself.
 func (s *stream) ask(why reason, to stage, patience time.Duration) bool {
 	s.facts.Lock()
 	defer s.facts.Unlock()
+	if s.gone {
+		return false
+	}
 	first := s.at() < stageEnding
 	if first {
 		s.why = why
@@ -199,14 +203,14 @@ func (s *stream) clientLeft() {
 // for.
 func (s *stream) accountWithoutHandlers() {
 	s.facts.Lock()
-	why, asked := s.why, s.isAskedEnd()
+	why, asked, abandoned := s.why, s.isAskedEnd(), s.abandoned
 	s.facts.Unlock()
 	if !asked {
 		why = clientClosed
 	}
 	s.account(why, nil)
-	if s.abandoned != nil && asked {
-		s.abandoned()
+	if abandoned != nil && asked {
+		abandoned()
 	}
 	// Somebody may be writing, to a client that takes nothing any more.
 	s.facts.Lock()

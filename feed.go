@@ -22,6 +22,8 @@ type feed struct {
 	splicer  eventstream.Splicer
 	id, line []byte // room for the next id
 	partial  bool   // bytes have been appended since the last event boundary
+	mark     bool   // a byte order mark may come: a later attempt begins
+	markHeld int    // how much of it has
 	plain    bool   // no ids are added: the upstream has its own
 	scanned  uint64 // events of this attempt
 	events   uint64 // of all attempts
@@ -88,7 +90,9 @@ func (f *feed) write(p []byte) (int, error) {
 			return 0, f.over
 		}
 	}
-	p = f.endCR(p)
+	if p = f.endCR(p); f.mark {
+		p = f.dropMark(p)
+	}
 	for len(p) > 0 {
 		n, idAt, done := f.splicer.ScanBlock(p)
 		if f.splicer.Opaque() {
@@ -121,6 +125,27 @@ func (f *feed) pass() {
 	if !f.unkeep() {
 		f.over = errNotKept
 	}
+}
+
+// byteOrderMark is ignored at the beginning of a stream, and nowhere else (HTML
+// Standard, section 9.2.5).
+const byteOrderMark = "\uFEFF"
+
+// dropMark takes out a byte order mark that a later attempt begins with. It holds
+// back what may become one.
+func (f *feed) dropMark(p []byte) []byte {
+	for len(p) > 0 && f.markHeld < len(byteOrderMark) && p[0] == byteOrderMark[f.markHeld] {
+		f.markHeld++
+		p = p[1:]
+	}
+	switch {
+	case f.markHeld == len(byteOrderMark):
+		f.mark = false
+	case len(p) > 0:
+		f.mark = false
+		p = append([]byte(byteOrderMark[:f.markHeld]), p...)
+	}
+	return p
 }
 
 // endCR looks whether a CR at a boundary, where p begins, is followed by its LF.
@@ -254,6 +279,7 @@ func (f *feed) again() {
 	}
 	f.splicer = eventstream.Splicer{}
 	f.partial, f.scanned = false, 0
+	f.mark, f.markHeld = f.policy == journal.KeepUnsent, 0
 }
 
 // end says that no more comes: no LF after a last CR either.

@@ -97,6 +97,11 @@ func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived in
 		if h.ClientKey != "" {
 			x.rememberKey(x.replacer.ReplaceAll(h.ClientKey, ""))
 		}
+		// Map takes no lock. A dial that an earlier proxy of this request gave up
+		// (forward_auth, with a placeholder in tls_server_name) may look for one at
+		// this moment. Handlers of Caddy's own (map) are in the same position: only
+		// the Replacer could have a lock for it, and there is no other way to have
+		// handlers before sse see what those after it set.
 		x.replacer.Map(x.placeholder)
 	}
 	return x

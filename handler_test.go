@@ -312,7 +312,7 @@ func TestAResponseIsAStreamByItsStatusMediaTypeAndMethod(t *testing.T) {
 	}
 }
 
-func TestAStreamWithoutContentTypeHeaderIsNone(t *testing.T) {
+func TestAResponseWithoutContentTypeIsNoStream(t *testing.T) {
 	c := newClient(t)
 	_ = serve(provision(t, silent()), c, get("text/event-stream"), func(w http.ResponseWriter, _ *http.Request) error {
 		w.WriteHeader(200)
@@ -392,14 +392,14 @@ var answers = map[string]caddyhttp.HandlerFunc{
 		_, err := io.WriteString(w, "hello")
 		return err
 	},
-	"event stream type behind the status": func(w http.ResponseWriter, _ *http.Request) error {
+	"event stream type after the status": func(w http.ResponseWriter, _ *http.Request) error {
 		w.WriteHeader(200)
 		w.Header().Set("Content-Type", "text/event-stream")
 		w.WriteHeader(200)
 		_, err := io.WriteString(w, "hello")
 		return err
 	},
-	"event stream type behind a flush": func(w http.ResponseWriter, _ *http.Request) error {
+	"event stream type after a flush": func(w http.ResponseWriter, _ *http.Request) error {
 		_ = http.NewResponseController(w).Flush()
 		w.Header().Set("Content-Type", "text/event-stream")
 		_, err := io.WriteString(w, "hello")
@@ -645,7 +645,7 @@ func TestTheRequestIsAsItWasAfterAPanicOfTheUpstream(t *testing.T) {
 }
 
 // The handlers of an error need a context that is not over.
-func TestTheRequestIsOfUseBehindAStreamThatWasEnded(t *testing.T) {
+func TestTheRequestCanBeUsedAfterItsStreamWasEnded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		config := silent()
 		config.MaxDuration = &caddysse.MaxDuration{Duration: caddy.Duration(time.Second)}
@@ -767,10 +767,10 @@ func TestAnErrorBeforeTheHeadersIsPassedOn(t *testing.T) {
 	}
 }
 
-func TestAPanicOfTheUpstreamPassesUnchangedAndNothingIsWrittenBehindIt(t *testing.T) {
+func TestAPanicOfTheUpstreamPassesUnchangedAndNothingIsWrittenAfterIt(t *testing.T) {
 	for name, before := range map[string]func(w http.ResponseWriter){
 		"before the headers": func(http.ResponseWriter) {},
-		"behind the headers of what is no stream": func(w http.ResponseWriter) {
+		"after the headers of what is no stream": func(w http.ResponseWriter) {
 			w.WriteHeader(200)
 		},
 	} {

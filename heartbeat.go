@@ -117,7 +117,7 @@ func (s *stream) tick() {
 	s.facts.Lock()
 	left, why := s.untilEndLocked(s.age(), !free)
 	retrying := s.at() == stageRetrying
-	if left > 0 && !free && s.isLiveLocked() {
+	if left > 0 && !free && !s.gone && s.isLiveLocked() {
 		// A write is on its way and restarts the clock; if it is stuck, a frame
 		// would be stuck, too.
 		s.callIn(min(left, max(s.frames.reserve, time.Millisecond)))
@@ -137,11 +137,7 @@ func (s *stream) tick() {
 		s.giveUpWaiting()
 		return
 	case left <= 0:
-		retries := free && why == upstreamTimeout && s.breakLocked(why)
-		if free {
-			s.unlock()
-		}
-		if !retries {
+		if !free || !s.triesAfter(why) {
 			s.end(why)
 		}
 		return

@@ -123,8 +123,7 @@ func answerWith(t testing.TB, answer func(w http.ResponseWriter, r *http.Request
 	return "route {\nsse\ntest_answer " + t.Name() + "\n}"
 }
 
-// rawUpstream answers every request over its bare connection, and closes that
-// behind it.
+// rawUpstream answers every request over its bare connection, and then closes it.
 func rawUpstream(t testing.TB, answer func(conn *net.TCPConn)) (addr string) {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -592,7 +591,7 @@ func TestTheLastEventIDIsTheLastCommittedOneOrElseTheRequests(t *testing.T) {
 		"more than 1 KiB":            {"", "id: " + long + "\ndata: 1\n\n", "(too long)"},
 		"1 KiB in the request":       {full, "data: 1\n\n", full},
 		"more in the request":        {long, "data: 1\n\n", "(too long)"},
-		"shorter behind a long one":  {"", "id: " + long + "\ndata: 1\n\nid: 8\ndata: 2\n\n", "8"},
+		"shorter after a long one":   {"", "id: " + long + "\ndata: 1\n\nid: 8\ndata: 2\n\n", "8"},
 		"with an escape sequence":    {"", "id: \x1b[2J\u202e\ndata: 1\n\n", "\ufffd[2J\ufffd"},
 		"with one in the request":    {"\x1b]0;x\x07", "data: 1\n\n", "\ufffd]0;x\ufffd"},
 	} {
@@ -674,9 +673,9 @@ func TestNothingAClientSendsForgesALineOrBreaksATerminal(t *testing.T) {
 	}
 }
 
-// What a client says is cut before it is copied, and the copy does not hold on to
+// What a client sends is cut before it is copied, and the copy does not hold on to
 // the rest.
-func TestWhatAClientSaysWeighsNoMoreThanWhatIsTold(t *testing.T) {
+func TestWhatAClientSendsTakesNoMoreMemoryThanWhatIsLogged(t *testing.T) {
 	for name, text := range map[string]string{
 		"bytes that are no text": strings.Repeat("\x80", 15_000),
 		"long runes":             strings.Repeat("\U0001F600", 4_000),
@@ -1076,7 +1075,7 @@ func TestTheTimesAgreeWithWhatAClientMeasures(t *testing.T) {
 		time.Sleep(step)
 		_, err := io.WriteString(w, "data: 1\n\n")
 		return err
-	}), "sse", "sse 1s {\nprelude 5ms\n}", 1))
+	}), "sse", "sse 1h {\nprelude 5ms\n}", 1))
 	for _, proto := range clientProtocols {
 		t.Run(proto, func(t *testing.T) {
 			cl := c.client(proto)

@@ -46,7 +46,7 @@ func TestStreamsBeyondALimitAreRefused(t *testing.T) {
 	} {
 		for _, proto := range clientProtocols {
 			t.Run(test.limit+" "+proto, func(t *testing.T) {
-				name := test.limit + proto
+				name := uniqueName(test.limit + proto)
 				c := startCaddy(t, `
 					header X-Site 1
 					sse {
@@ -346,7 +346,7 @@ func TestAPlaceComesBackOnEveryPath(t *testing.T) {
 		"an abort in a stream": func(w http.ResponseWriter, r *http.Request) error {
 			return stream(func(http.ResponseWriter) { panic(http.ErrAbortHandler) })(w, r)
 		},
-		"a panic behind another answer": func(w http.ResponseWriter, r *http.Request) error {
+		"a panic after another answer": func(w http.ResponseWriter, r *http.Request) error {
 			w.WriteHeader(200)
 			panic("a bug")
 		},

@@ -62,7 +62,7 @@ func runTests(m *testing.M) int {
 	before := takeInventory()
 	code := m.Run()
 	if left := before.waitForReturn(patience); left != "" {
-		fmt.Fprintf(os.Stderr, "behind the last test:\n%s", left)
+		fmt.Fprintf(os.Stderr, "after the last test:\n%s", left)
 		if code == 0 {
 			code = 1
 		}

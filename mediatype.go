@@ -56,7 +56,7 @@ func isToken(text string) bool {
 
 // listItems yields the elements of a header's lines as of one list. A comma in a
 // quoted string separates nothing, and a string that is not closed goes on in the
-// next line, as lines are but parts of a list (Fetch, section 2.2.2, "get, decode,
+// next line, because lines are just parts of a list (Fetch, section 2.2.2, "get, decode,
 // and split").
 func listItems(lines []string) iter.Seq[string] {
 	list := strings.Join(lines, ", ")

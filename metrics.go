@@ -66,14 +66,14 @@ func newMetrics() *metrics {
 
 		runs: desc("runs", "Upstream streams that are kept apart from clients: with a client, without one, shared, "+
 			"or ended and kept for clients that have not come back.", "state"),
-		resumes:      desc("resumes_total", "Clients that came back with an event ID, by what became of it.", "result"),
+		resumes:      desc("resumes_total", "Clients that came back with an event ID, by result.", "result"),
 		journalBytes: desc("journal_bytes", "What the journals of runs hold, overhead included."),
 
 		refused:            counter("streams_refused_total", "Requests that met a limit, by the limit.", "limit"),
-		unprotected:        counter("streams_unprotected_total", "Streams whose body is no text that heartbeats may go into, by cause.", "cause"),
+		unprotected:        counter("streams_unprotected_total", "Streams whose body is not text, so that no heartbeat can go in, by cause.", "cause"),
 		reconnects:         counter("reconnects_answered_total", "Errors that were answered with a reconnection time, by the error's status.", "status"),
-		earlyStartFailures: counter("early_start_failures_total", "Streams that had started when their upstream turned out to have none, by its status.", "status"),
-		retries:            counter("upstream_retries_total", "Tries to go on with a stream whose upstream broke off, by what came of them.", "result"),
+		earlyStartFailures: counter("early_start_failures_total", "Early starts whose upstream then sent no stream, by its status.", "status"),
+		retries:            counter("upstream_retries_total", "Tries to reach an upstream that broke off, by result.", "result"),
 
 		storeErrors: counter("store_errors_total", "What a store of resume was asked for and has not done, by what that was.", "op"),
 		storeDuration: prometheus.NewHistogramVec(prometheus.HistogramOpts{

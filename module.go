@@ -96,12 +96,12 @@ type Handler struct {
 	// `Mcp-Method` are never resumable. Default: `auto`.
 	Resumable string `json:"resumable,omitempty"`
 
-	// How many streams may be open under this name; more get a 503. Resumable
+	// Maximum open streams under this name; further ones get a 503. Resumable
 	// requests reserve a place before the upstream is called, others are counted
 	// at their headers. Default: no limit.
 	MaxStreams int `json:"max_streams,omitempty"`
 
-	// How many streams a client may have open under this name; more get a 429.
+	// Maximum open streams of one client under this name; further ones get a 429.
 	// A client is Caddy's client IP, an IPv6 one its /64. Default: no limit.
 	MaxStreamsPerClient int `json:"max_streams_per_client,omitempty"`
 

@@ -44,7 +44,7 @@ type Probe struct {
 	// How long a script may be silent in all. Default: 5m.
 	MaxDuration caddy.Duration `json:"max_duration,omitempty"`
 
-	// How many probes may run at a time; more get a 503. Default: 16.
+	// Maximum probes that run at a time; further ones get a 503. Default: 16.
 	MaxProbes int `json:"max_probes,omitempty"`
 
 	token       [sha256.Size]byte
@@ -69,8 +69,8 @@ const (
 
 	probeTokenHeader = "Sse-Probe-Token"
 
-	// probePatience is how long a probe waits for its client, be it that it
-	// takes bytes or that it sends the rest of a request's body.
+	// probePatience is how long a probe waits for its client, to take
+	// bytes or to send the rest of a request's body.
 	probePatience = 30 * time.Second
 
 	// maxProbeBody is how much of a request's body is read and counted.
@@ -121,7 +121,7 @@ func (p *Probe) Provision(caddy.Context) error {
 	return nil
 }
 
-// Validate reports the first setting that can't be kept to.
+// Validate reports the first setting that is invalid.
 func (p *Probe) Validate() error {
 	if p.MaxDuration < 0 {
 		return fmt.Errorf("sse_probe: max_duration: %q is not a positive duration", time.Duration(p.MaxDuration))

@@ -54,7 +54,7 @@ func whoWaitsForTheExitIsToldOnce(t *testing.T) {
 	}
 }
 
-func TestNobodyIsForgottenWhoComesWhileTheExitIsTold(t *testing.T) {
+func TestNobodyIsMissedWhoRegistersDuringTheExit(t *testing.T) {
 	e, ends := newExitNotice()
 	ends.Store(true)
 	var told atomic.Int64

@@ -25,11 +25,11 @@ const (
 	noFrames
 )
 
-// quirks are those that are known. The interop suite runs each with and without
+// quirks are the known ones. The interop suite runs each with and without
 // its entry, so that one that is no longer needed shows; docs/clients.md has them.
 //
-// Google's SDKs take any line that is no field for an error. The others take a
-// blank line after an id field for an event, whose data they then can't decode.
+// Google's SDKs take any line but one of data for an error, an id as well: resume
+// leaves them alone. The others take a blank line after an id field for an event, whose data they then can't decode.
 // langchain-openai says what openai-python says, and the names of the classes
 // AsyncOpenAI, AzureOpenAI, AsyncAzureOpenAI and AsyncGroq end like these.
 var quirks = []quirk{

@@ -14,7 +14,7 @@ const (
 	defaultReconnectMin = 2 * time.Second
 	defaultReconnectMax = 10 * time.Second
 
-	// longestRetryAfter is how much of a Retry-After is kept to: a page whose
+	// longestRetryAfter is the most of a Retry-After that counts: a page whose
 	// stream stays away for longer looks dead.
 	longestRetryAfter = time.Minute
 )
@@ -44,7 +44,7 @@ func (x *exchange) answerReconnect(status int) {
 	if frames.retryMin == 0 {
 		frames.retryMin, frames.retryMax = defaultReconnectMin, defaultReconnectMax
 	}
-	// On top, and not instead: else all that were refused come back at once.
+	// On top of it and not instead: otherwise all that were refused would come back at once.
 	frames.retryMin = sum(frames.retryMin, after)
 	frames.retryMax = sum(frames.retryMax, after)
 	x.w.WriteHeader(http.StatusOK)

@@ -239,7 +239,7 @@ func TestStatusesThatAreNotListedStay(t *testing.T) {
 			t.Errorf("%d: got %d, %v", status, c.status, err)
 		}
 	}
-	// An error behind an answer is none that could be answered.
+	// An error after an answer can no longer be answered.
 	c := newClient(t)
 	err := serve(h, c, get("text/event-stream"), func(w http.ResponseWriter, _ *http.Request) error {
 		w.WriteHeader(200)

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -21,7 +22,7 @@ type relay struct {
 	calls chan func()   // to the request's goroutine
 	done  chan struct{} // the call has been served
 	over  chan struct{} // closed: nobody serves any more
-	waits bool          // the handlers wait for a call, or have left; the request's goroutine's
+	waits atomic.Bool   // the handlers wait for a call, or have left
 	end   func()        // closes it
 }
 
@@ -56,9 +57,9 @@ func (r *relay) do(f func()) bool {
 
 // serve runs a call on the request's goroutine.
 func (r *relay) serve(call func()) {
-	r.waits = true
+	r.waits.Store(true)
 	call()
-	r.waits = false
+	r.waits.Store(false)
 	r.done <- struct{}{}
 }
 
@@ -187,7 +188,7 @@ func (x *exchange) callRelayed(next caddyhttp.Handler) outcome {
 		case call := <-relay.calls:
 			relay.serve(call)
 		case out := <-left:
-			relay.waits = true
+			relay.waits.Store(true)
 			x.handOut()
 			x.takeTrailers(w.header)
 			return out

@@ -251,7 +251,7 @@ func TestAnOfferOfHTTP2DoesNotPreventAnEarlyStart(t *testing.T) {
 	for !strings.Contains(got.String(), ":heartbeat\n\n") {
 		n, err := conn.Read(buf)
 		if err != nil {
-			t.Fatalf("behind %q: %v", got.String(), err)
+			t.Fatalf("after %q: %v", got.String(), err)
 		}
 		got.Write(buf[:n])
 	}

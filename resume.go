@@ -17,8 +17,10 @@ import (
 
 // mayBeKept reports whether requests of the kind have to do with resume at all.
 // What is left out goes to the upstream as it always did, without an id of ours.
+// OPTIONS is: the preflight of a page of another origin has the query of the
+// request that follows it, an id there too (Fetch, section 4.8).
 func (x *exchange) mayBeKept() bool {
-	return x.h.resuming != nil && !isMCP(x.r.Header) && !asksForUpgrade(x.r.Header)
+	return x.h.resuming != nil && x.r.Method != http.MethodOptions && !isMCP(x.r.Header) && !asksForUpgrade(x.r.Header)
 }
 
 // mayComeBack reports whether the client may be one that comes back.
@@ -28,6 +30,10 @@ func (x *exchange) mayComeBack() bool { return x.mayBeKept() && x.broughtOurs() 
 // reports whether it is one.
 func (x *exchange) keep(next caddyhttp.Handler) bool {
 	if !x.mayBeKept() || !x.h.resuming.any && !x.kind.resumable {
+		return false
+	}
+	if quirkOf(x.r.Header) == noFrames {
+		// It fails on an id as it does on a comment, and comes back for nothing.
 		return false
 	}
 	k := &keeping{x: x, site: x.w.Header().Clone()}

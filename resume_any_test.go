@@ -250,3 +250,71 @@ func TestTheRequestsIDIsOneAroundResume(t *testing.T) {
 		t.Errorf("X-Request %q, %q", id, text)
 	}
 }
+
+// A page of another origin that sends Last-Event-ID by fetch asks with OPTIONS
+// first (Fetch, section 4.8), and its query may have the id.
+func TestAPreflightIsTheUpstreamsToAnswer(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, resumeSite(up, "1m any", ""), withAdmin())
+	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+		path := "/" + cl.proto
+		const origin = "Access-Control-Allow-Origin: https://app.example"
+		header := []string{"Accept: text/event-stream", "Origin: https://app.example"}
+		e, call := post(t, cl, up, path, "{}", header...)
+		call.start(eventStream, origin)
+		res := e.headers(t)
+		one := res.follow()
+		call.send(plainEvent(1))
+		token := one.firstID(t)
+		one.expect(t, eventOf(token, 1))
+
+		for _, query := range []string{"", "?lastEventId=" + token + ".1", "?lastEventId=sse1-nobodys"} {
+			asks := cl.begin(cl.request(t, "OPTIONS", path+query, nil, "Origin: https://app.example",
+				"Access-Control-Request-Method: POST", "Access-Control-Request-Headers: last-event-id"))
+			preflight := up.accept(t)
+			if preflight.Method != "OPTIONS" || preflight.Header.Get("Access-Control-Request-Headers") != "last-event-id" ||
+				preflight.URL.RawQuery != "" {
+				t.Errorf("the upstream gets %s %s %v", preflight.Method, preflight.RequestURI, preflight.Header)
+			}
+			preflight.startWith(http.StatusNoContent, origin, "Access-Control-Allow-Headers: Last-Event-ID")
+			preflight.end()
+			answer := asks.headers(t)
+			text, err := answer.text()
+			if answer.StatusCode != http.StatusNoContent || answer.Header.Get("Access-Control-Allow-Headers") != "Last-Event-ID" || text != "" || err != nil {
+				t.Errorf("%s: %s %v %q, %v", query, answer.Status, answer.Header, text, err)
+			}
+		}
+		call.send(plainEvent(2))
+		one.expect(t, eventOf(token, 2)) // nobody has taken it over
+		res.leave()
+
+		// The upstream is not asked, so the run's answer is what lets the page read.
+		again := cl.do(t, cl.request(t, "POST", path, strings.NewReader("{}"), comingBack(header, token+".1")...))
+		if got := again.Header.Get("Access-Control-Allow-Origin"); got != "https://app.example" {
+			t.Errorf("who comes back gets %v", again.Header)
+		}
+		two := again.follow()
+		two.expect(t, eventOf(token, 2))
+		call.end()
+		two.expectEnd(t)
+		up.expectNoCall(t)
+	})
+}
+
+// Google's SDKs fail on an id as they do on a comment (docs/clients.md).
+func TestAClientThatFailsOnIDsGetsNone(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, resumeSite(up, "1m any", ""))
+	for _, agent := range []string{"User-Agent: google-genai-sdk/3.6.1 gl-python/3.11.7", "X-Goog-Api-Client: google-genai-sdk/1.77.0 gl-go/go1.26"} {
+		e, call := post(t, c.client("h1"), up, "/", "{}", agent)
+		call.start(eventStream)
+		res := e.headers(t)
+		f := res.follow()
+		call.send(plainEvent(1))
+		f.expect(t, plainEvent(1))
+		res.leave()
+		call.expectGone()
+	}
+}

@@ -6,11 +6,16 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/caddyserver/caddy/v2"
+
+	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
 func TestAtMostSoManyRunsAreWithoutAClient(t *testing.T) {
@@ -437,6 +442,7 @@ func TestAWaitingClientGetsTheLateAnswer(t *testing.T) {
 }
 
 func TestRunsWithoutAClientEndWithTheProcess(t *testing.T) {
+	t.Parallel()
 	up := newUpstream(t)
 	c := startCaddyProcess(t, resumeSite(up, "10m", ""), "grace_period 5s")
 	cl := c.client("h1")
@@ -474,17 +480,66 @@ func TestResumeAsksTheUpstreamAgain(t *testing.T) {
 	call.abort()
 	call = up.accept(t)
 	call.start("text/event-stream")
-	call.send(plainEvent(2))
+	// A byte order mark is none in mid-stream.
+	call.send("\xEF\xBB")
+	call.send("\xBF" + plainEvent(2))
 	one.expect(t, eventOf(token, 2))
 	res.leave()
 	c.waitForRun("open", 0)
 	call.abort() // attached or not
 	call = up.accept(t)
 	call.start("text/event-stream")
-	call.send(plainEvent(3))
+	call.send("\xEF")
+	call.send(": no mark\n" + plainEvent(3))
 	back := cl.get(t, "/", comingBack(asEventSource, token+".1")...)
 	two := back.follow()
-	two.expect(t, "retry: 100\n\n"+eventOf(token, 2)+eventOf(token, 3))
+	two.expect(t, "retry: 100\n\n"+eventOf(token, 2)+"\xEF: no mark\n"+eventOf(token, 3))
 	call.end()
 	two.expectEnd(t)
+}
+
+// What passes through a run leaves nothing behind, whoever reads it.
+func TestEventsThroughARunDoNotMakeTheHeapGrow(t *testing.T) {
+	events := uint64(scaled(1_000_000))
+	for name, config := range map[string]*caddysse.Handler{
+		"resume": {Resume: &caddysse.Resume{Window: caddy.Duration(time.Second)}},
+		"share":  {Share: &caddysse.Share{Linger: caddy.Duration(time.Millisecond)}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			config.Name = t.Name()
+			h := provision(t, config)
+			var before, after uint64
+			w := &discard{header: make(http.Header)}
+			err := h.ServeHTTP(w, prepared(w), stream(func(w http.ResponseWriter) {
+				for n := range events {
+					if _, err := w.Write(event); err != nil {
+						t.Error(err)
+						return
+					}
+					if n == events/10 {
+						before = heapInUse()
+					}
+				}
+				after = heapInUse()
+			}))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if w.bytes < int64(events)*int64(len(event)) {
+				t.Errorf("the client got %d bytes", w.bytes)
+			}
+			t.Logf("%d KiB of heap after a tenth of %d events, %d KiB after all", before>>10, events, after>>10)
+			if after > before+512<<10 {
+				t.Errorf("the heap has grown from %d KiB to %d KiB", before>>10, after>>10)
+			}
+		})
+	}
+}
+
+func heapInUse() uint64 {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.GC() // pools give up their victims
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc
 }

@@ -306,6 +306,44 @@ func TestAnUpstreamWithIDsLooksAfterItself(t *testing.T) {
 	back.expectAbort(t)
 }
 
+// The upstream is another Caddy with this module. A client that comes back to it
+// must keep its id until it has another one of that.
+func TestAClientOfAnUpstreamWithIDsLikeOursKeepsItsID(t *testing.T) {
+	checkLeaks(t)
+	const inner = "sse1-AbCdEfGhIjKlMnOpQrStUg"
+	for _, where := range []string{"header", "query"} {
+		for _, site := range []string{"resume 20s", "share"} {
+			t.Run(site+", "+where, func(t *testing.T) {
+				up := newUpstream(t)
+				c := startCaddy(t, "sse {\n heartbeat off\n "+site+"\n}\nreverse_proxy "+up.addr)
+				cl := c.client("h1")
+				first, call := open(t, cl, up, "/", "Accept: text/event-stream", notEventSource)
+				call.start("text/event-stream")
+				one := first.headers(t).follow()
+				call.send("event: sse\ndata:\nid: " + inner + ".0\n\n" + eventOf(inner, 1))
+				one.expect(t, "event: sse\ndata:\nid: "+inner+".0\n\n"+eventOf(inner, 1))
+				call.end()
+				one.expectEnd(t)
+
+				path, headers := "/", comingBack(asEventSource, inner+".1")
+				if where == "query" {
+					path, headers = "/?lastEventId="+inner+".1", asEventSource
+				}
+				second, call := open(t, cl, up, path, headers...)
+				if got := call.Header.Get("Last-Event-ID") + call.URL.Query().Get("lastEventId"); got != inner+".1" {
+					t.Errorf("the upstream gets the id %q", got)
+				}
+				call.start("text/event-stream")
+				two := second.headers(t).follow()
+				call.send(eventOf(inner, 2))
+				two.expect(t, eventOf(inner, 2)) // and nothing before it
+				call.end()
+				two.expectEnd(t)
+			})
+		}
+	}
+}
+
 func TestABodyThatIsNoEventStreamIsNotKept(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
@@ -357,4 +395,51 @@ func TestWhatIsNeverResumedGoesToTheUpstreamWithoutAnID(t *testing.T) {
 	}
 	call.end()
 	head.headers(t).text()
+}
+
+// Another Caddy with this module is the upstream: what begins with sse1- may be its
+// own.
+func TestAnUpstreamsIDsOfOurFormAreItsOwn(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, resumeSite(up, "1m any", ""), withAdmin())
+	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+		c.reload(resumeSite(up, "1m any", "history "+map[string]string{"h1": "1MiB", "h2": "2MiB", "h3": "3MiB"}[cl.proto])) // nothing is known yet
+		path, theirs := "/"+cl.proto, "sse1-AAAAAAAAAAAAAAAAAAAAAA."
+		brings := func(header ...string) string {
+			t.Helper()
+			e, call := open(t, cl, up, path, header...)
+			call.start(eventStream)
+			e.headers(t)
+			call.end()
+			return call.Header.Get("Last-Event-ID")
+		}
+		if got := brings(comingBack(asEventSource, theirs+"7")...); got != "" {
+			t.Errorf("before the upstream has sent any, it gets %q", got)
+		}
+
+		_, f, call, _ := beginKept(t, cl, up, path)
+		call.send("id: " + theirs + "1\ndata: 1\n\n")
+		f.expect(t, "id: "+theirs+"1\ndata: 1\n\n")
+		if got := brings(comingBack(asEventSource, theirs+"1")...); got != theirs+"1" {
+			t.Errorf("the upstream gets %q for its own id", got)
+		}
+		res := cl.begin(cl.request(t, "POST", path, strings.NewReader("{}"), comingBack(nil, theirs+"1")...))
+		again := up.accept(t)
+		if got := again.Header.Get("Last-Event-ID"); again.Method != "POST" || got != theirs+"1" {
+			t.Errorf("the upstream gets %s with %q", again.Method, got)
+		}
+		again.end()
+		res.headers(t).text()
+
+		// A run that is known here is still one of ours.
+		_, kept, other, own := beginKept(t, cl, up, path+"/own")
+		other.send(plainEvent(1))
+		kept.expect(t, eventOf(own, 1))
+		back := cl.get(t, path+"/own", comingBack(asEventSource, own+".0")...).follow()
+		back.expect(t, eventOf(own, 1))
+		up.expectNoCall(t)
+		call.end()
+		other.end()
+	})
 }

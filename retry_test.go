@@ -86,7 +86,7 @@ func TestARetryAfterCountsAndLeavesTheWaitsSpread(t *testing.T) {
 	}
 }
 
-func TestAWaitThatLeadsPastTheWindowIsNone(t *testing.T) {
+func TestNoWaitLeadsPastTheWindow(t *testing.T) {
 	w := retryWaits{window: time.Second}
 	if _, ok := w.wait(someTime, 10*time.Second, 0); ok {
 		t.Error("the first wait leads past the window")

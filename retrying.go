@@ -61,12 +61,19 @@ func (s *stream) brokeOff(out outcome) bool {
 	return false
 }
 
+// triesAfter reports whether the stream waits for its upstream, whose time is
+// over, rather than end. It gives mu back.
+func (s *stream) triesAfter(why reason) bool {
+	defer s.unlock()
+	return why == upstreamTimeout && s.breakLocked(why)
+}
+
 // breakLocked lets a stream wait for its upstream, which has broken off or is
 // given up, if it is where that can go on. It wants mu to be locked.
 func (s *stream) breakLocked(why reason) bool {
 	s.facts.Lock()
 	t := s.triesLocked()
-	if t == nil || s.at() != stageOpen || s.body != eventStreamBody || !s.splicer.MayResume() ||
+	if t == nil || s.gone || s.at() != stageOpen || s.body != eventStreamBody || !s.splicer.MayResume() ||
 		t.body != nil && t.body.found.Load() {
 		s.facts.Unlock()
 		return false
@@ -183,5 +190,5 @@ func (s *stream) gaveUpLocked() error {
 func (s *stream) gaveUpCleanly() bool {
 	s.facts.Lock()
 	defer s.facts.Unlock()
-	return s.gaveUpLocked() != nil && s.rare.tries.eventSource && !s.broken
+	return s.gaveUpLocked() != nil && s.kind.eventSource && !s.broken
 }

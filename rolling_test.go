@@ -36,8 +36,8 @@ type rolling struct {
 func TestEveryClientGetsEveryEventOnceOverReloadsAndAKilledUpstream(t *testing.T) {
 	checkLeaks(t)
 	size := rolling{
-		clients: 100, reloads: 3, every: 1200 * time.Millisecond, window: time.Second,
-		retryMin: 100 * time.Millisecond, retryMax: time.Second,
+		clients: 100, reloads: 3, every: 700 * time.Millisecond, window: 500 * time.Millisecond,
+		retryMin: 100 * time.Millisecond, retryMax: 600 * time.Millisecond,
 		down: 300 * time.Millisecond, period: 20 * time.Millisecond,
 	}
 	if os.Getenv(rollingVariable) != "" {
@@ -233,7 +233,7 @@ func (e *eventSource) follow(ctx context.Context) {
 // time alone, so that one that was killed can be replaced.
 const replayVariable = "CADDYSSE_TEST_REPLAY"
 
-// playReplay sends event n at n periods behind the start, and to each client
+// playReplay sends event n when n periods have passed since the start, and to each client
 // first what it has missed, if this process was started for that.
 func playReplay() {
 	config := strings.Fields(os.Getenv(replayVariable))

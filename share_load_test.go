@@ -1,12 +1,19 @@
 package caddysse_test
 
 import (
+	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
+	"time"
 )
 
 func TestAnUpstreamMayBeginWithMoreThanAJournalHolds(t *testing.T) {
@@ -203,4 +210,234 @@ func TestABodyThatIsNoEventStreamEndsTheRunAndIsRemembered(t *testing.T) {
 	own.start("text/event-stream")
 	own.end()
 	second.headers(t).follow().expectEnd(t)
+}
+
+// dumpClient is an EventSource on an upstream that begins with a dump.
+type dumpClient struct {
+	tierClient
+	lost int // events that it was told to have lost
+}
+
+// An upstream begins with 3 MB and goes on with single events. Clients that can't
+// keep up with that are ended, come back, and are told to the event what is gone.
+// In the end all have the latest, from one stream.
+func TestWhoFallsBehindADumpIsToldAndSharesAgain(t *testing.T) {
+	checkLeaks(t)
+	const clients, dump = 20, 3000
+	var calls atomic.Int64
+	enough := make(chan struct{})
+	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
+		calls.Add(1)
+		w.Header().Set("Content-Type", "text/event-stream")
+		w.WriteHeader(http.StatusOK)
+		rc := http.NewResponseController(w)
+		for n := 1; ; n++ {
+			if _, err := fmt.Fprintf(w, "data: %d %s\n\n", n, strings.Repeat("x", 1000)); err != nil {
+				return
+			}
+			if n <= dump {
+				continue
+			}
+			rc.Flush()
+			select {
+			case <-time.After(10 * time.Millisecond):
+			case <-enough:
+				return
+			case <-r.Context().Done():
+				return
+			}
+		}
+	})
+	c := startCaddy(t, `
+		sse {
+			heartbeat off
+			retry 100ms
+			share {
+				history 256KiB
+				linger 10s
+			}
+		}
+		reverse_proxy `+up.addr, withAdmin(), withLogLevel("ERROR"))
+	results := make(chan error, clients)
+	var lost, visits, lastOfAll atomic.Int64
+	var there sync.WaitGroup
+	there.Add(clients)
+	for i := range clients {
+		go func() {
+			client := new(dumpClient)
+			var arrived sync.Once
+			err := client.followDump(t, c, i%2 == 0, dump, func() {
+				visits.Add(1)
+			}, func() { arrived.Do(there.Done) })
+			arrived.Do(there.Done)
+			lost.Add(int64(client.lost))
+			lastOfAll.Store(int64(client.seen))
+			results <- err
+		}()
+	}
+	there.Wait()
+	close(enough)
+	for range clients {
+		if err := <-results; err != nil {
+			t.Error(err)
+		}
+	}
+	if got := calls.Load(); got != 1 {
+		t.Errorf("the upstream has had %d requests, want 1", got)
+	}
+	t.Logf("%d visits of %d clients, who were told to have lost %d events, up to %d", visits.Load(), clients, lost.Load(), lastOfAll.Load())
+	if lost.Load() == 0 {
+		t.Error("nobody has fallen behind, so nothing was shown")
+	}
+}
+
+// followDump visits until the client has events from after the dump, and the
+// stream ends. One that is slow stops for a moment at first.
+func (d *dumpClient) followDump(t *testing.T, c *testCaddy, slow bool, dump int, visits, caughtUp func()) error {
+	for visit := 1; visit < 100; visit++ {
+		visits()
+		req, err := http.NewRequestWithContext(t.Context(), "GET", c.url+"/", nil)
+		if err != nil {
+			return err
+		}
+		req.Header = http.Header{"Accept": {"text/event-stream"}, "Cache-Control": {"no-cache"}}
+		if d.last != "" {
+			req.Header.Set("Last-Event-ID", d.last)
+		}
+		res, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
+		if err != nil {
+			return err
+		}
+		err = eachBlock(res.Body, func(fields map[string]string) error {
+			if id := fields["id"]; id != "" {
+				d.last = id
+			}
+			var gone int
+			n, _ := strconv.Atoi(fields["data"][:max(strings.IndexByte(fields["data"], ' '), 0)])
+			switch {
+			case fields["event"] == "lost":
+				if _, err := fmt.Sscanf(fields["data"], `{"reason":"history","events":%d}`, &gone); err != nil {
+					return fmt.Errorf("after %d: %v", d.seen, fields)
+				}
+				d.seen += gone
+				d.lost += gone
+				if _, number, _ := strings.Cut(d.last, "."); number != strconv.Itoa(d.seen) {
+					return fmt.Errorf("%d events are gone after %d, and the id is %s", gone, d.seen-gone, d.last)
+				}
+			case fields["event"] == "sse": // where it has joined
+				_, number, _ := strings.Cut(d.last, ".")
+				d.seen, _ = strconv.Atoi(number)
+			case fields["event"] != "":
+				return fmt.Errorf("after %d: %v", d.seen, fields)
+			case n == 0:
+			case n != d.seen+1:
+				return fmt.Errorf("%d after %d, and nothing was told", n, d.seen)
+			default:
+				if d.seen = n; slow && visit == 1 && n < dump/2 {
+					time.Sleep(time.Millisecond)
+				}
+				if n > dump+20 {
+					caughtUp()
+				}
+			}
+			return nil
+		})
+		res.Body.Close()
+		if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
+			return err
+		}
+		if d.seen > dump+20 {
+			return nil
+		}
+	}
+	return fmt.Errorf("it comes back again and again, and has %d events", d.seen)
+}
+
+// eachBlock calls on the fields of each block until it returns an error or the
+// body ends.
+func eachBlock(body io.Reader, on func(fields map[string]string) error) error {
+	lines := bufio.NewScanner(body)
+	fields := make(map[string]string)
+	for lines.Scan() {
+		if lines.Text() != "" {
+			field, value, _ := strings.Cut(lines.Text(), ":")
+			fields[field] = strings.TrimPrefix(value, " ")
+			continue
+		}
+		if err := on(fields); err != nil {
+			return err
+		}
+		clear(fields)
+	}
+	return lines.Err()
+}
+
+// An upstream with ids knows nothing of Last-Event-ID, and answers with what
+// comes from then on. A client that comes back with an id that is gone has an
+// upstream stream of its own until that and the run have sent the same id; then
+// it shares again.
+func TestAnUpstreamThatIgnoresLastEventIDIsSharedAgain(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, sharedSite(up, ""), withAdmin())
+	cl := c.client("h1")
+	first, run := open(t, cl, up, "/", asEventSource...)
+	run.start("text/event-stream")
+	one := first.headers(t).follow()
+	one.expectFirst(t, 0)
+	run.send(withIDs(50, 60))
+	one.expect(t, withIDs(50, 60))
+	back, own := open(t, cl, up, "/", append(asEventSource, "Last-Event-ID: u40")...)
+	if got := own.Header.Get("Last-Event-ID"); got != "u40" {
+		t.Errorf("Last-Event-ID %q", got)
+	}
+	two := back.headers(t).follow()
+	own.start("text/event-stream")
+	run.send(withID(61))
+	own.send(withID(61))
+	one.expect(t, withID(61))
+	two.expect(t, withID(61))
+	own.expectGone()
+	run.send(withID(62))
+	one.expect(t, withID(62))
+	two.expect(t, withID(62))
+	if list := c.runs(""); list.Total != 1 || list.Runs[0].Clients != 2 {
+		t.Errorf("%+v", list)
+	}
+	run.end()
+	one.expectEnd(t)
+	two.expectEnd(t)
+}
+
+func TestAnExitDoesNotWaitForLingeringRuns(t *testing.T) {
+	up := newUpstream(t)
+	c := startCaddyProcess(t, `
+		sse {
+			heartbeat off
+			share {
+				linger 1h
+			}
+		}
+		reverse_proxy `+up.addr, "grace_period 30s")
+	cl := c.client("h1")
+	first, call := open(t, cl, up, "/lingers", asEventSource...)
+	call.start("text/event-stream")
+	res := first.headers(t)
+	res.follow().expectFirst(t, 0)
+	res.leave()
+	second, has := open(t, cl, up, "/client", asEventSource...)
+	has.start("text/event-stream")
+	two := second.headers(t).follow()
+	two.expectFirst(t, 0)
+	if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	call.expectGone()
+	two.expectEnd(t) // it is drained
+	has.expectGone()
+	select {
+	case <-c.exited:
+	case <-time.After(patience):
+		t.Fatal("the process goes on")
+	}
 }

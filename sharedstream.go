@@ -57,7 +57,11 @@ func (x *exchange) takeID() {
 	x.rarely().brought = id
 	if isRunID(id) && x.h.foreignIDs.Load() {
 		parsed, ok := parseRunID(id)
-		if _, known := x.h.runTable().get(parsed.token); !ok || !known && !x.isKnownElsewhere(parsed.token) {
+		// The upstream may be a site of this process, too, whose runs have another
+		// name.
+		r, known := x.h.runTable().get(parsed.token)
+		known = known && r.group() == x.h.group
+		if !ok || !known && !x.isKnownElsewhere(parsed.token) {
 			return // it is the upstream's
 		}
 	}
@@ -273,7 +277,7 @@ func (x *exchange) placeIn(reader *runReader) placing {
 		}
 		reader.join(start)
 	}
-	if isRunID(id) {
+	if x.broughtOurs() {
 		p.lost = lostUnknown
 	}
 	return p
@@ -317,7 +321,7 @@ func (x *exchange) greeting(reader *runReader, p placing) greeting {
 	switch {
 	case p.lost != "" && x.h.lost.isToldTo(x.kind.eventSource):
 		g.event, g.data = x.h.lost.name, p.lost
-	case x.kind.eventSource && !p.found && (!p.brought || isRunID(x.rare.brought)):
+	case x.kind.eventSource && !p.found && (!p.brought || x.broughtOurs()):
 		g.event = firstEvent
 	default:
 		return g

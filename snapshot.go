@@ -258,7 +258,7 @@ func parseOrder(text string) (order, error) {
 	return order{key: &sortKeys[i], reversed: reversed}, nil
 }
 
-// compare is negative where a comes before b. It is 0 for none but the same
+// compare is negative where a comes before b. It is 0 only for the same
 // stream, so that streams that are equal do not change places.
 func (by order) compare(a, b *sighting) int {
 	var result int

@@ -20,7 +20,7 @@ import (
 // as fast as it can. The others must not notice.
 func TestStalledClientsDelayNobodyElse(t *testing.T) {
 	checkLeaks(t)
-	clients, ticks := 60, 30
+	clients, ticks := 60, 20
 	if os.Getenv(rollingVariable) != "" {
 		clients, ticks = 2000, 200
 	}
@@ -75,8 +75,9 @@ func TestStalledClientsDelayNobodyElse(t *testing.T) {
 	with := p99Latency(t, c, clients-clients/3)
 
 	t.Logf("%d clients, a third of them stalled: p99 %v without these, %v with them", clients, without, with)
-	// Small figures scatter with whatever else the machine does.
-	if limit := max(without*3/2, without+20*time.Millisecond); with > limit && !raceEnabled {
+	// Figures scatter with whatever else the machine does. Who waited for a stalled
+	// client would wait for minutes.
+	if limit := without*3/2 + time.Second; with > limit && !raceEnabled {
 		t.Errorf("p99 %v with stalled clients, %v without them", with, without)
 	}
 	if _, listed := c.admin("GET", "/sse/streams?path=/flood&limit=0"); !strings.Contains(listed, fmt.Sprintf(`"total":%d`, len(stalled))) {

@@ -5,6 +5,7 @@ package caddysse_test
 import (
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"strings"
 	"sync"
@@ -17,7 +18,7 @@ import (
 // frozen) has not listened; its upstreams were not silent. When it goes on,
 // timers fire before sockets are read.
 func TestATimeInWhichTheProcessWasStoppedIsNoSilenceOfItsUpstreams(t *testing.T) {
-	checkLeaks(t)
+	t.Parallel()
 	const timeout = time.Second
 	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", eventStream)
@@ -60,7 +61,7 @@ func TestATimeInWhichTheProcessWasStoppedIsNoSilenceOfItsUpstreams(t *testing.T)
 			body.wait(func(string) bool { return len(body.all()) > before+15 })
 			if n := len(body.all()); n <= before+15 {
 				_, err := body.rest()
-				t.Errorf("stream %d ended behind %d pieces with %v", i, n-before, err)
+				t.Errorf("stream %d ended after %d pieces with %v", i, n-before, err)
 			}
 		})
 	}
@@ -76,4 +77,48 @@ func TestATimeInWhichTheProcessWasStoppedIsNoSilenceOfItsUpstreams(t *testing.T)
 	if reasons := c.closedReasons(); reasons["upstream_timeout"] != 1 || reasons["upstream_timeout"]+reasons["server_closed"] != 61 {
 		t.Errorf("told: %v", reasons)
 	}
+}
+
+// While it was stopped, the kernel went on sending, and the client may have taken
+// all there was.
+func TestATimeInWhichTheProcessWasStoppedEndsNobodysWrite(t *testing.T) {
+	t.Parallel()
+	const timeout = 2 * time.Second
+	up := newUpstreamFunc(t, flood)
+	c := startCaddyProcess(t, `
+		sse 1h {
+			prelude off
+			drain off
+			write_timeout `+timeout.String()+`
+		}
+		reverse_proxy `+up.addr, "grace_period 100ms")
+	conn, err := net.Dial("tcp", c.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprintf(conn, "GET /slow HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n", acceptStream)
+	c.waitForStream(t, "/slow", func(s map[string]any) bool { return s["idle_seconds"].(float64) > 0.3 && s["bytes"].(float64) > 0 })
+	if err := c.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	stopped := time.Now()
+	for err == nil {
+		conn.SetReadDeadline(time.Now().Add(300 * time.Millisecond))
+		_, err = io.CopyN(io.Discard, conn, 64<<10)
+	}
+	time.Sleep(time.Until(stopped.Add(timeout + time.Second))) // the stop itself
+	if err := c.cmd.Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	// It goes on: there is more than the kernel can have kept.
+	conn.SetReadDeadline(time.Now().Add(patience))
+	if n, err := io.CopyN(io.Discard, conn, 16<<20); err != nil {
+		t.Errorf("after %d bytes: %v", n, err)
+	}
+	conn.Close()
+	if line := c.closedLine(t, "/slow"); line["reason"] != "client_closed" {
+		t.Errorf("it ended as %v", line)
+	}
+	c.stop("SIGTERM")
 }

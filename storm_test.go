@@ -43,7 +43,7 @@ func (noBody) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.H
 // every way at once, while somebody scrapes, lists and deletes.
 func TestEveryStreamIsAccountedForInAStorm(t *testing.T) {
 	checkLeaks(t)
-	streams := 2000
+	streams := 1000
 	if testing.Short() {
 		streams = 200
 	}

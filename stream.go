@@ -107,7 +107,7 @@ type rareStream struct {
 	panicked any                      // on a goroutine where no server would recover it
 	control  *http.ResponseController // of the connection, where writers in between hide it
 	tries    *tries                   // nil: the upstream is not asked again; set before the stream starts
-	drainDue instant                  // when it ends as its handler drained as it opened; 0: it did not
+	drainDue instant                  // when a drain ends it; 0: none does; facts
 }
 
 // newStream makes the stream of a request. It has not started yet.
@@ -277,7 +277,7 @@ func (s *stream) untilEndLocked(age time.Duration, writing bool) (wait time.Dura
 	if timeout := s.h.writeTimeout; timeout > 0 {
 		left := timeout
 		if moved := time.Duration(s.moved.Load()); writing && moved > 0 {
-			left = sum(moved, timeout) - age
+			left = max(sum(moved, timeout)-age, s.h.agenda.writeGrace())
 		}
 		if left < wait {
 			wait, why = left, writeTimeout

@@ -54,8 +54,8 @@ func (v variant) handler(t testing.TB) *caddysse.Handler {
 	return provision(t, h)
 }
 
-// checkEquivalence plays body in the given pieces, attempts a frame behind each
-// of them and, if so wanted, before the first, and compares what clients make
+// checkEquivalence plays body in the given pieces, tries to put a frame after each
+// of them and, if frameFirst, before the first, and compares what clients make
 // of it with what they make of the body alone.
 func checkEquivalence(t testing.TB, h *caddysse.Handler, v variant, pieces [][]byte, frameFirst bool) {
 	t.Helper()
@@ -217,7 +217,7 @@ func TestWhileNoFrameIsDueTheClientGetsTheUpstreamsBytes(t *testing.T) {
 }
 
 // checkIdentity expects each piece that has bytes, in one or more writes, and
-// one flush behind it.
+// one flush after it.
 func checkIdentity(t *testing.T, h *caddysse.Handler, pieces ...string) {
 	t.Helper()
 	c := play(t, h, func(w http.ResponseWriter) {

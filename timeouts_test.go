@@ -28,11 +28,11 @@ import (
 // serverTimeouts are short ones, for everything that is no stream.
 const serverTimeouts = `servers {
 	timeouts {
-		read_body 900ms
-		write 900ms
+		read_body 450ms
+		write 450ms
 		idle 2s
-		read_body_idle 300ms 1000
-		write_idle 300ms 1000
+		read_body_idle 150ms 1000
+		write_idle 150ms 1000
 	}
 }`
 
@@ -46,7 +46,7 @@ func TestServerWideTimeoutsSpareStreamsAndNothingElse(t *testing.T) {
 					return
 				}
 				w.(http.Flusher).Flush()
-				time.Sleep(250 * time.Millisecond)
+				time.Sleep(120 * time.Millisecond)
 			}
 			return
 		}
@@ -54,13 +54,13 @@ func TestServerWideTimeoutsSpareStreamsAndNothingElse(t *testing.T) {
 		for range 4 {
 			io.WriteString(w, "data: 1\n\n")
 			w.(http.Flusher).Flush()
-			time.Sleep(400 * time.Millisecond)
+			time.Sleep(200 * time.Millisecond)
 		}
 		io.WriteString(w, "data: end\n\n")
 	})
 	for name, global := range map[string]string{
 		"timeouts and rates": serverTimeouts,
-		"no idle timeouts":   "servers {\ntimeouts {\nread_body 900ms\nwrite 900ms\nidle 2s\nread_body_idle -1s\nwrite_idle -1s\n}\n}",
+		"no idle timeouts":   "servers {\ntimeouts {\nread_body 450ms\nwrite 450ms\nidle 2s\nread_body_idle -1s\nwrite_idle -1s\n}\n}",
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := startCaddy(t, `
@@ -115,7 +115,7 @@ func TestTheNextRequestOnTheConnectionHasNoDeadlineOfTheStreams(t *testing.T) {
 			write_timeout 200ms
 		}
 		reverse_proxy `+up.addr, withGlobal("servers {\ntimeouts {\nwrite_idle -1s\n}\n}"))
-	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+	atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 		for _, path := range []string{"/stream", "/slow", "/stream", "/slow"} {
 			text, err := cl.get(t, path, acceptStream).text()
 			if err != nil || text == "" {
@@ -137,27 +137,35 @@ func TestAQuietStreamEndsCleanlyLongAfterItsLastWrite(t *testing.T) {
 		case <-r.Context().Done():
 		}
 	})
+	site := func(path, age string) string {
+		return `
+		handle ` + path + ` {
+			sse {
+				heartbeat off
+				write_timeout 100ms
+				` + age + `
+			}
+			reverse_proxy ` + up.addr + `
+		}`
+	}
 	for _, idle := range []string{"", "write_idle -1s", "write_idle 100ms"} {
-		for _, age := range []string{"", "max_duration 200ms"} {
-			t.Run(idle+" "+age, func(t *testing.T) {
-				c := startCaddy(t, `
-					sse {
-						heartbeat off
-						write_timeout 100ms
-						`+age+`
-					}
-					reverse_proxy `+up.addr, withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
-				overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+		t.Run(idle, func(t *testing.T) {
+			c := startCaddy(t, site("/upstream", "")+site("/age", "max_duration 200ms"),
+				withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
+			for _, path := range []string{"/upstream", "/age"} {
+				t.Run("ended by the "+path[1:], func(t *testing.T) {
 					t.Parallel()
-					for range 2 { // on the same connection, where there is one
-						text, err := cl.get(t, "/", acceptStream).text()
-						if text != "data: 1\n\n" || err != nil {
-							t.Errorf("got %q, %v", text, err)
+					atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+						for range 2 { // on the same connection, where there is one
+							text, err := cl.get(t, path, acceptStream).text()
+							if text != "data: 1\n\n" || err != nil {
+								t.Errorf("got %q, %v", text, err)
+							}
 						}
-					}
+					})
 				})
-			})
-		}
+			}
+		})
 	}
 }
 
@@ -183,7 +191,6 @@ func TestDeadlinesOfHandlersDoNotEndAStream(t *testing.T) {
 	checkLeaks(t)
 	const within = 50 * time.Millisecond
 	h := newTestHandler(t)
-	n := 0
 	for name, site := range map[string]string{
 		"the handler's":                "sse 40ms {\nprelude off\n}\n" + h.directive,
 		"the handler's, started early": "sse 40ms {\nprelude off\nearly_start 10ms\n}\n" + h.directive,
@@ -194,15 +201,9 @@ func TestDeadlinesOfHandlersDoNotEndAStream(t *testing.T) {
 		for _, idle := range []string{"", "write_idle -1s", "write_idle 50ms"} {
 			t.Run(name+" "+idle, func(t *testing.T) {
 				c := startCaddy(t, site, withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
-				n++
-				protocols := clientProtocols[n%3:][:1]
-				if strings.Contains(name, "the handler's") {
-					protocols = clientProtocols
-				}
-				for _, proto := range protocols {
-					cl, path := c.client(proto), "/"+proto
-					e := cl.begin(cl.request(t, "GET", path, nil, acceptStream))
-					call := h.accept(t)
+				atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+					path := "/" + cl.proto
+					e, call := open(t, cl, h.testUpstream, path, acceptStream)
 					if strings.Contains(name, "early") {
 						e.headers(t) // the stream has started
 					}
@@ -224,16 +225,16 @@ func TestDeadlinesOfHandlersDoNotEndAStream(t *testing.T) {
 					send("data: 1\n\n")
 					// The deadline passes, and so do frames after it.
 					if got, err := body.wait(func(unread string) bool { return strings.Count(unread, ":heartbeat") >= 4 }); err != nil {
-						t.Fatalf("%s: behind %q: %v", proto, got, err)
+						t.Fatalf("after %q: %v", got, err)
 					}
 					send("data: 2\n\n")
 					call.end()
 					got, err := body.rest()
 					if text := strings.ReplaceAll(got, ":heartbeat\n\n", ""); text != "data: 1\n\ndata: 2\n\n" || err != io.EOF {
-						t.Errorf("%s: got %q, %v", proto, got, err)
+						t.Errorf("got %q, %v", got, err)
 					}
 					expectEnd(t, c.closedLine(t, path), "upstream_closed", "info")
-				}
+				})
 			})
 		}
 	}
@@ -386,13 +387,13 @@ func TestAClientThatTakesNothingIsEndedThroughAnOpaqueWriterToo(t *testing.T) {
 				}
 				reverse_proxy `+up.addr+`
 			}`, withAdmin(), withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
-			for i, proto := range clientProtocols {
-				if i > 0 && strings.Contains(idle, "read_body_idle") {
-					break // there, nobody knows the way to one stream of a connection
+			atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+				if cl.proto != "h1" && strings.Contains(idle, "read_body_idle") {
+					return // there, nobody knows the way to one stream of a connection
 				}
-				cl, path := c.client(proto), "/"+proto
-				e := cl.begin(cl.request(t, []string{"GET", "POST"}[i%2], path, strings.NewReader("{}"), acceptStream))
-				call := up.accept(t)
+				path, method := "/"+cl.proto, map[string]string{"h1": "GET", "h2": "POST", "h3": "GET"}[cl.proto]
+				e := cl.begin(cl.request(t, method, path, strings.NewReader("{}"), acceptStream))
+				call := up.acceptAt(t, path)
 				call.start(eventStream)
 				res := e.headers(t) // and nothing more is read
 				call.floodUntilStuck()
@@ -400,14 +401,14 @@ func TestAClientThatTakesNothingIsEndedThroughAnOpaqueWriterToo(t *testing.T) {
 				line := c.closedLine(t, path)
 				expectEnd(t, line, "write_timeout", "info")
 				if took := seconds(line["duration"]); took < 500*time.Millisecond {
-					t.Errorf("%s: it took %v", proto, took)
+					t.Errorf("it took %v", took)
 				}
 				if n, err := io.Copy(io.Discard, res.Body); err == nil {
-					t.Errorf("%s: behind %d bytes the stream looks whole", proto, n)
+					t.Errorf("after %d bytes the stream looks whole", n)
 				}
 				res.leave()
-			}
-			c.waitForStreams(t, 0)
+				c.waitForStreams(t, 0)
+			})
 		})
 	}
 }
@@ -423,7 +424,7 @@ func TestAStreamThroughAnOpaqueWriterIsAsAnyOther(t *testing.T) {
 		}
 		reverse_proxy `+up.addr+`
 	}`, withAdmin(), withGlobal("servers {\ntimeouts {\nwrite_idle 100ms\n}\n}"))
-	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+	atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 		for range 2 { // on one connection, where there is one
 			e, call := open(t, cl, up, "/"+cl.proto, acceptStream)
 			call.start(eventStream)
@@ -455,37 +456,41 @@ func duplex(w http.ResponseWriter, r *http.Request) {
 func TestTheRequestOfAStreamMayBeAsSlowAsTheStream(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstreamFunc(t, duplex)
-	for _, early := range []string{"", "early_start 50ms any"} {
-		t.Run(early, func(t *testing.T) {
-			c := startCaddy(t, `
-				sse 1h {
-					prelude off
-					`+early+`
-				}
-				reverse_proxy `+up.addr, withGlobal(strings.Replace(serverTimeouts, "servers {", "servers {\nenable_full_duplex", 1)))
-			for _, proto := range clientProtocols {
-				for _, kind := range []string{eventStream, "text/plain"} {
-					t.Run(proto+" "+kind, func(t *testing.T) {
-						in, out := io.Pipe()
-						cl := c.client(proto)
-						body := cl.do(t, cl.request(t, "POST", "/?type="+kind, in, acceptStream)).follow()
-						for range 4 {
-							if _, err := io.WriteString(out, "a\n"); err != nil {
-								break
-							}
-							time.Sleep(400 * time.Millisecond)
-						}
-						out.Close()
-						text, err := body.rest()
-						if whole := strings.Repeat("data: a\n\n", 4); kind == eventStream && (text != whole || err != io.EOF) {
-							t.Errorf("got %q, %v", text, err)
-						} else if kind != eventStream && err == io.EOF && text == whole {
-							t.Errorf("what is no stream was not cut")
-						}
-					})
-				}
+	site := func(path, early string) string {
+		return `
+		handle ` + path + ` {
+			sse 1h {
+				prelude off
+				` + early + `
 			}
-		})
+			reverse_proxy ` + up.addr + `
+		}`
+	}
+	c := startCaddy(t, site("/in-time", "")+site("/early", "early_start 50ms any"),
+		withGlobal(strings.Replace(serverTimeouts, "servers {", "servers {\nenable_full_duplex", 1)))
+	for _, path := range []string{"/in-time", "/early"} {
+		for _, kind := range []string{eventStream, "text/plain"} {
+			t.Run(path[1:]+" "+kind, func(t *testing.T) {
+				t.Parallel()
+				atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+					in, out := io.Pipe()
+					body := cl.do(t, cl.request(t, "POST", path+"?type="+kind, in, acceptStream)).follow()
+					for range 4 {
+						if _, err := io.WriteString(out, "a\n"); err != nil {
+							break
+						}
+						time.Sleep(200 * time.Millisecond)
+					}
+					out.Close()
+					text, err := body.rest()
+					if whole := strings.Repeat("data: a\n\n", 4); kind == eventStream && (text != whole || err != io.EOF) {
+						t.Errorf("got %q, %v", text, err)
+					} else if kind != eventStream && err == io.EOF && text == whole {
+						t.Errorf("what is no stream was not cut")
+					}
+				})
+			})
+		}
 	}
 }
 
@@ -525,22 +530,17 @@ func TestARequestThatStopsComingDoesNotHoldItsStream(t *testing.T) {
 
 // The client's side
 
-// flooding sends events until the client's side takes no more, and tells how
-// much that was.
-func flooding(total *atomic.Int64) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Type", eventStream)
-		piece := "data: " + strings.Repeat("x", 16<<10) + "\n\n"
-		for r.Context().Err() == nil {
-			n, err := io.WriteString(w, piece)
-			total.Add(int64(n))
-			if err != nil {
-				return
-			}
-			w.(http.Flusher).Flush()
-			if r.URL.Query().Has("slow") {
-				time.Sleep(20 * time.Millisecond)
-			}
+// flood sends events until the client's side takes no more.
+func flood(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", eventStream)
+	piece := "data: " + strings.Repeat("x", 16<<10) + "\n\n"
+	for r.Context().Err() == nil {
+		if _, err := io.WriteString(w, piece); err != nil {
+			return
+		}
+		w.(http.Flusher).Flush()
+		if r.URL.Query().Has("slow") {
+			time.Sleep(20 * time.Millisecond)
 		}
 	}
 }
@@ -564,7 +564,7 @@ func (c *stoppable) Read(p []byte) (int, error) {
 // A reset of an HTTP/2 stream can't go out when the connection takes nothing.
 func TestAClientWhoseHTTP2ConnectionIsStuckIsEnded(t *testing.T) {
 	checkLeaks(t)
-	c, _ := startFlooded(t, "700ms", withAdmin())
+	c := startFlooded(t, "700ms", withAdmin())
 	cl := c.client("h2")
 	stop, closed := make(chan struct{}), make(chan struct{})
 	defer close(closed)
@@ -598,17 +598,16 @@ func TestAClientWhoseHTTP2ConnectionIsStuckIsEnded(t *testing.T) {
 }
 
 // startFlooded runs a site with a write timeout in front of an upstream that
-// floods, and tells how much that has sent.
-func startFlooded(t testing.TB, writeTimeout string, options ...siteOption) (c *testCaddy, sent *atomic.Int64) {
+// floods.
+func startFlooded(t testing.TB, writeTimeout string, options ...siteOption) *testCaddy {
 	t.Helper()
-	sent = new(atomic.Int64)
-	up := newUpstreamFunc(t, flooding(sent))
+	up := newUpstreamFunc(t, flood)
 	return startCaddy(t, `
 		sse 1h {
 			prelude off
 			write_timeout `+writeTimeout+`
 		}
-		reverse_proxy `+up.addr, options...), sent
+		reverse_proxy `+up.addr, options...)
 }
 
 // slowClient takes each piece in its time, unless a deadline breaks that off.
@@ -687,7 +686,7 @@ func TestAWriteTimesOutWhenItGetsNoFurther(t *testing.T) {
 					return nil
 				}()
 				if aborted := panicked != nil; aborted != test.ends {
-					t.Fatalf("aborted: %v, behind %v", panicked, ended.Sub(began))
+					t.Fatalf("aborted: %v, after %v", panicked, ended.Sub(began))
 				}
 				wait := timeout
 				if test.text == "" {
@@ -738,8 +737,8 @@ func TestAClientThatTakesNothingIsEndedAfterTheWriteTimeout(t *testing.T) {
 	checkLeaks(t)
 	for _, idle := range []string{"", "write_idle -1s", "write_idle 200ms", "write_idle 100ms 100000000"} {
 		t.Run("with "+idle, func(t *testing.T) {
-			c, _ := startFlooded(t, "700ms", withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
-			overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+			c := startFlooded(t, "700ms", withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
+			atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 				path := "/" + cl.proto
 				// Another one on the same connection, where it can be, notices
 				// nothing.
@@ -747,12 +746,11 @@ func TestAClientThatTakesNothingIsEndedAfterTheWriteTimeout(t *testing.T) {
 				res := cl.get(t, path, acceptStream)
 				line := c.closedLine(t, path)
 				expectEnd(t, line, "write_timeout", "info")
-				took := seconds(line["duration"])
-				if took < 700*time.Millisecond || took > 2*time.Second {
+				if took := seconds(line["duration"]); took < 700*time.Millisecond {
 					t.Errorf("it took %v", took)
 				}
 				if n, err := io.Copy(io.Discard, res.Body); err == nil {
-					t.Errorf("behind %d bytes the stream looks whole", n)
+					t.Errorf("after %d bytes the stream looks whole", n)
 				}
 				res.leave()
 				before := len(other.all())
@@ -772,7 +770,7 @@ func TestAClientOfFewBytesASecondLives(t *testing.T) {
 		t.Skip("the kernel takes megabytes at a time here, without a limit")
 	}
 	checkLeaks(t)
-	c, _ := startFlooded(t, "1s", withAdmin())
+	c := startFlooded(t, "1s", withAdmin())
 	conn, err := net.Dial("tcp", c.addr)
 	if err != nil {
 		t.Fatal(err)
@@ -781,9 +779,9 @@ func TestAClientOfFewBytesASecondLives(t *testing.T) {
 	fmt.Fprintf(conn, "GET /few HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n", acceptStream)
 	// Loopback has segments of 64 KiB, and a window opens by no less.
 	piece := make([]byte, 16<<10)
-	for began := time.Now(); time.Since(began) < 4*time.Second; time.Sleep(40 * time.Millisecond) {
+	for began := time.Now(); time.Since(began) < 2500*time.Millisecond; time.Sleep(40 * time.Millisecond) {
 		if _, err := io.ReadFull(conn, piece); err != nil {
-			t.Fatalf("behind %v: %v", time.Since(began), err)
+			t.Fatalf("after %v: %v", time.Since(began), err)
 		}
 	}
 	if passed := c.listed(t, "/few")["bytes"].(float64); passed > 4<<20 {
@@ -795,7 +793,7 @@ func TestAClientOfFewBytesASecondLives(t *testing.T) {
 
 func TestAClientThatReadsSlowlyLivesAndLeavesAsAClient(t *testing.T) {
 	checkLeaks(t)
-	c, _ := startFlooded(t, "700ms")
+	c := startFlooded(t, "700ms")
 	for _, proto := range clientProtocols {
 		t.Run(proto, func(t *testing.T) {
 			t.Parallel()
@@ -806,7 +804,7 @@ func TestAClientThatReadsSlowlyLivesAndLeavesAsAClient(t *testing.T) {
 			piece := make([]byte, 512<<10)
 			for began := time.Now(); time.Since(began) < 2*time.Second; time.Sleep(100 * time.Millisecond) {
 				if _, err := io.ReadFull(res.Body, piece); err != nil {
-					t.Fatalf("behind %v: %v", time.Since(began), err)
+					t.Fatalf("after %v: %v", time.Since(began), err)
 				}
 			}
 			res.leave()
@@ -817,19 +815,17 @@ func TestAClientThatReadsSlowlyLivesAndLeavesAsAClient(t *testing.T) {
 
 func TestAWriteTimeoutThatIsOffEndsNobody(t *testing.T) {
 	checkLeaks(t)
-	c, sent := startFlooded(t, "off", withAdmin(), withGlobal("servers {\ntimeouts {\nwrite_idle 200ms\nwrite 200ms\n}\n}"))
-	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
+	c := startFlooded(t, "off", withAdmin(), withGlobal("servers {\ntimeouts {\nwrite_idle 200ms\nwrite 200ms\n}\n}"))
+	atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 		path := "/" + cl.proto
 		res := cl.get(t, path, acceptStream)
-		for before := int64(-1); sent.Load() != before; time.Sleep(200 * time.Millisecond) {
-			before = sent.Load() // until nothing goes any more
-		}
-		time.Sleep(500 * time.Millisecond)
+		// Nothing goes for longer than the server would allow.
+		c.waitForStream(t, path, func(s map[string]any) bool { return s["state"] != "open" || s["idle_seconds"].(float64) > 0.7 })
 		if s := c.listed(t, path); s["state"] != "open" {
 			t.Errorf("%v", s)
 		}
 		if n, err := io.CopyN(io.Discard, res.Body, 4<<20); err != nil {
-			t.Errorf("behind %d bytes: %v", n, err)
+			t.Errorf("after %d bytes: %v", n, err)
 		}
 		res.leave()
 		expectEnd(t, c.closedLine(t, path), "client_closed", "info")
@@ -873,8 +869,7 @@ func TestAnUpstreamTimeoutCountsNoHeartbeats(t *testing.T) {
 				if (err == io.EOF) != (r.want == "end") || err == errNothingMore {
 					t.Errorf("got %q, %v, want an %s", text, err, r.want)
 				}
-				took := time.Since(last)
-				if limit := 500 * time.Millisecond; took < limit-50*time.Millisecond || took > limit+1500*time.Millisecond {
+				if took := time.Since(last); took < 500*time.Millisecond {
 					t.Errorf("it ended after %v", took)
 				}
 				line := c.closedLine(t, path)

@@ -17,8 +17,7 @@ import (
 // tries is what a request keeps whose upstream is asked again when it breaks
 // off: the request as it came, and how far the tries are.
 type tries struct {
-	live        bool
-	eventSource bool // its client comes back after a clean end
+	live bool
 
 	// entered is the request as it came to sse, without a body, and state is what
 	// handlers find in its context: both as they were before the first attempt.
@@ -83,18 +82,14 @@ func (x *exchange) tries() *tries {
 // prepareTries keeps the request as it is, if its upstream may be asked again.
 func (x *exchange) prepareTries() bool {
 	window := x.h.UpstreamRetry.window()
-	if window == 0 || !mayLackBody(x.r) {
-		return false
-	}
-	if !x.kind.resumable {
+	if window == 0 || !mayLackBody(x.r) || !x.kind.resumable {
 		return false
 	}
 	t := &tries{
-		live:        x.h.UpstreamRetry.Live,
-		eventSource: x.kind.eventSource,
-		entered:     withoutBody(x.r),
-		state:       newIsolation(x.r),
-		waits:       retryWaits{window: window},
+		live:    x.h.UpstreamRetry.Live,
+		entered: withoutBody(x.r),
+		state:   newIsolation(x.r),
+		waits:   retryWaits{window: window},
 	}
 	t.ctx, t.cancel = context.WithCancelCause(x.context())
 	x.rarely().tries = t
@@ -138,8 +133,8 @@ func (x *exchange) watchBody() {
 	}
 }
 
-// callAgain lets the handlers answer, and again each time that the upstream
-// breaks off where it can go on.
+// callAgain lets the handlers answer, and calls them again each time that the
+// upstream breaks off where it can go on.
 func (x *exchange) callAgain(next caddyhttp.Handler) (out outcome) {
 	defer func() { x.rare.tries.over = true }()
 	if x.mayStartEarly() || x.startedEarly {

@@ -354,7 +354,7 @@ func TestTheFirstWaitIsTheReconnectionTimeThatTheUpstreamTold(t *testing.T) {
 	})
 }
 
-func TestAStreamWhoseWindowIsOverEndsInTheWayOfTheBreak(t *testing.T) {
+func TestAStreamWhoseWindowIsOverEndsWithTheReasonOfTheBreak(t *testing.T) {
 	for _, client := range []struct {
 		name   string
 		change func(r *http.Request)
@@ -485,8 +485,8 @@ func TestAnUpstreamThatIsSilentInMidEventEndsItsStream(t *testing.T) {
 	})
 }
 
-// What an attempt that was given up still writes is not for the client.
-func TestAnAttemptThatWasGivenUpIsNotHeardAnyMore(t *testing.T) {
+// What it still writes is not for the client.
+func TestAnAttemptThatWasGivenUpWritesNothingMore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		config := retrying()
 		config.UpstreamTimeout = caddy.Duration(10 * time.Second)
@@ -780,7 +780,7 @@ func TestAStreamThatStartedEarlyIsAskedAgainOnceItIsOpen(t *testing.T) {
 	})
 }
 
-func TestABodyThatDoesNotTellItsLengthIsNoneUntilItIsFound(t *testing.T) {
+func TestABodyOfUnknownLengthCountsOnlyOnceSomethingIsRead(t *testing.T) {
 	for body, calls := range map[string]int{"": 2, "x": 1} {
 		synctest.Test(t, func(t *testing.T) {
 			tr := newTrial(t, retrying(), func(w http.ResponseWriter, r *http.Request) error {

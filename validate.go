@@ -12,7 +12,7 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/peer"
 )
 
-// Validate reports the first setting that can't be kept to.
+// Validate reports the first setting that is invalid.
 func (h *Handler) Validate() error {
 	for _, err := range []error{
 		h.Heartbeat.validate(),

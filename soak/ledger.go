@@ -128,6 +128,12 @@ func (l *ledger) readLog(log *bufio.Reader) error {
 	}
 }
 
+func (l *ledger) last() []byte {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.lastLine
+}
+
 // line takes one line of Caddy's log. What is no log line is a problem: a panic
 // or a complaint of the runtime.
 func (l *ledger) line(text []byte) {

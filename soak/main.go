@@ -4,8 +4,9 @@
 // conditions, and looks whether anything is lost or left behind. From the root
 // of the checkout:
 //
-//	go run ./soak            # a minute, and half of one around it
+//	go run ./soak            # a minute, and two around it
 //	go run ./soak -for 30m
+//	go run ./soak -only once -full
 //
 // 3,000 streams over HTTP/1.1, 2 and 3 carry random bodies in random pieces, in
 // every heartbeat style. Their clients come and go, and some stall; meanwhile
@@ -19,10 +20,26 @@
 //   - of a thousand early ends at most four came inside an event or a write;
 //   - Caddy's heap, goroutines and descriptors are where they were.
 //
-// It exits with 1 if they are not.
+// Then come trials, in a small size. In each, clients come back by the rules of an
+// EventSource, or of a library that repeats its POST, and every event of a
+// numbered stream is accounted for:
+//
+//   - once: a hop cuts connections at any byte, streams age and are drained by
+//     reloads; an upstream without ids is asked once by each client (resume);
+//   - answers: the same for short answers to POST, and for clients that come back
+//     too late (resume);
+//   - deploys, shared-deploys: an upstream is killed and comes back
+//     (upstream_retry; share, and reloads);
+//   - stalls: clients read slowly or not at all, and are told what that has cost
+//     them (resume).
+//
+// With -full they take 2,000 clients and 10 minutes each, or 10,000 answers.
+//
+// It exits with 1 if a promise is broken.
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -43,8 +60,12 @@ import (
 )
 
 func main() {
-	if len(os.Args) == 3 && os.Args[1] == upstreamArgument {
+	switch {
+	case len(os.Args) == 3 && os.Args[1] == upstreamArgument:
 		fmt.Fprintln(os.Stderr, "soak's upstream:", serveUpstream(os.Args[2]))
+		os.Exit(1)
+	case len(os.Args) == 4 && os.Args[1] == hopArgument:
+		fmt.Fprintln(os.Stderr, "soak's hop:", serveHop(os.Args[2], os.Args[3]))
 		os.Exit(1)
 	}
 	if err := run(); err != nil {
@@ -71,13 +92,23 @@ type soak struct {
 }
 
 func run() error {
-	length := flag.Duration("for", time.Minute, "how long, without the start and the end")
-	streams := flag.Int("streams", 3000, "streams at a time")
+	length := flag.Duration("for", 0, "how long, without the start and the end; a minute, or what a trial takes")
+	streams := flag.Int("streams", 3000, "streams at a time, of the soak")
+	only := flag.String("only", "", "trials, with commas between them, instead of the soak and all trials")
+	isFull := flag.Bool("full", false, "trials in their full size")
+	clients := flag.Int("clients", 0, "clients of a trial")
 	binary := flag.String("caddy", "", "a Caddy binary with the module, instead of one that is built from the checkout")
-	profile := flag.String("profile", "", "a folder to keep Caddy's heap profiles of before and after in")
-	seed := flag.Uint64("seed", rand.Uint64(), "of what is drawn")
+	profile := flag.String("profile", "", "a folder to keep Caddy's heap profiles of before and after the soak in")
+	seed := flag.Uint64("seed", rand.Uint64(), "of what is drawn in the soak")
 	flag.Parse()
 
+	some := trials
+	if *only != "" {
+		var err error
+		if some, err = findTrials(*only); err != nil {
+			return err
+		}
+	}
 	files, err := measure.RaiseFileLimit()
 	if err != nil {
 		return err
@@ -101,18 +132,35 @@ func run() error {
 	} else if *binary, err = filepath.Abs(*binary); err != nil {
 		return err
 	}
+	if *only == "" {
+		s := &soak{streams: *streams, seed: *seed, profiles: *profile, book: newLedger(), upstream: new(upstream)}
+		err = s.run(ctx, cmp.Or(*length, time.Minute), *binary, dir)
+	}
+	sized := func(t trial) size {
+		sz := t.small
+		if *isFull {
+			sz = t.full
+		}
+		if *only != "" {
+			sz.length = cmp.Or(*length, sz.length)
+		}
+		sz.clients = cmp.Or(*clients, sz.clients)
+		return sz
+	}
+	return errors.Join(err, runTrials(ctx, some, sized, *binary, dir))
+}
 
-	s := &soak{streams: *streams, seed: *seed, profiles: *profile, book: newLedger(), upstream: new(upstream)}
-	fmt.Printf("%v with %d streams, seed %d\n", *length, s.streams, s.seed)
+func (s *soak) run(ctx context.Context, length time.Duration, binary, dir string) (err error) {
+	fmt.Printf("%v with %d streams, seed %d\n", length, s.streams, s.seed)
 	if err := s.upstream.start(); err != nil {
 		return err
 	}
 	defer func() { s.upstream.kill() }()
-	if s.proxy, err = startProxy(*binary, dir, s.upstream.addr, s.book); err != nil {
+	if s.proxy, err = startProxy(binary, dir, allSites(s.upstream.addr), s.book); err != nil {
 		return err
 	}
 	s.crowd = &crowd{proxy: s.proxy, book: s.book}
-	return errors.Join(s.phases(ctx, *length), s.finish())
+	return errors.Join(s.phases(ctx, length), s.finish())
 }
 
 func (s *soak) phases(ctx context.Context, length time.Duration) error {

@@ -7,12 +7,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -40,13 +42,26 @@ var sites = []site{
 	{name: "early", directives: "early_start 1s any", early: true},
 }
 
+// reloadDigit stands for the last digit of the number of the reload in a
+// configuration.
+const reloadDigit = "<reload>"
+
+// allSites is the configuration of all of them.
+func allSites(upstream string) string {
+	var handles strings.Builder
+	for _, s := range sites {
+		handles.WriteString(s.block(upstream))
+	}
+	return handles.String()
+}
+
 // block names the site line after the number of the reload: a client is ended by
 // one reload a minute at most, and that is counted by name. Ten reloads take
 // longer than a drain matters.
-func (s site) block(upstream string, reloads int) string {
+func (s site) block(upstream string) string {
 	name := s.name
 	if name == "line" {
-		name = fmt.Sprintf("line%d", reloads%10)
+		name += reloadDigit
 	}
 	retry := ""
 	if s.retryMax > 0 {
@@ -68,19 +83,20 @@ func (s site) block(upstream string, reloads int) string {
 
 // proxy is Caddy with the module, in a process of its own.
 type proxy struct {
-	dir      string
-	upstream string
-	plain    string // address without TLS
-	secure   string // address with it: HTTP/2 and HTTP/3
-	reloads  int
-	command  *exec.Cmd
-	admin    *measure.Caddy
-	logged   chan error // the log was read to its end
+	dir     string
+	site    string // its configuration
+	plain   string // address without TLS
+	secure  string // address with it: HTTP/2 and HTTP/3
+	reloads int
+	command *exec.Cmd
+	admin   *measure.Caddy
+	logged  chan error // the log was read to its end
 }
 
-func startProxy(binary, dir, upstream string, book *ledger) (*proxy, error) {
+// startProxy starts it. What it prints goes to a logReader.
+func startProxy(binary, dir, site string, log logReader) (*proxy, error) {
 	p := &proxy{
-		dir: dir, upstream: upstream, admin: measure.NewCaddy(filepath.Join(dir, "admin")), logged: make(chan error, 1),
+		dir: dir, site: site, admin: measure.NewCaddy(filepath.Join(dir, "admin")), logged: make(chan error, 1),
 	}
 	var err error
 	if p.plain, err = freeAddr(); err != nil {
@@ -107,7 +123,7 @@ func startProxy(binary, dir, upstream string, book *ledger) (*proxy, error) {
 		return nil, err
 	}
 	writer.Close()
-	go func() { p.logged <- book.readLog(bufio.NewReaderSize(reader, 1<<20)) }()
+	go func() { p.logged <- log.readLog(bufio.NewReaderSize(reader, 1<<20)) }()
 	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		if conn, err := net.Dial("tcp", p.secure); err == nil {
 			conn.Close()
@@ -115,7 +131,7 @@ func startProxy(binary, dir, upstream string, book *ledger) (*proxy, error) {
 		}
 		if time.Now().After(deadline) {
 			p.stop()
-			return nil, fmt.Errorf("caddy does not listen; the last it said: %s", book.lastLine)
+			return nil, fmt.Errorf("caddy does not listen; the last it said: %s", log.last())
 		}
 	}
 }
@@ -129,12 +145,14 @@ func freeAddr() (string, error) {
 	return listener.Addr().String(), nil
 }
 
+// logReader reads what Caddy prints.
+type logReader interface {
+	readLog(log *bufio.Reader) error
+	last() []byte // line
+}
+
 // config differs from reload to reload, so that Caddy loads it.
 func (p *proxy) config() string {
-	var handles strings.Builder
-	for _, s := range sites {
-		handles.WriteString(s.block(p.upstream, p.reloads))
-	}
 	_, plain, _ := net.SplitHostPort(p.plain)
 	_, secure, _ := net.SplitHostPort(p.secure)
 	return fmt.Sprintf(`{
@@ -159,7 +177,7 @@ https://localhost:%s {
 	tls internal
 	import site
 }
-`, filepath.Join(p.dir, "admin"), p.reloads, handles.String(), plain, secure)
+`, filepath.Join(p.dir, "admin"), p.reloads, strings.ReplaceAll(p.site, reloadDigit, strconv.Itoa(p.reloads%10)), plain, secure)
 }
 
 // again tries what a reload may get in the way of: Caddy replaces the admin API's
@@ -254,6 +272,26 @@ func (p *proxy) scrape() (map[string]float64, error) {
 		return nil, err
 	}
 	return readMetrics(string(answer))
+}
+
+// metricByLabel is the sums of a metric by one of its labels, for people.
+func metricByLabel(text, metric, label string) string {
+	sums := make(map[string]float64)
+	for line := range strings.Lines(text) {
+		labels, ours := strings.CutPrefix(line, metric+"{")
+		_, value, labelled := strings.Cut(labels, label+`="`)
+		if !ours || !labelled {
+			continue
+		}
+		value, _, _ = strings.Cut(value, `"`)
+		number, _ := strconv.ParseFloat(line[strings.LastIndex(line, " ")+1:len(line)-1], 64)
+		sums[value] += number
+	}
+	var parts []string
+	for _, value := range slices.Sorted(maps.Keys(sums)) {
+		parts = append(parts, fmt.Sprintf("%s %.0f", value, sums[value]))
+	}
+	return strings.Join(parts, ", ")
 }
 
 func readMetrics(text string) (map[string]float64, error) {

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"net"
@@ -24,6 +25,8 @@ const upstreamArgument = "soak-upstream"
 //   - script sends the script of the seed;
 //   - late does so, but its headers come after 1.5 s;
 //   - flood sends as fast as it can.
+//
+// What it answers for trials is in numbered.go.
 func serveUpstream(addr string) error {
 	if _, err := measure.RaiseFileLimit(); err != nil {
 		return err
@@ -33,6 +36,7 @@ func serveUpstream(addr string) error {
 		return err
 	}
 	mux := http.NewServeMux()
+	new(numbered).handle(mux)
 	mux.HandleFunc("/{site}/{kind}/{seed}", func(w http.ResponseWriter, r *http.Request) {
 		seed, err := strconv.ParseUint(r.PathValue("seed"), 10, 64)
 		if err != nil {
@@ -96,33 +100,38 @@ type upstream struct {
 }
 
 // start starts it, at its old address if it had one before.
-func (u *upstream) start() error {
+func (u *upstream) start() (err error) {
+	u.process, u.addr, err = startSelf(upstreamArgument, cmp.Or(u.addr, "127.0.0.1:0"))
+	return err
+}
+
+// kill gives it no time for anything.
+func (u *upstream) kill() { kill(u.process) }
+
+// startSelf starts this program in another role. It says where it listens.
+func startSelf(role string, args ...string) (process *exec.Cmd, addr string, err error) {
 	self, err := os.Executable()
 	if err != nil {
-		return err
+		return nil, "", err
 	}
-	if u.addr == "" {
-		u.addr = "127.0.0.1:0"
-	}
-	process := exec.Command(self, upstreamArgument, u.addr)
+	process = exec.Command(self, append([]string{role}, args...)...)
 	process.Stderr = os.Stderr
 	process.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	out, err := process.StdoutPipe()
 	if err != nil {
-		return err
+		return nil, "", err
 	}
 	if err := process.Start(); err != nil {
-		return err
+		return nil, "", err
 	}
-	u.process = process
-	if _, err := fmt.Fscanln(out, &u.addr); err != nil {
-		return fmt.Errorf("the upstream does not say where it listens: %w", err)
+	if _, err := fmt.Fscanln(out, &addr); err != nil {
+		kill(process)
+		return nil, "", fmt.Errorf("%s does not say where it listens: %w", role, err)
 	}
-	return nil
+	return process, addr, nil
 }
 
-// kill gives it no time for anything.
-func (u *upstream) kill() {
-	_ = u.process.Process.Kill()
-	_ = u.process.Wait()
+func kill(process *exec.Cmd) {
+	_ = process.Process.Kill()
+	_ = process.Wait()
 }

@@ -27,7 +27,7 @@ func Hop(caddy *url.URL, idle time.Duration, endings *Endings) http.Handler {
 			r.Out = r.Out.WithContext(context.WithValue(ctx, cancelKey{}, cancel))
 		},
 		FlushInterval: -1,
-		// Compression is the browser's matter and Caddy's.
+		// Compression is up to the browser and Caddy.
 		Transport: &http.Transport{DisableCompression: true},
 		ErrorLog:  log.New(io.Discard, "", 0), // cuts are the point of it
 		ModifyResponse: func(response *http.Response) error {

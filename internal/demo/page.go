@@ -11,6 +11,18 @@ import (
 //go:embed page
 var files embed.FS
 
+// Parts are what the page has buttons for.
+type Parts struct {
+	Upstream *Upstream
+	Numbers  *Numbers
+	Plug     *Plug
+}
+
+// NewParts returns those that are made to be watched.
+func NewParts() Parts {
+	return Parts{Upstream: NewUpstream(), Numbers: NewNumbers(), Plug: NewPlug()}
+}
+
 // About is what the page says of the demo that it belongs to.
 type About struct {
 	// List and Close are commands that work beside this demo.
@@ -18,6 +30,10 @@ type About struct {
 	Close string `json:"close"`
 	// Away is how long a restart of the upstream takes, in milliseconds.
 	Away int64 `json:"away"`
+	// Out is how long the plug stays out, in milliseconds.
+	Out int64 `json:"out"`
+	// Step is the time between two numbers, in milliseconds.
+	Step int64 `json:"step"`
 }
 
 // Page serves the page and what its buttons do.
@@ -26,10 +42,12 @@ type About struct {
 //	GET  /about                  an About
 //	GET  /ending?client=<name>   how that client's last stream ended: an Ending
 //	POST /restart                restarts the upstream
+//	POST /pull                   pulls the plug
 //
 // The upstream restarts until ctx is done.
-func Page(ctx context.Context, upstream *Upstream, endings *Endings, about About) http.Handler {
-	about.Away = upstream.Away.Milliseconds()
+func Page(ctx context.Context, parts Parts, endings *Endings, about About) http.Handler {
+	about.Away = parts.Upstream.Away.Milliseconds()
+	about.Out, about.Step = parts.Plug.Out.Milliseconds(), parts.Numbers.Step.Milliseconds()
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /about", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
@@ -37,7 +55,11 @@ func Page(ctx context.Context, upstream *Upstream, endings *Endings, about About
 	})
 	mux.Handle("GET /ending", endings)
 	mux.HandleFunc("POST /restart", func(w http.ResponseWriter, _ *http.Request) {
-		upstream.Restart(ctx)
+		parts.Upstream.Restart(ctx)
+		w.WriteHeader(http.StatusAccepted)
+	})
+	mux.HandleFunc("POST /pull", func(w http.ResponseWriter, _ *http.Request) {
+		parts.Plug.Pull()
 		w.WriteHeader(http.StatusAccepted)
 	})
 	page, err := fs.Sub(files, "page")

@@ -8,7 +8,7 @@ import (
 )
 
 func TestThePageRefersOnlyToWhatIsServed(t *testing.T) {
-	handler := Page(t.Context(), NewUpstream(), new(Endings), About{})
+	handler := Page(t.Context(), NewParts(), new(Endings), About{})
 	get := func(path string) *httptest.ResponseRecorder {
 		recorder := httptest.NewRecorder()
 		handler.ServeHTTP(recorder, httptest.NewRequest("GET", path, nil))
@@ -36,6 +36,9 @@ func TestThePageRefersOnlyToWhatIsServed(t *testing.T) {
 		if got := get("/" + file); got.Code != http.StatusOK || got.Header().Get("Content-Type") != types[file] {
 			t.Errorf("%s: status %d, Content-Type %q", file, got.Code, got.Header().Get("Content-Type"))
 		}
+	}
+	if got := get("/plug.js"); got.Code != http.StatusOK || got.Header().Get("Content-Type") != types["demo.js"] {
+		t.Errorf("plug.js, which demo.js imports: status %d, Content-Type %q", got.Code, got.Header().Get("Content-Type"))
 	}
 	if got := get("/nothing"); got.Code != http.StatusNotFound {
 		t.Errorf("status %d for a file that is not there", got.Code)

@@ -1,7 +1,7 @@
 // Package demo is what stands around Caddy in `caddy sse demo`: an upstream that
-// gives a proxy every kind of trouble there is with Server-Sent Events, a hop with
-// an idle timer in front of it, and a page that shows what of it reaches a
-// browser.
+// gives a proxy every kind of trouble there is with Server-Sent Events, another
+// that only counts, a hop with an idle timer and a plug in front of Caddy, and a
+// page that shows what of it reaches a browser.
 package demo
 
 import (

@@ -6,8 +6,8 @@ package eventstream
 const scanPiece = 1 << 10
 
 // ScanBlock follows p up to the next event boundary, the LF of its CR included,
-// and returns how many bytes that is. It is for who keeps the body in blocks
-// that are read from any of them on. p is not empty.
+// and returns how many bytes that is. It is for callers that keep the body
+// in blocks and may start to read at any of them. p is not empty.
 //
 // done is true if the block is complete: what follows does not belong to it. It
 // is false where a CR at the end of p may still get its LF. Where p then begins
@@ -55,6 +55,6 @@ func (s *Splicer) AppendID(dst, id []byte) []byte {
 	return append(dst, s.scan.LineEnding().Text()...)
 }
 
-// AtBoundary reports whether the stream is at an event boundary, be it after a
+// AtBoundary reports whether the stream is at an event boundary, also after a
 // CR whose LF may still come.
 func (s *Splicer) AtBoundary() bool { return s.scan.Place().isBoundary() }

@@ -52,6 +52,7 @@ func TestFramesByStyleAndPlace(t *testing.T) {
 		{"line", "data: a\n", ":heartbeat\n"},
 		{"event", "data: a\n", ""},
 		{"event", "data: a\n:\n", ""},
+		{"event with data", "data: a\n\nid: 1\n", ""},
 
 		// Inside a line.
 		{"block", "data: a", ""},

@@ -41,7 +41,7 @@ func FuzzScanner(f *testing.F) {
 			if !bytes.Equal(piece, before) {
 				t.Fatalf("%q became %q", before, piece)
 			}
-			checkAnswers(t, &s, oracle(body[:followed]), "behind byte %d of %q", followed, body)
+			checkAnswers(t, &s, oracle(body[:followed]), "after byte %d of %q", followed, body)
 		}
 	})
 }

@@ -41,7 +41,7 @@ func answersOf(s *Scanner) answers {
 	return a
 }
 
-// oracle gives the right answers behind all of body: slowly, from the whole of
+// oracle gives the right answers after all of body: slowly, from the whole of
 // it, and without a scanner's state.
 func oracle(body []byte) answers {
 	text := strings.TrimPrefix(string(body), bom)
@@ -78,7 +78,7 @@ func placeBehind(body []byte) (place Place, incomplete bool) {
 	text := strings.TrimPrefix(string(body), bom)
 	text = strings.ReplaceAll(text, "\r\n", "\n")
 	text = strings.ReplaceAll(text, "\r", "\n")
-	// What matters is behind the last blank line, which may be the first line.
+	// What matters comes after the last blank line, which may be the first line.
 	if i := strings.LastIndex("\n"+text, "\n\n"); i >= 0 {
 		text = text[i+1:]
 	}
@@ -137,8 +137,8 @@ func checkAnswers(t *testing.T, s *Scanner, want answers, how string, args ...an
 	}
 }
 
-// placesBehindEvery returns the place behind every prefix of body.
-func placesBehindEvery(body []byte) []Place {
+// placesAfterEvery returns the place after every prefix of body.
+func placesAfterEvery(body []byte) []Place {
 	places := make([]Place, len(body)+1)
 	for n := range places {
 		places[n], _ = placeBehind(body[:n])

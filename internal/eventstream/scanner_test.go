@@ -73,25 +73,25 @@ func TestPlace(t *testing.T) {
 	}{
 		{"nothing yet", "", Start},
 		{"inside a byte order mark", "\xEF\xBB", MidLine},
-		{"behind a byte order mark", "\uFEFF", Start},
-		{"behind a blank line", "data: a\n\n", Boundary},
-		{"behind a blank first line", "\n", Boundary},
-		{"behind a comment at the start", ":\n", Boundary},
-		{"behind comments between events", "data: a\n\n: x\n: y\n", Boundary},
+		{"after a byte order mark", "\uFEFF", Start},
+		{"after a blank line", "data: a\n\n", Boundary},
+		{"after a blank first line", "\n", Boundary},
+		{"after a comment at the start", ":\n", Boundary},
+		{"after comments between events", "data: a\n\n: x\n: y\n", Boundary},
 		{"inside a comment", ": x", MidLine},
-		{"behind a field line", "data: a\n", LineStart},
-		{"behind a field line with an unknown name", "foo\n", LineStart},
-		{"behind a comment inside an event", "data: a\n: x\n", LineStart},
+		{"after a field line", "data: a\n", LineStart},
+		{"after a field line with an unknown name", "foo\n", LineStart},
+		{"after a comment inside an event", "data: a\n: x\n", LineStart},
 		{"inside a field line", "data: a\ndata", MidLine},
-		{"behind a CR that ends a field line", "data: a\r", LineStart},
-		{"behind a CR that ends a blank line", "data: a\r\n\r", Boundary},
-		{"behind that CR's LF", "data: a\r\n\r\n", Boundary},
+		{"after a CR that ends a field line", "data: a\r", LineStart},
+		{"after a CR that ends a blank line", "data: a\r\n\r", Boundary},
+		{"after that CR's LF", "data: a\r\n\r\n", Boundary},
 	} {
 		t.Run(test.where, func(t *testing.T) {
 			var s Scanner
 			s.Scan([]byte(test.body))
 			if got := s.Place(); got != test.want {
-				t.Errorf("behind %q: %d, want %d", test.body, got, test.want)
+				t.Errorf("after %q: %d, want %d", test.body, got, test.want)
 			}
 		})
 	}
@@ -117,13 +117,13 @@ func TestLineEnding(t *testing.T) {
 		var s Scanner
 		s.Scan([]byte(test.body))
 		if s.LineEnding() != test.want || s.LineEnding().Text() != test.text || s.PendingCR() != test.pendingCR {
-			t.Errorf("behind %q: %q (%d), pending CR %t; want %q (%d), %t", test.body,
+			t.Errorf("after %q: %q (%d), pending CR %t; want %q (%d), %t", test.body,
 				s.LineEnding().Text(), s.LineEnding(), s.PendingCR(), test.text, test.want, test.pendingCR)
 		}
 	}
 }
 
-func TestAnswersAreRightBehindEveryByte(t *testing.T) {
+func TestAnswersAreRightAfterEveryByte(t *testing.T) {
 	for _, body := range eventstreamtest.Bodies() {
 		t.Run(body.Name, func(t *testing.T) {
 			text := []byte(body.Text)
@@ -136,7 +136,7 @@ func TestAnswersAreRightBehindEveryByte(t *testing.T) {
 					s.Scan(text[n-1 : n])
 				}
 				if n < closely || n > len(text)-closely/6 || n%97 == 0 {
-					checkAnswers(t, &s, oracle(text[:n]), "behind byte %d of %.80q", n, text)
+					checkAnswers(t, &s, oracle(text[:n]), "after byte %d of %.80q", n, text)
 				}
 			}
 		})
@@ -159,13 +159,13 @@ func TestAnyCutGivesTheSameAnswers(t *testing.T) {
 	}
 }
 
-func TestScanToBoundaryStopsBehindTheFirstByteThatReachesOne(t *testing.T) {
+func TestScanToBoundaryStopsAfterTheFirstByteThatReachesOne(t *testing.T) {
 	for _, body := range eventstreamtest.Bodies() {
 		t.Run(body.Name, func(t *testing.T) {
 			text := []byte(body.Text)
 			want := oracle(text)
-			places := placesBehindEvery(text)
-			next, wantNext := len(text), want // the first boundary behind from, and the answers there
+			places := placesAfterEvery(text)
+			next, wantNext := len(text), want // the first boundary after from, and the answers there
 			for from := len(text); from >= 0; from-- {
 				if from < len(text) && places[from+1].isBoundary() {
 					next, wantNext = from+1, oracle(text[:from+1])
@@ -173,7 +173,7 @@ func TestScanToBoundaryStopsBehindTheFirstByteThatReachesOne(t *testing.T) {
 				var s Scanner
 				s.Scan(text[:from])
 				if got := s.ScanToBoundary(text[from:]); from+got != next {
-					t.Fatalf("%.80q: from byte %d it stopped behind byte %d, want %d", text, from, from+got, next)
+					t.Fatalf("%.80q: from byte %d it stopped after byte %d, want %d", text, from, from+got, next)
 				}
 				checkAnswers(t, &s, wantNext, "%.80q: from byte %d to byte %d", text, from, next)
 				s.Scan(text[next:])

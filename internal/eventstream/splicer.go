@@ -11,7 +11,7 @@ import (
 // them out.
 //
 // A client that parses by the HTML Standard, section 9.2.6, sees the events,
-// IDs and reconnection times of the body, and what was asked for besides. While
+// IDs and reconnection times of the body, and what was asked for in addition. While
 // nothing is asked for, it gets the body byte for byte. Of the body it can be
 // denied a byte order mark, which must not follow anything, and the LF of a
 // CRLF that it has already; it can have to wait for the beginning of such a
@@ -53,7 +53,7 @@ func (s *Splicer) Overdue() bool { return s.overdue }
 // untouched, with nothing between them.
 func (s *Splicer) Opaque() bool { return s.scan.LooksLikeJSON() }
 
-// HasOwnIDs reports whether the upstream has sent an id field, be it an empty
+// HasOwnIDs reports whether the upstream has sent an id field, even an empty
 // one. One that clients ignore, because of a NUL, does not count.
 func (s *Splicer) HasOwnIDs() bool { return s.scan.hasID() }
 

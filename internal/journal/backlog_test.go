@@ -80,7 +80,7 @@ func TestWhatHasBeenSentGoesFirst(t *testing.T) {
 	}
 	c.Leave()
 
-	// Who comes back gets what is there, and is told what is not.
+	// A reader that comes back gets what is there, and is told what is missing.
 	back := join(t, j, After(10))
 	if back.Missed() != f.Gone-10 || back.Begin().Number != f.Gone {
 		t.Errorf("missed %d, begins at %d; %d are gone", back.Missed(), back.Begin().Number, f.Gone)

@@ -17,14 +17,14 @@ import (
 	"github.com/caddy-sse/caddy-sse/interop/harness"
 )
 
-// counter is an upstream that counts ten events a second, on every connection
-// on from its Last-Event-ID, so that a client that comes back as it should
-// misses none and sees none twice.
+// counter is an upstream that counts ten events a second. On each connection it
+// goes on after Last-Event-ID, so a client that comes back as it should misses no
+// event and sees none twice.
 type counter struct {
 	addr string
 
 	failing  atomic.Bool  // answer 502
-	failures atomic.Int64 // so answered
+	failures atomic.Int64 // requests answered with 502
 
 	mutex  sync.Mutex
 	server *http.Server
@@ -54,7 +54,7 @@ func (c *counter) up(t *testing.T) {
 	}()
 }
 
-// down is a crash: every stream breaks off, and nobody listens.
+// down is a crash: every stream breaks off, and new connections are refused.
 func (c *counter) down() {
 	c.mutex.Lock()
 	defer c.mutex.Unlock()
@@ -143,7 +143,7 @@ func TestAPageSurvives(t *testing.T) {
 					}
 					return true
 				})
-				t.Logf("%s: all back and five events further after %v", what, time.Since(begin).Round(time.Millisecond))
+				t.Logf("%s: all are back and have five more events after %v", what, time.Since(begin).Round(time.Millisecond))
 			}
 
 			before := opened()
@@ -185,7 +185,7 @@ func TestAPageSurvives(t *testing.T) {
 					}
 				}
 			}
-			// What reconnect_on is for: without it the first 502 was the end.
+			// This is what reconnect_on is for: without it the first 502 is final.
 			final := of(all, "unprotected", "error")
 			if len(final) == 0 || final[len(final)-1].State != closedForGood {
 				t.Errorf("the stream without reconnect_on was not closed for good by a 502: %v", final)
@@ -227,9 +227,8 @@ func reconnectsAnswered(t *testing.T, caddy *harness.Caddy) int {
 	return sum
 }
 
-// TestManyStreamsInOnePage: browsers open six connections to a host over
-// HTTP/1.1 and no more, so that the seventh EventSource waits for ever; over
-// HTTP/2 they share one.
+// TestManyStreamsInOnePage: over HTTP/1.1 browsers open at most six connections to
+// a host, so the seventh EventSource waits for ever. Over HTTP/2 all share one.
 func TestManyStreamsInOnePage(t *testing.T) {
 	for _, test := range []struct {
 		protocol string

@@ -22,7 +22,7 @@ func TestMain(m *testing.M) { harness.Main(m) }
 // report is a line that a client program prints.
 type report struct {
 	Stream string `json:"stream"` // its name
-	Kind   string `json:"kind"`   // open, event, error, end; failure is the program's own
+	Kind   string `json:"kind"`   // open, place (the event "sse"), event, error, end; failure is one of the program itself
 	Type   string `json:"type"`
 	Data   string `json:"data"`
 	ID     string `json:"id"`
@@ -90,10 +90,16 @@ func startNode(t testing.TB, file string, arguments []string, settings ...harnes
 	return program{harness.Start(t, append([]string{node, file}, arguments...), settings...)}
 }
 
-func startBrowser(t testing.TB, page string, streams ...string) program {
+// startChromium starts a program of node/ that opens a page in Chromium.
+func startChromium(t testing.TB, file string, arguments []string) program {
 	t.Helper()
 	chromium := harness.Program(t, "chromium", "chromium")
-	return startNode(t, "browser.mjs", append([]string{page}, streams...), harness.Env("CHROMIUM="+chromium, "TMPDIR="+harness.ShortTempDir(t)))
+	return startNode(t, file, arguments, harness.Env("CHROMIUM="+chromium, "TMPDIR="+harness.ShortTempDir(t)))
+}
+
+func startBrowser(t testing.TB, page string, streams ...string) program {
+	t.Helper()
+	return startChromium(t, "browser.mjs", append([]string{page}, streams...))
 }
 
 func startPython(t testing.TB, file string, arguments []string, settings ...harness.Setting) program {
@@ -105,7 +111,7 @@ func startPython(t testing.TB, file string, arguments []string, settings ...harn
 
 func rootCA(c *harness.Caddy) harness.Setting { return harness.Env("ROOT_CA=" + c.RootCA) }
 
-// event is what a client makes known of one.
+// event is what a client tells its application of an event.
 type event struct{ Type, Data, ID string }
 
 func events(reports []report, stream string) []event {
@@ -116,7 +122,7 @@ func events(reports []report, stream string) []event {
 	return all
 }
 
-// compare finds what a client did not see and what it saw besides.
+// compare finds what a client did not see, and what it saw in addition.
 func compare(got, want []event) (lost, besides []event) {
 	for _, e := range got {
 		if len(want) > 0 && e == want[0] {
@@ -201,8 +207,8 @@ func (m *matrix) String() string {
 
 var styles = []string{"block", "line", "event"}
 
-// styleSite has a route for each heartbeat style, /block/* and so on, each
-// stripped of its style.
+// styleSite has a route for each heartbeat style, /block/* and so on. The upstream
+// does not see that part of the path.
 func styleSite(upstream string, more string) string {
 	var site strings.Builder
 	for _, style := range styles {
@@ -224,8 +230,8 @@ func styleSite(upstream string, more string) string {
 	return site.String() + page
 }
 
-// page is an empty page at /page. It names an icon, as a browser asks for
-// /favicon.ico otherwise, and that would be one more stream.
+// page is an empty page at /page. It names an icon: otherwise a browser asks for
+// /favicon.ico, which would be one more stream.
 const page = `
 	handle /page {
 		header Content-Type text/html

@@ -105,8 +105,8 @@ func serveLLM(t *testing.T) (addr string) {
 	})
 }
 
-// TestLLMClientsInEveryStyle shows too why the style is a setting: what one of
-// these clients takes, another trips over.
+// TestLLMClientsInEveryStyle also shows why the style is a setting: one of these
+// clients fails on what another one needs.
 func TestLLMClientsInEveryStyle(t *testing.T) {
 	caddy := harness.StartSite(t, styleSite(serveLLM(t), ""))
 	rows := []struct {
@@ -121,8 +121,8 @@ func TestLLMClientsInEveryStyle(t *testing.T) {
 			map[string]string{"event": "ping as a chunk"}},
 		{"openai, responses", "/v1", pythonLLM("responses"), responsesEvents,
 			map[string]string{"event": "ping as an event"}},
-		// Once there was an id, each blank line is an event to it, and an empty
-		// one no JSON.
+		// After an id it takes each blank line for an event, and an empty event is
+		// not JSON.
 		{"openai, chat completions with ids", "/ids/v1", pythonLLM("chat"), chatEvents,
 			map[string]string{"block": "lost", "event": "ping as a chunk"}},
 		// With the bare comment line the next block does not begin with "data:".
@@ -177,7 +177,7 @@ func handWritten(t *testing.T, streams []string) program {
 	return startNode(t, "clients.mjs", append([]string{"hand-written"}, streams...))
 }
 
-// TestAnAnswerOutlivesAReload: an answer to a POST is nobody's to ask for again.
+// TestAnAnswerOutlivesAReload: nobody can ask for an answer to a POST again.
 func TestAnAnswerOutlivesAReload(t *testing.T) {
 	t.Parallel()
 	upstream := serveLLM(t)
@@ -196,9 +196,9 @@ func TestAnAnswerOutlivesAReload(t *testing.T) {
 	}
 }
 
-// TestAnEarlyStartForAnSDK: their requests say in their bodies that they want a
-// stream, and not in Accept. They raise on the error of an early start, since its
-// data has a member "error".
+// TestAnEarlyStartForAnSDK: these SDKs ask for a stream in the request body, not in
+// Accept. They raise on the error event of an early start, since its data has a
+// member "error".
 func TestAnEarlyStartForAnSDK(t *testing.T) {
 	t.Parallel()
 	caddy := harness.StartSite(t, styleSite(serveLLM(t), "early_start 300ms"))

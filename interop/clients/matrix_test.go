@@ -77,24 +77,24 @@ type client struct {
 	tls  bool
 	// start follows streams, which are name=url.
 	start func(t *testing.T, caddy *harness.Caddy, streams []string) watched
-	// back is who asks again, with Last-Event-ID, after a clean end; "" is
-	// nobody.
+	// back says who asks again, with Last-Event-ID, after a clean end; ""
+	// means nobody.
 	back string
-	// noise is what is known to trip it, by style, with CRLF and LF alike. An
-	// application that listens to events of all names sees those of the style
-	// "event", as it should.
+	// noise is what it is known to report beside the events, by style, with CRLF
+	// and LF alike. An application that listens to events of all names sees the
+	// heartbeats of the style "event", as it should.
 	noise map[string]string
 }
 
 const (
 	itself   = "comes back"
-	byCaller = "its caller's matter"
+	byCaller = "its caller's job"
 )
 
 // ignoresComments is what the standard asks for.
 var ignoresComments = map[string]string{"block": "", "line": "", "event": "ping"}
 
-// blankLineIsAnEvent reports an event without data at a blank line behind a
+// blankLineIsAnEvent reports an event without data at a blank line after a
 // comment, some only once the stream has had an id.
 var blankLineIsAnEvent = map[string]string{"block": "empty", "line": "", "event": "ping"}
 
@@ -338,8 +338,8 @@ func followTmaxmax(ctx context.Context, url string, report func(typ, data, id st
 	return connection.Connect()
 }
 
-// followR3labs subscribes again at each clean end: the library does so only
-// after an error.
+// followR3labs subscribes again after each clean end; by itself the library does so
+// only after an error.
 func followR3labs(ctx context.Context, url string, report func(typ, data, id string)) error {
 	client := r3labs.NewClient(url)
 	for ctx.Err() == nil {

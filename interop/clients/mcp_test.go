@@ -3,19 +3,23 @@
 package clients
 
 import (
+	"context"
 	"fmt"
 	"net/http"
 	"net/url"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
+
+	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	"github.com/caddy-sse/caddy-sse/interop/harness"
 )
 
-// TestMCP has a client of the MCP TypeScript SDK talk to a server of it through
-// the proxy: answers to POST as event streams, the session's GET stream, its
+// TestMCP has a client of the MCP TypeScript SDK talk to a server of the same SDK
+// through the proxy: answers to POST as event streams, the session's GET stream, its
 // resumption, and the session's end.
 func TestMCP(t *testing.T) {
 	for _, style := range styles {
@@ -130,26 +134,32 @@ func testMCP(t *testing.T, upstream, style string) {
 	caddy.CheckNoErrors(t)
 }
 
-// TestMCPCallsOutliveAReload: a call's answer has left its client, which waits for
-// the rest by GET with Last-Event-ID. To end that GET would lose the call.
+// TestMCPCallsOutliveAReload: the server has closed the answer to a call, and the
+// client waits for the rest by GET with Last-Event-ID. If that GET ended, some SDKs
+// would lose the call, and the others one of their few tries.
 func TestMCPCallsOutliveAReload(t *testing.T) {
 	for _, test := range []struct {
 		name  string
-		start func(stream string) program
+		start func(t *testing.T, stream string) watched
+		// No setting makes a request of MCP resumable. The Python SDK names several
+		// types in Accept, so only with always does that rule matter to it.
+		resumable string
 	}{
-		{"TypeScript SDK", func(stream string) program { return startNode(t, "mcp-call.mjs", []string{stream}) }},
-		{"Python SDK", func(stream string) program { return startPython(t, "mcp_call.py", []string{stream}) }},
+		{"TypeScript SDK", func(t *testing.T, stream string) watched { return startNode(t, "mcp-call.mjs", []string{stream}) }, "auto"},
+		{"Python SDK", func(t *testing.T, stream string) watched { return startPython(t, "mcp_call.py", []string{stream}) }, "always"},
+		{"Go SDK", startGoMCP, "auto"},
+		{"Go SDK", startGoMCP, "always"},
 	} {
-		t.Run(test.name, func(t *testing.T) {
+		t.Run(test.name+", resumable "+test.resumable, func(t *testing.T) {
 			t.Parallel()
 			port := harness.FreePort(t)
 			upstream := fmt.Sprintf("127.0.0.1:%d", port)
 			server := startNode(t, "mcp-server.mjs", []string{fmt.Sprint(port)})
 			server.AwaitOutput(t, "listening")
 			plain, tls := harness.FreeAddr(t), harness.FreePort(t)
-			site := "sse {\n\tdrain 100ms\n\tretry 1s\n\treconnect_on 502\n}\nreverse_proxy " + upstream
+			site := "sse {\n\tdrain 100ms\n\tretry 1s\n\treconnect_on 502\n\tresumable " + test.resumable + "\n}\nreverse_proxy " + upstream
 			caddy := harness.StartCaddy(t, harness.SiteCaddyfile(plain, tls, site))
-			client := test.start("call=http://" + plain + "/mcp")
+			client := test.start(t, "call=http://"+plain+"/mcp")
 
 			// One of the two GET streams is the session's.
 			var open []string
@@ -168,7 +178,7 @@ func TestMCPCallsOutliveAReload(t *testing.T) {
 				t.Fatal(err)
 			}
 			response.Body.Close()
-			client.awaitCount(t, "end", 1, "call")
+			harness.Eventually(t, patience, "the call has ended", func() bool { return len(of(client.reports(), "call", "end")) > 0 })
 			all := client.reports()
 			if got := fmt.Sprint(events(all, "call"), of(all, "call", "error")); got != "[{result went on }] []" {
 				t.Error(got)
@@ -176,4 +186,42 @@ func TestMCPCallsOutliveAReload(t *testing.T) {
 			caddy.CheckNoErrors(t)
 		})
 	}
+}
+
+// startGoMCP calls the tool "leave" with the MCP SDK for Go.
+func startGoMCP(t *testing.T, stream string) watched {
+	name, url, _ := strings.Cut(stream, "=")
+	w := new(goWatched)
+	ctx, cancel := context.WithCancel(context.Background())
+	var calling sync.WaitGroup
+	t.Cleanup(calling.Wait)
+	t.Cleanup(cancel)
+	calling.Go(func() {
+		text, err := callGoMCP(ctx, url)
+		if err != nil {
+			w.add(report{Stream: name, Kind: "error", Error: err.Error()})
+		} else {
+			w.add(report{Stream: name, Kind: "event", Type: "result", Data: text})
+		}
+		w.add(report{Stream: name, Kind: "end"})
+	})
+	return w
+}
+
+func callGoMCP(ctx context.Context, url string) (text string, err error) {
+	client := mcp.NewClient(&mcp.Implementation{Name: "interop", Version: "1.0.0"}, nil)
+	session, err := client.Connect(ctx, &mcp.StreamableClientTransport{Endpoint: url}, nil)
+	if err != nil {
+		return "", err
+	}
+	defer session.Close()
+	result, err := session.CallTool(ctx, &mcp.CallToolParams{Name: "leave"})
+	if err != nil {
+		return "", err
+	}
+	content, isText := result.Content[0].(*mcp.TextContent)
+	if !isText {
+		return "", fmt.Errorf("the result is %T", result.Content[0])
+	}
+	return content.Text, nil
 }

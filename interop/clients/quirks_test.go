@@ -15,11 +15,11 @@ import (
 	"github.com/caddy-sse/caddy-sse/interop/harness"
 )
 
-// serveAnswers is an LLM API that sends ids with its events, under /v1 and where
-// Groq's SDK looks for it, and Google's API.
-func serveAnswers(t *testing.T) (addr string) {
+// serveAnswers is an LLM API, under /v1 and where Groq's SDK looks for it, that
+// sends ids with its events or not, and Google's API, which never does.
+func serveAnswers(t *testing.T, withIDs bool) (addr string) {
 	return harness.Serve(t, func(w http.ResponseWriter, r *http.Request) {
-		script, ids := chatScript, true
+		script, ids := chatScript, withIDs
 		if strings.HasSuffix(r.URL.Path, ":streamGenerateContent") {
 			script, ids = []string{"", part("Hel"), "", part("lo"), part("!"), ""}, false
 		}
@@ -42,21 +42,21 @@ func part(text string) string {
 	return `data: {"candidates":[{"content":{"parts":[{"text":"` + text + `"}],"role":"model"}}]}` + "\n\n"
 }
 
-// TestClientsThatFailOnCommentsAreSpared holds the table of clients to be true in
-// both directions: with it they see their answer and nothing else, and without it
-// they fail. One that has been fixed is an entry that can go.
+// TestClientsThatFailOnCommentsAreSpared checks the table of clients in both
+// directions: with it they see their answer and nothing else, and without it they
+// fail. The entry of a client that has been fixed can go.
 func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 	t.Parallel()
 	caddy := harness.StartSite(t, `
 	handle_path /auto/* {
 		sse 1s
-		reverse_proxy `+serveAnswers(t)+`
+		reverse_proxy `+serveAnswers(t, true)+`
 	}
 	handle_path /block/* {
 		sse 1s {
 			heartbeat_style block
 		}
-		reverse_proxy `+serveAnswers(t)+`
+		reverse_proxy `+serveAnswers(t, true)+`
 	}`)
 	rows := []struct {
 		name, client string
@@ -65,11 +65,12 @@ func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 		{"openai-python", "openai", true},
 		{"openai-python, async", "openai-async", true},
 		{"openai-python, Azure", "azure", true},
+		{"openai-python, Azure, async", "azure-async", true},
 		{"langchain-openai", "langchain", true},
 		{"groq (Python)", "groq", true},
 		{"groq (Python), async", "groq-async", true},
 		{"litellm, through openai-python", "litellm-openai", true},
-		// What it asks by itself, not through an SDK of the provider.
+		// Its own requests, not through an SDK of the provider.
 		{"litellm", "litellm", false},
 		{"Google GenAI SDK for Python", "google", true},
 		{"Google GenAI SDK for Go", "google-go", true},
@@ -97,7 +98,7 @@ func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 			if row.client == "google-go" {
 				running = inGo
 			}
-			// saw is what the application saw of an answer, in the end.
+			// saw is all that the application saw of an answer.
 			saw := func(style string) string {
 				name := row.client + "/" + style
 				harness.Eventually(t, patience, "the answer "+name, func() bool { return len(of(running.reports(), name, "end")) > 0 })
@@ -112,6 +113,56 @@ func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestIDsOfResumeDoNoHarmToAnSDK: with `any` the answers of an API without ids get
+// some, and silences beside them.
+func TestIDsOfResumeDoNoHarmToAnSDK(t *testing.T) {
+	t.Parallel()
+	var site strings.Builder
+	for path, upstream := range map[string]string{"answers": serveAnswers(t, false), "llm": serveLLM(t)} {
+		fmt.Fprintf(&site, `
+	handle_path /%s/* {
+		sse 1s {
+			resume 1m any
+		}
+		reverse_proxy %s
+	}`, path, upstream)
+	}
+	caddy := harness.StartSite(t, site.String())
+	var inPython []string
+	for _, client := range []string{"openai", "openai-async", "azure", "langchain", "groq", "groq-async", "litellm", "litellm-openai"} {
+		inPython = append(inPython, client+"/python="+caddy.URL+"/answers/v1")
+	}
+	inPython = append(inPython, "anthropic/python="+caddy.URL+"/llm", "google/python="+caddy.URL+"/answers")
+	inNode := []string{"openai/node=" + caddy.URL + "/llm/v1", "anthropic/node=" + caddy.URL + "/llm"}
+	inGo := new(goWatched)
+	go inGo.askGoogle(t.Context(), "google/go", caddy.URL+"/answers")
+	for _, running := range []struct {
+		watched
+		streams []string
+	}{
+		{startPython(t, "answers.py", inPython), inPython},
+		{startNode(t, "answers.mjs", inNode), inNode},
+		{inGo, []string{"google/go"}},
+	} {
+		for _, stream := range running.streams {
+			name, _, _ := strings.Cut(stream, "=")
+			harness.Eventually(t, patience, "the answer "+name, func() bool { return len(of(running.reports(), name, "end")) > 0 })
+			got := fmt.Sprint(events(running.reports(), name), of(running.reports(), name, "error"))
+			if got != "[{text Hello! }] []" {
+				t.Errorf("%s: %s", name, got)
+			}
+		}
+	}
+	for _, closed := range caddy.ClosedStreams() {
+		// Google's fail on ids.
+		google := strings.HasSuffix(closed.Path, ":streamGenerateContent")
+		if closed.Reason != "upstream_closed" || (closed.Run == "") != google {
+			t.Errorf("%+v", closed)
+		}
+	}
+	caddy.CheckNoErrors(t)
 }
 
 // askGoogle asks with Google's SDK for Go.

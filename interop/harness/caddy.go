@@ -82,7 +82,7 @@ func StartCaddy(t testing.TB, caddyfile string) *Caddy {
 }
 
 // StartSite is StartCaddy with the directives of one site, which answers at
-// URL and TLSURL. Global options may be given behind them.
+// URL and TLSURL. Global options may follow.
 //
 //	c := harness.StartSite(t, "sse\nreverse_proxy "+addr)
 func StartSite(t testing.TB, site string, global ...string) *Caddy {
@@ -249,6 +249,9 @@ type Closed struct {
 	IncompleteEvent   bool    `json:"incomplete_event"`
 	Error             string  `json:"error"`
 	HeartbeatDeferred int     `json:"heartbeats_deferred"`
+	Run               string  `json:"run"`
+	Resumed           bool    `json:"resumed"`
+	Missed            int     `json:"missed"`
 }
 
 // Log is the log so far: the lines whose message is msg, or all for "".

@@ -16,9 +16,9 @@ import (
 	"time"
 )
 
-// Client speaks one protocol: "h1" is HTTP/1.1, with TLS or without as the URL
-// says, "h2" HTTP/2 over TLS, "h2c" HTTP/2 without. The certificates that it
-// trusts beside the system's are PEM files, such as Caddy.RootCA.
+// Client speaks one protocol: "h1" is HTTP/1.1, with or without TLS as the URL
+// says, "h2" is HTTP/2 over TLS, "h2c" HTTP/2 without TLS. rootCAs are PEM files of
+// certificates to trust, such as Caddy.RootCA.
 func Client(t testing.TB, protocol string, rootCAs ...string) *http.Client {
 	t.Helper()
 	pool := x509.NewCertPool()

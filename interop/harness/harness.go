@@ -22,8 +22,8 @@ import (
 	"time"
 )
 
-// Patience bounds every wait for something that has to happen; nothing waits
-// for it where all is well.
+// Patience bounds every wait for something that has to happen. If all is well,
+// nothing takes that long.
 const Patience = 30 * time.Second
 
 // Missing is for what this machine can't provide. It skips the test, or fails
@@ -230,7 +230,7 @@ func ReadFile(t testing.TB, path string) string {
 	return string(content)
 }
 
-// Replace is text with each old string replaced by the new one behind it. An
+// Replace is text with each old string replaced by the new one that follows it. An
 // old one that is not there fails the test: a Caddyfile of an example that has
 // changed must not be tested with its own ports by accident.
 func Replace(t testing.TB, text string, oldnew ...string) string {

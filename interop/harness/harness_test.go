@@ -80,7 +80,7 @@ func TestAProcessEndsWithItsChildren(t *testing.T) {
 		p.AwaitOutput(t, "started")
 	})
 	if p.Running() {
-		t.Error("still running behind its test")
+		t.Error("still running after its test")
 	}
 	child, err := strconv.Atoi(strings.Fields(p.Output())[0])
 	if err != nil {

@@ -77,7 +77,8 @@ func installPackages(t testing.TB, packages ...string) error {
 }
 
 // Python is a virtual environment with the packages that a file pins, and no
-// others: what a package requires and a test does not use need not be there. Its programs: filepath.Join(venv, "bin", "gunicorn").
+// others: a dependency that no test uses may be missing. Its programs:
+// filepath.Join(venv, "bin", "gunicorn").
 func Python(t testing.TB, requirements string) (venv string) {
 	t.Helper()
 	python := Program(t, "python3", "python3", "python3-venv")

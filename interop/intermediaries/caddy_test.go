@@ -113,8 +113,8 @@ func TestEncodeInFrontLeavesStreamsAlone(t *testing.T) {
 	}
 }
 
-// A reload of the Caddy in front ends the stream there, and with it the one
-// behind it.
+// A reload of the Caddy in front ends the stream there, and with it that of the
+// Caddy behind it.
 func TestAReloadInFrontReachesTheUpstream(t *testing.T) {
 	t.Parallel()
 	upstream := startOrigin(t)

@@ -119,8 +119,8 @@ func awaitClosed(t *testing.T, caddy *harness.Caddy, path string) (closed harnes
 	return closed
 }
 
-// site is a Caddy that answers whatever Host it is asked for, as intermediaries
-// pass on the one that they were asked for themselves.
+// site is a Caddy that answers for any Host, because intermediaries pass on the
+// Host of their own requests.
 type site struct {
 	*harness.Caddy
 	port       int
@@ -157,8 +157,8 @@ https://localhost:%d {
 `, s.port, s.directives, s.tls)
 }
 
-// reload loads the same site again. Caddy leaves a configuration alone in which
-// nothing has changed.
+// reload loads the same site with a small change, because Caddy ignores a
+// configuration that has not changed.
 func (s *site) reload(t *testing.T) {
 	t.Helper()
 	s.directives += "\nheader X-Loaded again"
@@ -200,13 +200,13 @@ type chain struct {
 	caddy  *site
 	origin *origin
 
-	// hidesAborts says that a response that was broken off looks complete behind
-	// the intermediary, in the given protocol or ("all") in each.
+	// hidesAborts is the protocol ("all" for each) over which the intermediary
+	// makes a response that was broken off look complete.
 	hidesAborts string
-	// holdsHeaders is the entrance at which the headers wait for a body.
+	// holdsHeaders is the protocol over which it holds headers until a body follows.
 	holdsHeaders string
 
-	// leaves: the client's end reaches the upstream within this time.
+	// leaves is how long it may take until the upstream notices that a client has left.
 	leaves time.Duration
 }
 
@@ -267,7 +267,7 @@ func worstLateness(t *testing.T, stream *harness.Stream) (worst time.Duration) {
 	return worst
 }
 
-// headersAtOnce is what a page's `open` event hangs on.
+// headersAtOnce: a page's `open` event waits for the headers.
 func (c chain) headersAtOnce(t *testing.T, a address, path string) {
 	stream := a.open(t, path)
 	within := atOnce

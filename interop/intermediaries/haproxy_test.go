@@ -95,7 +95,7 @@ func TestHeartbeatsOutliveHAProxysTimeouts(t *testing.T) {
 }
 
 // Without `option abortonclose` HAProxy does not act on a client that leaves
-// over HTTP/1.1: it is the next heartbeat that finds nobody there.
+// over HTTP/1.1; only the next heartbeat shows that it has left.
 func TestHeartbeatsFindClientsThatHAProxyDoesNotMiss(t *testing.T) {
 	t.Parallel()
 	upstream := startOrigin(t)
@@ -106,8 +106,8 @@ func TestHeartbeatsFindClientsThatHAProxyDoesNotMiss(t *testing.T) {
 	}
 }
 
-// Without `option http-no-delay` HAProxy asks the kernel to wait for more where
-// it can't tell that there is none, which takes 200 ms where a stream is slow.
+// Without `option http-no-delay` HAProxy has the kernel wait for more data where it
+// can't tell whether more follows. In a slow stream that takes 200 ms.
 func TestHAProxyWithoutNoDelayKeepsAnEventForAMomentOnly(t *testing.T) {
 	t.Parallel()
 	upstream := startOrigin(t)

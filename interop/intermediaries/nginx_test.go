@@ -64,8 +64,8 @@ func TestNginxInFrontPassesEventsAtOnce(t *testing.T) {
 	for _, version := range []struct {
 		name, settings, hidesAborts string
 	}{
-		// HTTP/1.0 is what nginx asks in by default. A response without a length
-		// ends there with the connection, however that ends.
+		// By default nginx sends HTTP/1.0 requests. There a response without a length
+		// ends with the connection, complete or not.
 		{"nginx-http10", "", "all"},
 		{"nginx-http11", "proxy_http_version 1.1;\nproxy_set_header Connection \"\";", ""},
 	} {
@@ -81,11 +81,10 @@ func TestNginxInFrontPassesEventsAtOnce(t *testing.T) {
 	}
 }
 
-// Without the module the same chain holds the events back: this is what the
-// test above would look like if nginx did not buffer anyway. Asking in HTTP/1.0,
-// its default, it can't tell where a piece of the body ends and waits for a full
-// buffer. Asking in HTTP/1.1 it passes chunks on, but not out of the buffer of
-// its TLS.
+// Without the module the same chain holds the events back, so the test above shows
+// what the module does. Over HTTP/1.0, its default towards upstreams, nginx can't
+// tell where a piece of the body ends and waits for a full buffer. Over HTTP/1.1 it
+// passes chunks on, but not out of its TLS buffer.
 func TestNginxHoldsEventsBackWithoutTheModule(t *testing.T) {
 	t.Parallel()
 	upstream := startOrigin(t)
@@ -110,7 +109,7 @@ func TestNginxHoldsEventsBackWithoutTheModule(t *testing.T) {
 
 // Over HTTP/2 with TLS, nginx holds the headers back too, whatever its
 // buffering, until something follows them: an EventSource stays CONNECTING. The
-// first heartbeat, a second behind the headers, sets them free.
+// first heartbeat, a second after the headers, lets them go.
 func TestNginxHoldsHeadersBackUntilABodyFollows(t *testing.T) {
 	t.Parallel()
 	upstream := startOrigin(t)

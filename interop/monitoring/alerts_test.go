@@ -42,7 +42,7 @@ func TestPromtoolTakesTheExample(t *testing.T) {
 // notation of promtool: 0+3x60 is 0 and then 3 more in each of 60 minutes.
 type series map[string]string
 
-// steady is every series of a handler with which nothing is wrong: two streams a
+// steady has every series of a handler that has no problem: two streams a
 // minute come and go, and each is open for minutes.
 var steady = series{
 	`streams{name="chat",proto="HTTP/2.0"}`:                              "100+0x60",
@@ -77,8 +77,8 @@ var steady = series{
 	`time_to_first_event_seconds_bucket{name="chat",le="+Inf"}`:          "0+2x60",
 }
 
-// after is when the alerts are looked at: everything happens from the start or
-// at 20 minutes.
+// after is when the alerts are looked at. Everything happens at the start or at 20
+// minutes.
 const after = "40m"
 
 // TestEveryAlertFiresForItsCause: with the changed series the alert fires and no

@@ -138,7 +138,7 @@ func (e *example) passes(t *testing.T) {
 func (e *example) events(t *testing.T) {
 	t.Parallel()
 
-	// The same without the proxy first, to compare with.
+	// First without the proxy, to compare with.
 	direct := harness.Open(t, e.client, e.direct+"/events")
 	direct.Next(t, 3*time.Second)
 	left := time.Now()
@@ -171,11 +171,11 @@ func (e *example) events(t *testing.T) {
 		t.Errorf("closed: %+v", closed)
 	}
 
-	// Ended from the proxy's side, the client comes back and goes on behind
-	// the last event that it has, nothing lost and nothing twice.
+	// The proxy ends the stream; the client comes back and goes on after the last
+	// event that it has. It loses none and gets none twice.
 	stream = harness.Open(t, e.client, e.url+"/events", harness.Header("Last-Event-ID", "41"))
 	if event := stream.Next(t, 3*time.Second); event.ID != "42" {
-		t.Errorf("behind Last-Event-ID 41: %+v", event)
+		t.Errorf("after Last-Event-ID 41: %+v", event)
 	}
 	stream.Next(t, 3*time.Second)
 	for _, id := range e.caddy.OpenStreams(t, "/events") {
@@ -193,15 +193,15 @@ func (e *example) events(t *testing.T) {
 	last := events[len(events)-1]
 	stream = harness.Open(t, e.client, e.url+"/events", harness.Header("Last-Event-ID", last.ID))
 	if event, want := stream.Next(t, 3*time.Second), plusOne(t, last.ID); event.ID != want {
-		t.Errorf("behind Last-Event-ID %s: %+v", last.ID, event)
+		t.Errorf("after Last-Event-ID %s: %+v", last.ID, event)
 	}
 	stream.Close()
 	e.awaitCount(t, "events", 0)
 }
 
 // notifications: named events, and heartbeats in half a minute of silence. The
-// upstream sleeps meanwhile and may learn that its clients have left by its
-// second write from then on: the first is what the connection is reset for.
+// upstream sleeps meanwhile. It may notice only at its second write that its client
+// has left: the first one succeeds and is answered with a reset.
 func (e *example) notifications(t *testing.T) {
 	t.Parallel()
 	stream := harness.Open(t, e.client, e.url+"/notifications")
@@ -247,7 +247,7 @@ func (e *example) notifications(t *testing.T) {
 }
 
 // broadcast: one upstream message to all clients, and clean-up in an upstream
-// that waits for messages and so can learn of a client's end only by writing.
+// that waits for messages, so it notices only by writing that a client has left.
 func (e *example) broadcast(t *testing.T) {
 	t.Parallel()
 	const clients = 3
@@ -264,7 +264,7 @@ func (e *example) broadcast(t *testing.T) {
 		checkHeaders(t, stream.Response)
 		// Before any event of the upstream there is a first heartbeat.
 		if beat := stream.NextComment(t, 3*time.Second); beat.At.Sub(stream.HeadersAt) > time.Second+slack {
-			t.Errorf("the first heartbeat came %v behind the headers", beat.At.Sub(stream.HeadersAt))
+			t.Errorf("the first heartbeat came %v after the headers", beat.At.Sub(stream.HeadersAt))
 		}
 	}
 	e.awaitCount(t, "broadcast", clients)
@@ -291,7 +291,7 @@ func (e *example) broadcast(t *testing.T) {
 		}
 	}
 	messages := e.publishUntil(t, 1)
-	t.Logf("%s: /broadcast: the upstream was rid of %d clients that had left after %v and %d messages",
+	t.Logf("%s: /broadcast: the upstream dropped %d clients that had left after %v and %d messages",
 		e.name, clients-1, round(time.Since(left)), messages)
 	for range messages {
 		e.checkAtOnce(t, streams[0].Next(t, 3*time.Second))
@@ -300,7 +300,7 @@ func (e *example) broadcast(t *testing.T) {
 	e.publishUntil(t, 0)
 }
 
-// checkHeaders: what the recipes lack is there, what harms a stream is not.
+// checkHeaders wants the headers that the recipes lack, and none that harms a stream.
 func checkHeaders(t *testing.T, response *http.Response) {
 	t.Helper()
 	if response.StatusCode != http.StatusOK {
@@ -339,7 +339,7 @@ func (e *example) checkAtOnce(t *testing.T, event harness.Event) time.Duration {
 	return took
 }
 
-// awaitCount waits until the upstream itself counts so many clients.
+// awaitCount waits until the upstream itself counts that many clients.
 func (e *example) awaitCount(t *testing.T, path string, want int) {
 	t.Helper()
 	harness.Eventually(t, 5*time.Second, fmt.Sprintf("the upstream has %d clients at /%s", want, path), func() bool {
@@ -369,9 +369,9 @@ func (e *example) publish(t *testing.T, text string) {
 	}
 }
 
-// publishUntil sends messages until the upstream counts so many clients at
-// /broadcast, and tells how many it took: some upstreams notice at a write that
-// a client has left, and the first write behind the client's end does not fail.
+// publishUntil sends messages until the upstream counts that many clients at
+// /broadcast, and returns how many messages it took: some upstreams notice at a write that
+// a client has left, and the first write after the client's end does not fail.
 func (e *example) publishUntil(t *testing.T, want int) (messages int) {
 	t.Helper()
 	for next := time.Now(); ; time.Sleep(20 * time.Millisecond) {

@@ -1,5 +1,7 @@
 // Everything is shown as text nodes: nothing from a stream becomes markup.
 
+import { Plug } from "./plug.js";
+
 const maxLogEntries = 300;
 const longSilence = 10_000; // an idle timer of this length is what some CDNs have
 const meterFull = 20_000; // the upstream's own silence
@@ -282,7 +284,7 @@ class Source {
 	constructor(root, title) {
 		this.#root = root;
 		root.append(document.getElementById("source").content.cloneNode(true));
-		const heading = root.querySelector("h2");
+		const heading = root.querySelector("h3");
 		heading.id = root.getAttribute("aria-labelledby");
 		heading.append(...title);
 		root.querySelector(".log").setAttribute("aria-label", `Events, ${heading.textContent}`);
@@ -426,11 +428,11 @@ class Headers {
 const code = (text) => element("code", "", text);
 const titles = { plain: [code("reverse_proxy"), " alone"], sse: ["With ", code("sse")] };
 const headers = new Headers(document.getElementById("headers"));
-const streams = [...document.querySelectorAll("[data-source]")].map((root) => new Source(root, titles[root.dataset.source].map((part) => part.cloneNode?.(true) ?? part)));
-for (const root of document.querySelectorAll("[data-reader]")) {
+const streams = [...document.querySelectorAll("[data-source]")].map((root) => new Source(root, titles[root.dataset.source]));
+const readers = [...document.querySelectorAll("[data-reader]")].map((root) => {
 	const side = root.dataset.reader;
-	streams.push(new Reader(root, { plain: "Without sse", sse: "With sse" }[side], (received) => headers.show(side, received)));
-}
+	return new Reader(root, { plain: "Without sse", sse: "With sse" }[side], (received) => headers.show(side, received));
+});
 for (const stream of streams) stream.start();
 
 document.getElementById("curl").textContent = `curl -N ${new URL("events", location.href)}`;
@@ -438,6 +440,21 @@ document.getElementById("curl").textContent = `curl -N ${new URL("events", locat
 const about = await fetch("about").then((response) => response.json());
 document.getElementById("list").textContent = about.list;
 document.getElementById("close").textContent = about.close;
+
+// With the readers there would be no connection left for the buttons.
+const plug = new Plug({ plain: [code("sse")], resume: [code("sse"), " with ", code("resume 1m")] }, about);
+const bytes = document.getElementById("bytes");
+bytes.addEventListener("toggle", () => {
+	if (bytes.open) {
+		plug.stop("The numbers stop while the bytes below are shown. Close them to go on.");
+		for (const reader of readers) reader.start();
+	} else {
+		for (const reader of readers) if (reader.running) reader.stop("stopped");
+		plug.start();
+	}
+});
+streams.push(plug, ...readers);
+plug.start();
 
 const restart = document.getElementById("restart");
 const restarting = document.getElementById("restarting");

@@ -10,11 +10,12 @@ import { Agent, EventSource as UndiciEventSource } from 'undici';
 
 import { report, streams } from './report.mjs';
 
-const names = ['message', 'named', 'half', 'ping'];
+const names = ['message', 'named', 'half', 'ping', 'lost'];
 
 function follow(stream, source) {
 	source.addEventListener('open', () => report(stream, 'open'));
 	source.addEventListener('error', (e) => report(stream, 'error', { state: source.readyState, error: e.message }));
+	source.addEventListener('sse', (e) => report(stream, 'place', { data: e.data, id: e.lastEventId }));
 	for (const name of names) {
 		source.addEventListener(name, (e) => report(stream, 'event', { type: e.type, data: e.data, id: e.lastEventId }));
 	}

@@ -15,7 +15,7 @@ from anthropic import Anthropic
 from google import genai
 from groq import AsyncGroq, Groq
 from langchain_openai import ChatOpenAI
-from openai import AsyncOpenAI, AzureOpenAI, OpenAI
+from openai import AsyncAzureOpenAI, AsyncOpenAI, AzureOpenAI, OpenAI
 
 litellm.suppress_debug_info = True
 
@@ -54,6 +54,10 @@ def ask_openai_async(url):
 
 def ask_azure(url):
     return chat(AzureOpenAI(base_url=url, api_key="none", api_version="1", max_retries=0))
+
+
+def ask_azure_async(url):
+    return chat_async(AsyncAzureOpenAI(base_url=url, api_key="none", api_version="1", max_retries=0))
 
 
 def ask_langchain(url):
@@ -96,6 +100,7 @@ CLIENTS = {
     "openai": ask_openai,
     "openai-async": ask_openai_async,
     "azure": ask_azure,
+    "azure-async": ask_azure_async,
     "langchain": ask_langchain,
     "groq": ask_groq,
     "groq-async": ask_groq_async,

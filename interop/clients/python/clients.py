@@ -22,7 +22,7 @@ def follow_httpx(stream, url):
     """Comes back once, by hand, as httpx-sse leaves that to its caller."""
     http2 = url.startswith("https:")
     last_id = None
-    with httpx.Client(http2=http2, verify=os.environ["ROOT_CA"] if http2 else True, timeout=30) as client:
+    with httpx.Client(http2=http2, verify=os.environ["ROOT_CA"] if http2 else True, timeout=300) as client:
         for _ in range(2):
             headers = {"Last-Event-ID": last_id} if last_id else {}
             with httpx_sse.connect_sse(client, "GET", url, headers=headers) as source:
@@ -36,7 +36,7 @@ def follow_httpx(stream, url):
 
 def follow_lines(stream, url):
     """As scripts do without a library for event streams."""
-    with httpx.stream("GET", url, headers={"Accept": "text/event-stream"}, timeout=30) as response:
+    with httpx.stream("GET", url, headers={"Accept": "text/event-stream"}, timeout=300) as response:
         response.raise_for_status()
         for line in response.iter_lines():
             if line.startswith("data: "):
