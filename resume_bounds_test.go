@@ -199,7 +199,7 @@ func TestAClientThatWasAwayIsToldOfWhatCouldNotBeKept(t *testing.T) {
 	call.send(plainEvent(2) + "data: " + strings.Repeat("x", 1<<20) + "\n\n")
 	call.expectGone()
 	two := cl.get(t, "/", comingBack(asEventSource, token+".1")...).follow()
-	if got, err := two.rest(); err == nil || !strings.HasPrefix(got, eventOf(token, 2)) {
+	if got, err := two.rest(); err == nil || err == io.EOF || !strings.HasPrefix(got, eventOf(token, 2)) {
 		t.Errorf("got %.100q, %v", got, err)
 	}
 	e, next := open(t, cl, up, "/", comingBack(asEventSource, token+".2")...)
@@ -212,7 +212,7 @@ func TestAClientThatWasAwayIsToldOfWhatCouldNotBeKept(t *testing.T) {
 		t.Errorf("got %q, %v", got, err)
 	}
 	next.end()
-	if _, err := f.rest(); err != nil {
+	if _, err := f.rest(); err != io.EOF {
 		t.Error(err)
 	}
 }
