@@ -83,8 +83,8 @@ func (l *lines) count(text string) (n int) {
 	return n
 }
 
-// newNode is a Caddy that has not been started. What it is proxy for learns its
-// name as X-Node.
+// newNode is a Caddy that has not been started; one without a store where redis is
+// "". What it is proxy for learns its name as X-Node.
 func newNode(t testing.TB, name, upstream, redis, window, settings string) *node {
 	t.Helper()
 	binary, err := caddyBinary()
@@ -94,35 +94,35 @@ func newNode(t testing.TB, name, upstream, redis, window, settings string) *node
 	if os.Getenv("CADDY_SSE_CADDY") == "" {
 		builtCaddy = binary
 	}
+	if redis != "" {
+		settings = "store redis {\naddress " + redis + "\n}\n" + settings
+	}
 	dir := t.TempDir()
 	n := &node{t: t, name: name, addr: freeAddress(t), admin: freeAddress(t), binary: binary}
 	n.config = filepath.Join(dir, "Caddyfile")
 	config := fmt.Sprintf(`{
-	admin %s
+	admin %[1]s
 	auto_https off
 	persist_config off
 	grace_period 2s
-	storage file_system %s
+	storage file_system %[2]s
 	log {
 		format json
 	}
 }
-http://%s {
+http://localhost:%[3]s, http://127.0.0.1:%[3]s, http://nodes.test:%[3]s {
 	sse {
 		heartbeat off
 		drain off
-		resume %s {
-			store redis {
-				address %s
-			}
-			%s
+		resume %[4]s {
+			%[5]s
 		}
 	}
-	reverse_proxy %s {
-		header_up X-Node %s
+	reverse_proxy %[6]s {
+		header_up X-Node %[7]s
 	}
 }
-`, n.admin, dir, "127.0.0.1:"+portOf(n.addr)+", http://localhost:"+portOf(n.addr)+", http://nodes.test:"+portOf(n.addr), window, redis, settings, upstream, name)
+`, n.admin, dir, portOf(n.addr), window, settings, upstream, name)
 	if err := os.WriteFile(n.config, []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
