@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"strconv"
+	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
@@ -23,6 +24,13 @@ const (
 	newElsewhere                           // it goes on as a new one
 )
 
+// A run that the store does not have may not have been written yet: it is looked
+// for again after pauses that double, 0.6 s in all.
+const (
+	firstLook = 20 * time.Millisecond
+	lastLook  = 16 * firstLook
+)
+
 // comeBackElsewhere answers a client that has come back to a run of another node.
 func (x *exchange) comeBackElsewhere() (outcome, distantAnswer) {
 	id, ok := parseRunID(x.rare.brought)
@@ -31,6 +39,15 @@ func (x *exchange) comeBackElsewhere() (outcome, distantAnswer) {
 	}
 	d := x.h.resuming.depot
 	found, begin, err := x.findElsewhere(id.token)
+	for pause := firstLook; errors.Is(err, store.ErrUnknown) && pause <= lastLook; pause *= 2 {
+		// It may have begun a moment ago.
+		select {
+		case <-time.After(pause):
+			found, begin, err = x.findElsewhere(id.token)
+		case <-x.r.Context().Done():
+			return outcome{}, answeredElsewhere
+		}
+	}
 	if err == nil && x.r.Method == http.MethodDelete {
 		return x.stopElsewhere(id, found, begin)
 	}

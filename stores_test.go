@@ -373,6 +373,23 @@ func TestAnIDThatTheStoreDoesNotHaveYetIsWaitedFor(t *testing.T) {
 	res.leave()
 }
 
+func TestARunThatTheStoreDoesNotHaveYetIsWaitedFor(t *testing.T) {
+	checkLeaks(t)
+	n := startNodes(t, "1m", "")
+	n.SetDelay(200 * time.Millisecond)
+	res, one, call, token := n.begin(t, "a", "/")
+	call.send(plainEvents(1, 2))
+	one.expect(t, events(token, 1, 2))
+	n.SetDelay(0) // not for what is being written
+	res.leave()
+	waiting := n.cl.begin(n.cl.request(t, "GET", "/", nil, append(comingBack(asEventSource, token+".1"), "X-Node: b")...))
+	two := waiting.headers(t).follow()
+	two.expect(t, eventOf(token, 2))
+	call.end()
+	two.expectEnd(t)
+	n.up.expectNoCall(t)
+}
+
 func TestOneWhoIsOvertakenBeforeItsHeadersGetsAStreamThatEnds(t *testing.T) {
 	checkLeaks(t)
 	n := startNodes(t, "1m", "")

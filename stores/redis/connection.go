@@ -6,230 +6,193 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
-
-	"github.com/redis/rueidis"
 )
 
-const (
-	// dialPatience bounds the making of a connection, TLS and AUTH included.
-	dialPatience = 2 * time.Second
+// dialPause is how long a server that could not be reached is left alone.
+const dialPause = 250 * time.Millisecond
 
-	// answerPatience is how long a server may leave its connection without any
-	// answer. Then it is taken for broken.
-	answerPatience = 4 * time.Second
+var errClosed = errors.New("redis: the store has been closed")
 
-	// pingAfter is after how long without an answer the server is asked for one.
-	pingAfter = time.Second
-
-	// firstRedial is the wait before the server is dialled again. It doubles up to
-	// lastRedial.
-	firstRedial = 50 * time.Millisecond
-	lastRedial  = 500 * time.Millisecond
-
-	// buffer is the size of a connection's buffers, each way.
-	buffer = 64 << 10
-
-	// ring is the logarithm of how many calls may be under way on a connection.
-	ring = 9
-)
-
-var (
-	errClosed     = errors.New("the store has been closed")
-	errConnecting = errors.New("no connection yet")
-)
-
-// link is the way to a server while it lasts: one connection for all commands,
-// which are pipelined, and one that listens.
-type link struct {
-	rueidis.Client
+// connection is the way to the server: what calls go over. It is made when it is
+// first wanted, and anew after it has broken: the server may come later than
+// Caddy.
+type connection struct {
+	r      *Redis
+	ctx    context.Context
+	cancel context.CancelCauseFunc
 
 	mu     sync.Mutex
-	conns  map[net.Conn]struct{}
-	cut    bool
-	broken chan struct{} // closed when it is of no more use
-	err    error         // why
+	conn   *conn
+	dials  chan struct{} // closed when the dial that is under way is over; nil: none is
+	failed error         // of the last one
+	until  time.Time     // until when it is not dialled again
 }
 
-// cutOff ends a link, and what is under way there.
-func (l *link) cutOff(err error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.cut {
-		return
-	}
-	l.cut, l.err = true, err
-	close(l.broken)
-	for conn := range l.conns {
-		_ = conn.Close()
-	}
+func newConnection(r *Redis) *connection {
+	c := &connection{r: r}
+	c.ctx, c.cancel = context.WithCancelCause(context.Background())
+	return c
 }
 
-// dial makes one of its connections.
-func (l *link) dial(ctx context.Context, s settings, dialer *net.Dialer) (net.Conn, error) {
-	conn, err := dialer.DialContext(ctx, s.Network, s.Address)
+// dial connects to the first server that answers.
+func (r *Redis) dial(ctx context.Context) (*conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialPatience)
+	defer cancel()
+	var failures []error
+	for _, address := range r.Address {
+		c, err := r.dialOne(ctx, address)
+		if err == nil {
+			return c, nil
+		}
+		failures = append(failures, fmt.Errorf("redis: %s: %w", address, err))
+	}
+	return nil, errors.Join(failures...)
+}
+
+func (r *Redis) dialOne(ctx context.Context, address string) (*conn, error) {
+	parsed, err := network(address)
 	if err != nil {
 		return nil, err
 	}
-	if s.TLS != nil {
-		config, err := s.TLS.config(s.Address)
-		if err != nil {
-			_ = conn.Close()
-			return nil, err
-		}
-		secured := tls.Client(conn, config)
-		if err := secured.HandshakeContext(ctx); err != nil {
-			_ = conn.Close()
-			return nil, err
-		}
-		conn = secured
+	to := parsed.JoinHostPort(0)
+	if parsed.IsUnixNetwork() {
+		to = parsed.Host
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.cut {
-		_ = conn.Close()
-		return nil, l.err
+	var dialled net.Conn
+	if r.secured != nil {
+		config := r.secured.Clone()
+		if config.ServerName == "" {
+			config.ServerName = parsed.Host
+		}
+		dialled, err = (&tls.Dialer{Config: config}).DialContext(ctx, parsed.Network, to)
+	} else {
+		dialled, err = new(net.Dialer).DialContext(ctx, parsed.Network, to)
 	}
-	l.conns[conn] = struct{}{}
-	return conn, nil
-}
-
-// connect makes a link.
-func connect(s settings) (*link, error) {
-	l := &link{conns: make(map[net.Conn]struct{}), broken: make(chan struct{})}
-	client, err := rueidis.NewClient(rueidis.ClientOption{
-		InitAddress: []string{s.Address},
-		Username:    s.Username,
-		Password:    s.Password,
-		SelectDB:    s.DB,
-		ClientName:  "caddy-sse",
-		DialCtxFn: func(ctx context.Context, _ string, dialer *net.Dialer, _ *tls.Config) (net.Conn, error) {
-			ctx, cancel := context.WithTimeout(ctx, dialPatience)
-			defer cancel()
-			return l.dial(ctx, s, dialer)
-		},
-		Dialer:           net.Dialer{Timeout: dialPatience, KeepAlive: pingAfter},
-		ConnWriteTimeout: answerPatience,
-
-		ForceSingleClient: true,
-		DisableRetry:      true, // the handler writes again what has failed
-		DisableCache:      true,
-		ClientSetInfo:     rueidis.DisableClientSetInfo,
-
-		// All commands go over one connection, however many there are at a time, and
-		// one that is given up does not end it.
-		PipelineMultiplex: -1,
-		AlwaysPipelining:  true,
-		BlockingPipeline:  -1,
-		BlockingPoolSize:  1,
-
-		RingScaleEachConn:   ring,
-		ReadBufferEachConn:  buffer,
-		WriteBufferEachConn: buffer,
-	})
 	if err != nil {
-		l.cutOff(err)
-		if client != nil {
-			client.Close()
-		}
 		return nil, err
 	}
-	l.Client = client
-	return l, nil
+	c := newConn(dialled)
+	if err := c.greet(ctx, r); err != nil {
+		c.fail(err)
+		return nil, err
+	}
+	return c, nil
 }
 
-// links keeps a link.
-type links struct {
-	settings settings
-
-	mu      sync.Mutex
-	current *link
-	err     error         // why there is none; errConnecting: nobody knows yet
-	changed chan struct{} // closed when one of these has changed
-}
-
-func newLinks(s settings) *links {
-	return &links{settings: s, err: errConnecting, changed: make(chan struct{})}
-}
-
-func (c *links) set(l *link, err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.current, c.err = l, err
-	close(c.changed)
-	c.changed = make(chan struct{})
-}
-
-// keep makes a link, again and again until ctx ends. What it calls with each new
-// one is to return when that is broken.
-func (c *links) keep(ctx context.Context, listen func(*link)) {
-	pause := firstRedial
-	for ctx.Err() == nil {
-		l, err := connect(c.settings)
+// greet logs in.
+func (c *conn) greet(ctx context.Context, r *Redis) error {
+	commands := [][]string{{"CLIENT", "SETNAME", "caddy-sse"}}
+	if r.DB > 0 {
+		commands = append(commands, []string{"SELECT", strconv.Itoa(r.DB)})
+	}
+	switch {
+	case r.Username != "":
+		commands = append([][]string{{"AUTH", r.Username, r.Password}}, commands...)
+	case r.Password != "":
+		commands = append([][]string{{"AUTH", r.Password}}, commands...)
+	}
+	if deadline, ok := ctx.Deadline(); ok {
+		_ = c.net.SetReadDeadline(deadline)
+	}
+	if err := c.send(nil, commands); err != nil {
+		return err
+	}
+	for range commands {
+		reply, err := readReply(c.in)
 		if err != nil {
-			c.set(nil, err)
-			select {
-			case <-time.After(pause):
-			case <-ctx.Done():
-			}
-			pause = min(2*pause, lastRedial)
-			continue
+			return err
 		}
-		stop := context.AfterFunc(ctx, func() { l.cutOff(errClosed) })
-		c.set(l, nil)
-		start := time.Now()
-		listen(l)
-		<-l.broken
-		c.set(nil, errConnecting)
-		stop()
-		l.Close()
-		if time.Since(start) > lastRedial {
-			pause = firstRedial
-		} else { // a server that closes what it has just accepted
-			select {
-			case <-time.After(pause):
-			case <-ctx.Done():
-			}
-			pause = min(2*pause, lastRedial)
+		if refused, ok := reply.(replyError); ok {
+			return refused
 		}
 	}
-	c.set(nil, errClosed)
+	return c.net.SetReadDeadline(time.Time{})
 }
 
-// get returns the link. It waits while the first attempt at one is under way, and
-// returns at once while the server can't be reached.
-func (c *links) get(ctx context.Context) (*link, error) {
+// get returns the connection, and makes it where there is none.
+func (c *connection) get(ctx context.Context) (*conn, error) {
 	for {
 		c.mu.Lock()
-		l, err, changed := c.current, c.err, c.changed
-		c.mu.Unlock()
 		switch {
-		case l != nil:
-			return l, nil
-		case !errors.Is(err, errConnecting):
-			return nil, err
+		case c.ctx.Err() != nil:
+			c.mu.Unlock()
+			return nil, context.Cause(c.ctx)
+		case c.conn != nil && c.conn.failure() == nil:
+			defer c.mu.Unlock()
+			return c.conn, nil
+		case c.dials == nil && time.Now().Before(c.until):
+			defer c.mu.Unlock()
+			return nil, c.failed
+		case c.dials == nil:
+			c.dials = make(chan struct{})
+			go c.open(c.dials)
 		}
+		dials := c.dials
+		c.mu.Unlock()
 		select {
-		case <-changed:
+		case <-dials:
 		case <-ctx.Done():
-			return nil, fmt.Errorf("%w: %w", errConnecting, ctx.Err())
+			return nil, ctx.Err()
 		}
 	}
 }
 
-// heed ends a link for which an error says that it is of no more use.
-func (l *link) heed(ctx context.Context, err error) {
-	if err == nil || ctx.Err() != nil {
-		return
+// open makes it.
+func (c *connection) open(over chan struct{}) {
+	conn, err := c.r.dial(c.ctx)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	defer close(over)
+	c.dials = nil
+	switch {
+	case err != nil:
+		c.failed, c.until = err, time.Now().Add(dialPause)
+	case c.ctx.Err() != nil:
+		conn.fail(errClosed)
+	default:
+		c.conn = conn
+		go conn.receive()
 	}
-	if answer, ok := rueidis.IsRedisErr(err); ok {
-		// A primary that is one no more: the address may lead to another one by now.
-		if strings.HasPrefix(answer.Error(), "READONLY") {
-			l.cutOff(err)
+}
+
+// do sends commands at once and returns their replies.
+func (c *connection) do(ctx context.Context, commands ...[]string) ([]any, error) {
+	conn, err := c.get(ctx)
+	if err != nil {
+		return nil, err
+	}
+	replies, err := conn.do(ctx, commands...)
+	for _, reply := range replies {
+		// A server that has become a replica will stay one: another has to be found.
+		if refused, ok := reply.(replyError); ok && strings.HasPrefix(string(refused), "READONLY") {
+			conn.fail(refused)
+			break
 		}
-		return
 	}
-	l.cutOff(err)
+	return replies, err
+}
+
+// one is do for one command.
+func (c *connection) one(ctx context.Context, command ...string) (any, error) {
+	replies, err := c.do(ctx, command)
+	if err != nil {
+		return nil, err
+	}
+	if refused, ok := replies[0].(replyError); ok {
+		return nil, refused
+	}
+	return replies[0], nil
+}
+
+func (c *connection) close() {
+	c.cancel(errClosed)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.conn != nil {
+		c.conn.fail(errClosed)
+	}
 }

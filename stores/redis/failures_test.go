@@ -2,237 +2,252 @@ package redis
 
 import (
 	"context"
+	"crypto/rand"
+	"errors"
 	"fmt"
-	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"time"
+
+	"github.com/caddy-sse/caddy-sse/store"
 )
 
-const warning = "the store has failed"
+const ttl = time.Minute
 
-// viewer is a client that reads one stream, and lets a test wait for what comes.
-type viewer struct {
-	t        testing.TB
-	stream   *stream
-	messages chan message
-	tab      tab
+func newKey() (key store.Key) {
+	_, _ = rand.Read(key[:])
+	return key
 }
 
-// view opens a stream on a node.
-func view(t testing.TB, n *node, host, lastID string) *viewer {
-	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
+// within is the context of a call that must not take long.
+func within(t testing.TB, d time.Duration) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), d)
 	t.Cleanup(cancel)
-	s, err := request(ctx, http.DefaultClient, "GET", "http://"+n.addr+"/", host, lastID)
-	if err != nil {
-		t.Fatal(err)
+	return ctx
+}
+
+// write writes one event, with the beginning of its run if it is the first.
+func write(t testing.TB, s store.Store, run store.Key, n uint64) error {
+	w := store.Write{Run: run, Events: []store.Event{{Number: n, Data: fmt.Appendf(nil, "event %d", n)}}, TTL: ttl}
+	if n == 1 {
+		w.Begin = []byte("begin")
 	}
-	if s.res.StatusCode != 200 {
-		t.Fatalf("%s answers %d", n.name, s.res.StatusCode)
-	}
-	v := &viewer{t: t, stream: s, messages: make(chan message, 10_000), tab: tab{lastID: lastID}}
-	go func() {
-		defer close(v.messages)
-		for {
-			m, err := s.next()
-			if err != nil {
-				return
-			}
-			v.messages <- m
-		}
-	}()
-	t.Cleanup(s.close)
-	return v
+	return errors.Join(s.Write(within(t, 5*time.Second), []store.Write{w})...)
 }
 
-// until checks what comes, up to an event for which f is true.
-func (v *viewer) until(what string, f func(message) bool) {
-	v.t.Helper()
-	deadline := time.NewTimer(patience)
-	defer deadline.Stop()
-	for {
-		select {
-		case m, open := <-v.messages:
-			if !open {
-				v.t.Fatalf("the stream ends before %s", what)
-			}
-			if err := v.tab.take(m); err != nil {
-				v.t.Fatal(err)
-			}
-			if m.data != "" && f(m) {
-				return
-			}
-		case <-deadline.C:
-			v.t.Fatalf("no sign of %s; the last event was %d", what, v.tab.seen)
-		}
-	}
-}
-
-// more waits for some events more.
-func (v *viewer) more(n int) {
-	v.t.Helper()
-	want := v.tab.seen + n
-	v.until(fmt.Sprint(n, " more events"), func(message) bool { return v.tab.seen >= want })
-}
-
-// withID and withoutID wait for an event of that kind.
-func (v *viewer) withID() {
-	v.t.Helper()
-	v.until("an event with an id", func(m message) bool { return m.id != "" })
-}
-
-func (v *viewer) withoutID() {
-	v.t.Helper()
-	v.until("an event without an id", func(m message) bool { return m.id == "" })
-}
-
-// waitForIDs waits until new streams of a node have ids.
-func waitForIDs(t testing.TB, n *node, host string) {
+// eventually waits until something succeeds.
+func eventually(t testing.TB, what string, try func() error) {
 	t.Helper()
-	for deadline := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) {
-		v := view(t, n, host, "")
-		m := <-v.messages
-		v.stream.close()
-		if m.id != "" {
+	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
+		err := try()
+		if err == nil {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("new streams of %s have no ids", n.name)
+			t.Fatalf("%s: %v", what, err)
 		}
 	}
 }
 
-func often() time.Duration { return 20 * time.Millisecond }
-
-const site = "nodes.test"
-
-// host is the site as a client asks for it, whichever node it asks.
-func host(n *node) string { return site + ":" + portOf(n.addr) }
-
-func TestAServerThatIsAwayHarmsNoStream(t *testing.T) {
-	t.Parallel()
-	s := newServer(t)
-	up := newSource(t, 0, often)
-	n := startNode(t, "a", up.host(), s.addr, "1m", "")
-	one := view(t, n, host(n), "")
-	one.more(20) // Caddy starts and serves without it
-	n.reload()
-	one.more(20)
+func TestAServerMayComeLaterThanCaddy(t *testing.T) {
+	s := startServer(t)
+	s.stop()
+	began := time.Now()
+	opened := s.open(t)
+	defer opened.Close()
+	if took := time.Since(began); took > time.Second {
+		t.Errorf("Open took %v", took)
+	}
+	if err := write(t, opened, newKey(), 1); err == nil {
+		t.Error("a write succeeds without a server")
+	}
+	reading := make(chan error, 1)
+	run := newKey()
+	go func() {
+		_, _, err := opened.Read(t.Context(), run, 0, 1, patience)
+		reading <- err
+	}()
+	if err := <-reading; err == nil || errors.Is(err, store.ErrUnknown) {
+		t.Errorf("a read without a server: %v", err)
+	}
 	s.start()
-	waitForIDs(t, n, host(n))
-	two := view(t, n, host(n), "")
-	two.withID()
-	for range 2 {
-		s.kill()
+	eventually(t, "a write when the server is there", func() error { return write(t, opened, run, 1) })
+	if messages, err := opened.Receive(within(t, patience), "node", 0); err != nil || messages != nil {
+		t.Errorf("a receipt returns %q, %v", messages, err)
+	}
+}
+
+func TestWhatIsKeptOutlivesARestart(t *testing.T) {
+	s := startServer(t)
+	a, b := s.open(t), s.open(t)
+	defer a.Close()
+	defer b.Close()
+	run := newKey()
+	if err := write(t, a, run, 1); err != nil {
+		t.Fatal(err)
+	}
+	// One who waits goes on waiting, or is told that the server is away, and gets
+	// what comes after it.
+	got := make(chan []store.Event, 1)
+	go func() {
+		for {
+			events, _, err := b.Read(t.Context(), run, 1, 1<<20, patience)
+			if len(events) > 0 || t.Context().Err() != nil {
+				got <- events
+				return
+			}
+			if err != nil {
+				time.Sleep(20 * time.Millisecond)
+			}
+		}
+	}()
+	for restart := range uint64(2) {
+		s.stop()
 		s.start()
-		two.more(20)
+		n := restart + 2
+		eventually(t, "a write after a restart", func() error { return write(t, a, run, n) })
 	}
-	two.withoutID() // what it had was lost with the server
-	two.more(20)
-	one.more(20)
-	waitForIDs(t, n, host(n))
-	three := view(t, n, host(n), "")
-	three.withID()
-	s.kill()
-	three.withoutID()
-	three.more(20)
-	if lines := n.logs.count(warning); lines < 1 || lines > 2 {
-		t.Errorf("%d warnings", lines)
+	select {
+	case events := <-got:
+		if events[0].Number != 2 {
+			t.Errorf("the reader got event %d", events[0].Number)
+		}
+	case <-time.After(patience):
+		t.Fatal("the reader has got nothing")
 	}
-	if n.metric("caddy_sse_store_errors_total") == 0 {
-		t.Error("no error is counted")
-	}
-	start := time.Now()
-	n.stop()
-	if took := time.Since(start); took > patience/2-time.Second {
-		t.Errorf("an exit without the server takes %s", took)
+	found, err := b.Find(within(t, patience), run)
+	if err != nil || found.Last != 3 {
+		t.Errorf("there are %d events, %v", found.Last, err)
 	}
 }
 
-func TestAServerThatIsFullHarmsNoStream(t *testing.T) {
-	t.Parallel()
-	s := startServer(t, "--maxmemory-policy", "noeviction")
-	up := newSource(t, 0, often)
-	a := startNode(t, "a", up.host(), s.addr, "1m", "")
-	waitForIDs(t, a, host(a))
-	one := view(t, a, host(a), "")
-	one.withID()
-	s.must("CONFIG", "SET", "maxmemory", "1")
-	one.withoutID()
-	one.more(20)
-	// The lease is renewed all the same.
-	if answer := s.must("DBSIZE"); answer == ":0" {
-		t.Fatal("nothing is there")
+func TestAFullServerRefusesEventsAndLetsItsNodesLive(t *testing.T) {
+	s := startServer(t, "--maxmemory", "0", "--maxmemory-policy", "noeviction")
+	opened := s.open(t)
+	defer opened.Close()
+	run := newKey()
+	if err := write(t, opened, run, 1); err != nil {
+		t.Fatal(err)
 	}
-	leases := s.must("EVAL", "local n = 0 for _, k in ipairs(redis.call('KEYS', '*node:*')) do if redis.call('PTTL', k) > 0 then n = n + 1 end end return n", "0")
-	if leases != ":1" {
-		t.Errorf("%s leases are there", leases)
+	if err := opened.Renew(within(t, patience), "node", 2*time.Second); err != nil {
+		t.Fatal(err)
 	}
-	s.must("CONFIG", "SET", "maxmemory", "0")
-	waitForIDs(t, a, host(a))
-	one.more(20)
-	if lines := a.logs.count(warning); lines != 1 || !strings.Contains(a.logs.String(), "OOM") {
-		t.Errorf("%d warnings, OOM told: %v", lines, strings.Contains(a.logs.String(), "OOM"))
+	s.do(t, "CONFIG", "SET", "maxmemory", "1")
+	err := write(t, opened, run, 2)
+	if err == nil || errors.Is(err, store.ErrUnknown) || !strings.Contains(err.Error(), "OOM") {
+		t.Errorf("a full server answers %v", err)
 	}
-	if a.metric("caddy_sse_store_errors_total", `op="write"`) == 0 {
-		t.Error("no error of a write is counted")
+	if err := opened.Renew(within(t, patience), "node", time.Minute); err != nil {
+		t.Errorf("a lease is not renewed: %v", err)
+	}
+	events, _, err := opened.Read(within(t, patience), run, 0, 1<<20, 0)
+	if err != nil || len(events) != 1 {
+		t.Errorf("a full server returns %d events, %v", len(events), err)
+	}
+	s.do(t, "CONFIG", "SET", "maxmemory", "0")
+	if err := write(t, opened, run, 2); err != nil {
+		t.Errorf("when there is room again: %v", err)
 	}
 }
 
-func TestAServerThatIsFlushedHarmsNoStream(t *testing.T) {
-	t.Parallel()
+func TestAServerThatHasLostEverythingDoesNotKnowTheRun(t *testing.T) {
 	s := startServer(t)
-	up := newSource(t, 0, often)
-	a := startNode(t, "a", up.host(), s.addr, "1m", "")
-	waitForIDs(t, a, host(a))
-	one := view(t, a, host(a), "")
-	one.withID()
-	s.must("FLUSHALL")
-	one.withoutID()
-	one.more(20)
-	waitForIDs(t, a, host(a))
-	two := view(t, a, host(a), "")
-	two.more(20)
-	two.withID()
-	s.must("SCRIPT", "FLUSH") // and that alone harms nothing
-	for range 50 {
-		two.withID()
+	opened := s.open(t)
+	defer opened.Close()
+	run := newKey()
+	for n := range uint64(3) {
+		if err := write(t, opened, run, n+1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.do(t, "FLUSHALL")
+	s.do(t, "SCRIPT", "FLUSH")
+	if err := write(t, opened, run, 4); !errors.Is(err, store.ErrUnknown) {
+		t.Errorf("a write of a run that is lost: %v", err)
+	}
+	other := newKey()
+	if err := write(t, opened, other, 1); err != nil {
+		t.Errorf("a new run: %v", err)
+	}
+	// One that has lost the newest events, as a replica may have.
+	if err := write(t, opened, other, 3); !errors.Is(err, store.ErrUnknown) {
+		t.Errorf("a write after a gap: %v", err)
 	}
 }
 
-func TestAServerThatHangsHarmsNoStream(t *testing.T) {
-	t.Parallel()
+func TestACallOfAServerThatHangsEndsInTime(t *testing.T) {
 	s := startServer(t)
-	up := newSource(t, 0, often)
-	a := startNode(t, "a", up.host(), s.addr, "1m", "")
-	waitForIDs(t, a, host(a))
-	one := view(t, a, host(a), "")
-	one.withID()
-	s.pause(true)
-	defer s.pause(false)
-	one.withoutID()
-	one.more(20)
-	s.pause(false)
-	waitForIDs(t, a, host(a))
-	one.more(20)
-	if lines := a.logs.count(warning); lines < 1 || lines > 2 {
-		t.Errorf("%d warnings", lines)
+	opened := s.open(t)
+	defer opened.Close()
+	run := newKey()
+	if err := write(t, opened, run, 1); err != nil {
+		t.Fatal(err)
+	}
+	s.pause()
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	began := time.Now()
+	errs := opened.Write(ctx, []store.Write{{Run: run, Events: []store.Event{{Number: 2, Data: []byte("x")}}, TTL: ttl}})
+	if len(errs) != 1 || errs[0] == nil || time.Since(began) > 5*time.Second {
+		t.Errorf("a server that hangs: %v after %v", errs, time.Since(began))
+	}
+	s.resume()
+	// It may have been done after all.
+	eventually(t, "the same write", func() error { return write(t, opened, run, 2) })
+	found, err := opened.Find(within(t, patience), run)
+	if err != nil || found.Last != 2 {
+		t.Errorf("there are %d events, %v", found.Last, err)
 	}
 }
 
-func TestAServerThatIsSlowAddsNothingToWhatIsLive(t *testing.T) {
-	t.Parallel()
+func TestAHundredReadersShareTwoConnections(t *testing.T) {
 	s := startServer(t)
-	slow := startHop(t, s.addr, 50*time.Millisecond)
-	up := newSource(t, 0, often)
-	a := startNode(t, "a", up.host(), slow.addr, "1m", "")
-	waitForIDs(t, a, host(a))
-	one := view(t, a, host(a), "")
-	for range 200 { // for 4 seconds
-		one.withID()
+	a, b := s.open(t), s.open(t)
+	defer a.Close()
+	defer b.Close()
+	const runs = 100
+	keys := make([]store.Key, runs)
+	var wg sync.WaitGroup
+	for i := range keys {
+		keys[i] = newKey()
+		if err := write(t, a, keys[i], 1); err != nil {
+			t.Fatal(err)
+		}
+		wg.Go(func() {
+			events, _, err := b.Read(t.Context(), keys[i], 1, 1<<20, patience)
+			if err != nil || len(events) != 1 {
+				t.Errorf("reader %d: %d events, %v", i, len(events), err)
+			}
+		})
 	}
-	if lines := a.logs.count(warning); lines != 0 {
-		t.Errorf("%d warnings of a server that is just slow", lines)
+	eventually(t, "all wait", func() error {
+		if channels := s.do(t, "PUBSUB", "CHANNELS"); strings.Count(channels, "sse:") < runs {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	if n := strings.Count(s.do(t, "CLIENT", "LIST"), "name=caddy-sse"); n > 5 { // the one that asks among them
+		t.Errorf("two nodes have %d connections", n)
+	}
+	for _, key := range keys {
+		if err := write(t, a, key, 2); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wg.Wait()
+}
+
+func TestAClosedStoreIsRefused(t *testing.T) {
+	s := startServer(t)
+	opened := s.open(t)
+	if err := write(t, opened, newKey(), 1); err != nil {
+		t.Fatal(err)
+	}
+	if err := opened.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := write(t, opened, newKey(), 1); !errors.Is(err, errClosed) {
+		t.Errorf("a write after Close: %v", err)
 	}
 }

@@ -5,7 +5,6 @@ go 1.26.0
 require (
 	github.com/caddy-sse/caddy-sse v0.0.0
 	github.com/caddyserver/caddy/v2 v2.11.9
-	github.com/redis/rueidis v1.0.79
 )
 
 require (

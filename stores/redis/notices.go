@@ -2,221 +2,223 @@ package redis
 
 import (
 	"context"
-	"strconv"
+	"slices"
 	"sync"
 	"time"
-
-	"github.com/redis/rueidis"
 )
 
 const (
-	// channelIdle is for how long a channel is listened to without anybody who
-	// waits: who has read will read on.
-	channelIdle = 20 * time.Second
+	// noticeLinger is how long a channel stays subscribed to that nobody waits on:
+	// a reader that has got something comes again.
+	noticeLinger = 15 * time.Second
 
-	// subscribeBatch is how many channels one command names.
-	subscribeBatch = 500
+	// lookAgain is how often who waits looks without a notice: one may be lost
+	// with its connection, or forbidden.
+	lookAgain = 2 * time.Second
+
+	// noticePulse is how often the connection for notices is tried.
+	noticePulse = 5 * time.Second
 )
 
-// notices wakes those who wait for something new. Writers publish it on a channel
-// of each run, and senders on one of each node: so all who wait share a
-// connection, and a server has nothing to do for them until there is something.
+// notices tell who waits that there is something new: whoever changes a run, or
+// sends messages to a node, publishes on its channel. All waits of a node share
+// one connection.
 type notices struct {
+	connection *connection
+	work       sync.WaitGroup
+
 	mu       sync.Mutex
 	channels map[string]*channel
-	pending  chan struct{} // some channel is to be subscribed
+	changed  chan struct{} // a channel is wanted, or not any more
 }
 
-// channel is what is known of one. All of it belongs to the lock of notices.
+// channel is one that somebody waits on, or has waited on a moment ago.
 type channel struct {
-	name    string
-	waiting int
-	since   time.Time // when the last one has left
-
-	asked   bool // the server has been asked for it, on this connection
-	live    bool // it has confirmed
-	changed chan struct{}
-	version uint64 // counts what has been published, and breaks
-
-	newest uint64 // the number of the newest event, as far as is known
-	over   bool   // the run has ended, or is gone
+	waiters int
+	idle    time.Time     // since when there is none
+	heard   bool          // the server sends its notices
+	notice  chan struct{} // closed and replaced with each notice
 }
 
-func newNotices() *notices {
-	return &notices{channels: make(map[string]*channel), pending: make(chan struct{}, 1)}
+func newNotices(c *connection) *notices {
+	n := &notices{connection: c, channels: make(map[string]*channel), changed: make(chan struct{}, 1)}
+	n.work.Go(n.listen)
+	return n
 }
 
-// join is for who may have to wait. It is to be given back by leave.
-func (n *notices) join(name string) *channel {
+// enter has the caller wait on a channel, until it leaves.
+func (n *notices) enter(name string) (leave func()) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	c := n.channels[name]
-	if c == nil {
-		c = &channel{name: name, changed: make(chan struct{})}
-		n.channels[name] = c
+	ch := n.channels[name]
+	if ch == nil {
+		ch = &channel{notice: make(chan struct{})}
+		n.channels[name] = ch
+		n.kick()
 	}
-	if c.waiting++; !c.asked {
-		n.wantLocked()
+	ch.waiters++
+	return func() {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if ch.waiters--; ch.waiters == 0 {
+			ch.idle = time.Now()
+		}
 	}
-	return c
 }
 
-func (n *notices) wantLocked() {
+// next returns what is closed at the next notice on a channel that has been
+// entered. What was there before must be looked for after this call.
+func (n *notices) next(name string) <-chan struct{} {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.channels[name].notice
+}
+
+// tell has those look who wait on a channel.
+func (n *notices) tell(name string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if ch := n.channels[name]; ch != nil {
+		ch.tellLocked()
+	}
+}
+
+func (ch *channel) tellLocked() {
+	close(ch.notice)
+	ch.notice = make(chan struct{})
+}
+
+func (n *notices) kick() {
 	select {
-	case n.pending <- struct{}{}:
+	case n.changed <- struct{}{}:
 	default:
 	}
 }
 
-func (n *notices) leave(c *channel) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if c.waiting--; c.waiting == 0 {
-		c.since = time.Now()
-	}
-}
-
-// look returns what to wait for, and whether everything that comes is told there.
-func (n *notices) look(c *channel) (live bool, version uint64, changed <-chan struct{}) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return c.live, c.version, c.changed
-}
-
-// isAt reports whether a run is known to have nothing after an event.
-func (n *notices) isAt(c *channel, after uint64) bool {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return c.live && !c.over && c.newest > 0 && c.newest == after
-}
-
-// note takes down the number of the newest event, which the server has told while
-// the channel was live.
-func (n *notices) note(c *channel, newest uint64) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if c.live {
-		c.newest = max(c.newest, newest)
-	}
-}
-
-func (c *channel) changedLocked() {
-	c.version++
-	close(c.changed)
-	c.changed = make(chan struct{})
-}
-
-// isPublished takes a message.
-func (n *notices) isPublished(m rueidis.PubSubMessage) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	c := n.channels[m.Channel]
-	if c == nil {
-		return
-	}
-	if number, err := strconv.ParseUint(m.Message, 10, 64); err == nil {
-		c.newest = max(c.newest, number)
-	} else {
-		c.over = true
-	}
-	c.changedLocked()
-}
-
-func (n *notices) isConfirmed(s rueidis.PubSubSubscription) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if c := n.channels[s.Channel]; c != nil && s.Kind == "subscribe" && c.asked {
-		c.live = true
-		c.changedLocked()
-	}
-}
-
-// listen keeps the subscriptions on a link, until it is broken.
-func (n *notices) listen(l *link) {
-	client, release := l.Dedicate()
-	defer release()
-	ended := client.SetPubSubHooks(rueidis.PubSubHooks{OnMessage: n.isPublished, OnSubscription: n.isConfirmed})
-	defer n.isBroken()
-	n.mu.Lock()
-	n.wantLocked()
-	n.mu.Unlock()
-	sweep := time.NewTicker(channelIdle / 4)
-	defer sweep.Stop()
-	for {
-		var err error
+// listen keeps a connection for notices.
+func (n *notices) listen() {
+	ctx := n.connection.ctx
+	for ctx.Err() == nil {
+		if c, err := n.connection.r.dial(ctx); err == nil {
+			n.hear(ctx, c)
+		}
+		n.deaf()
 		select {
-		case <-n.pending:
-			err = n.each(n.unasked(), func(names []string) rueidis.Completed {
-				return client.B().Subscribe().Channel(names...).Build()
-			}, client)
-		case <-sweep.C:
-			err = n.each(n.idle(), func(names []string) rueidis.Completed {
-				return client.B().Unsubscribe().Channel(names...).Build()
-			}, client)
-		case err = <-ended:
-			if err == nil {
-				err = rueidis.ErrClosing
-			}
-		case <-l.broken:
+		case <-time.After(dialPause):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// deaf says that no channel is subscribed to any more. Who waits looks by itself.
+func (n *notices) deaf() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, ch := range n.channels {
+		ch.heard = false
+		ch.tellLocked()
+	}
+}
+
+// hear subscribes to what is wanted on one connection, until that breaks.
+func (n *notices) hear(ctx context.Context, c *conn) {
+	defer c.fail(errClosed)
+	n.work.Go(func() { n.receive(c) })
+	pulse := time.NewTicker(noticePulse)
+	defer pulse.Stop()
+	for {
+		var commands [][]string
+		wanted, unwanted := n.difference()
+		if len(wanted) > 0 {
+			commands = append(commands, append([]string{"SUBSCRIBE"}, wanted...))
+		}
+		if len(unwanted) > 0 {
+			commands = append(commands, append([]string{"UNSUBSCRIBE"}, unwanted...))
+		}
+		if len(commands) > 0 && c.send(nil, commands) != nil {
 			return
 		}
-		if err != nil {
-			l.cutOff(err)
+		select {
+		case <-n.changed:
+		case <-pulse.C:
+			if c.send(nil, [][]string{{"PING"}}) != nil { // the answer shows that the server lives
+				return
+			}
+		case <-c.broken:
+			return
+		case <-ctx.Done():
 			return
 		}
 	}
 }
 
-// each has the server do something with channels, some at a time.
-func (n *notices) each(names []string, command func(names []string) rueidis.Completed, client rueidis.DedicatedClient) error {
-	for len(names) > 0 {
-		some := names[:min(len(names), subscribeBatch)]
-		names = names[len(some):]
-		ctx, cancel := context.WithTimeout(context.Background(), answerPatience)
-		err := client.Do(ctx, command(some)).Error()
-		cancel()
+// receive passes on what the server sends on a connection for notices.
+func (n *notices) receive(c *conn) {
+	for {
+		_ = c.net.SetReadDeadline(time.Now().Add(noticePulse + connPatience))
+		reply, err := readReply(c.in)
 		if err != nil {
+			c.fail(err)
+			return
+		}
+		if refused, ok := reply.(replyError); ok {
+			c.fail(refused)
+			return
+		}
+		// After a subscription, what came before it has not been told.
+		if message, ok := reply.([]any); ok && len(message) == 3 && (message[0] == "message" || message[0] == "subscribe") {
+			if name, ok := message[1].(string); ok {
+				n.tell(name)
+			}
+		}
+	}
+}
+
+// difference returns the channels to subscribe to, and those to leave.
+func (n *notices) difference() (wanted, unwanted []string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for name, ch := range n.channels {
+		switch {
+		case ch.waiters == 0 && time.Since(ch.idle) > noticeLinger:
+			delete(n.channels, name)
+			if ch.heard {
+				unwanted = append(unwanted, name)
+			}
+		case !ch.heard:
+			ch.heard = true
+			wanted = append(wanted, name)
+		}
+	}
+	slices.Sort(wanted)
+	return wanted, unwanted
+}
+
+// wait calls look again and again until it is done, fails, or the time is over.
+func (n *notices) wait(ctx context.Context, name string, wait time.Duration, look func() (done bool, err error)) error {
+	if done, err := look(); done || err != nil || wait <= 0 {
+		return err
+	}
+	leave := n.enter(name)
+	defer leave()
+	over := time.NewTimer(wait)
+	defer over.Stop()
+	again := time.NewTicker(lookAgain)
+	defer again.Stop()
+	for {
+		notice := n.next(name)
+		if done, err := look(); done || err != nil {
 			return err
 		}
-	}
-	return nil
-}
-
-// unasked returns the channels that the server is to be asked for.
-func (n *notices) unasked() (names []string) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	for name, c := range n.channels {
-		if !c.asked {
-			c.asked = true
-			names = append(names, name)
-		}
-	}
-	return names
-}
-
-// idle forgets the channels that nobody waits for any more, and returns them.
-func (n *notices) idle() (names []string) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	for name, c := range n.channels {
-		if c.waiting == 0 && time.Since(c.since) > channelIdle {
-			delete(n.channels, name)
-			names = append(names, name)
-		}
-	}
-	return names
-}
-
-// isBroken says that nothing is told any more.
-func (n *notices) isBroken() {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	for name, c := range n.channels {
-		c.asked, c.live, c.newest, c.over = false, false, 0, false
-		c.changedLocked()
-		if c.waiting == 0 {
-			delete(n.channels, name)
+		select {
+		case <-notice:
+		case <-again.C:
+		case <-over.C:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-n.connection.ctx.Done():
+			return context.Cause(n.connection.ctx)
 		}
 	}
 }

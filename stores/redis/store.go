@@ -4,529 +4,276 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
-
-	"github.com/redis/rueidis"
 
 	"github.com/caddy-sse/caddy-sse/store"
 )
 
-// messagesStay is how long messages stay for a node that does not receive them.
-const messagesStay = time.Minute
+const (
+	// messagesStay is how long messages wait for a node that does not fetch them,
+	// and mostMessages how many.
+	messagesStay = time.Minute
+	mostMessages = 20_000
 
-// receiveBatch is how many messages are received at a time.
-const receiveBatch = 1000
+	// someMessages is how many are fetched at a time.
+	someMessages = 1000
+)
 
-// opened is a store that is open. What it keeps on the server, each name with the
-// prefix before it:
-//
-//	run:<key>     hash: how the run began and ended, the number of its newest event
-//	events:<key>  stream: its events, with the ids <number>-0
-//	node:<node>   string: the lease of a node
-//	for:<node>    list: the messages for a node
-//
-// Of the same names as run: and for: are the channels that tell of something new
-// there.
-type opened struct {
-	settings settings
-	links    *links
-	notices  *notices
-
-	ctx    context.Context
-	cancel context.CancelFunc
-	work   sync.WaitGroup
+// redisStore is the store, with two connections: one for calls, many at a time,
+// and one for notices.
+type redisStore struct {
+	connection *connection
+	notices    *notices
+	prefix     string
 }
 
-// open opens a store. It connects on a goroutine of its own.
-func open(s settings) *opened {
-	o := &opened{settings: s, links: newLinks(s), notices: newNotices()}
-	o.ctx, o.cancel = context.WithCancel(context.Background())
-	o.work.Go(func() { o.links.keep(o.ctx, o.notices.listen) })
-	return o
+func newRedisStore(r *Redis) *redisStore {
+	s := &redisStore{connection: newConnection(r), prefix: r.Prefix}
+	s.notices = newNotices(s.connection)
+	return s
 }
 
-// Close implements store.Store.
-func (o *opened) Close() error {
-	o.cancel()
-	o.work.Wait()
+// Close implements [store.Store].
+func (s *redisStore) Close() error {
+	s.connection.close()
+	s.notices.work.Wait()
 	return nil
 }
 
-func (o *opened) runName(run store.Key) string { return o.settings.Prefix + "run:" + run.String() }
-func (o *opened) eventsName(run store.Key) string {
-	return o.settings.Prefix + "events:" + run.String()
-}
-func (o *opened) leaseName(node store.Node) string { return o.settings.Prefix + "node:" + string(node) }
-func (o *opened) inboxName(node store.Node) string { return o.settings.Prefix + "for:" + string(node) }
+// The two keys of a run are in one slot of a cluster, should there be one.
 
-// start is the beginning of each call: its context ends with the store, too.
-func (o *opened) start(ctx context.Context) (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	if o.ctx.Err() != nil {
-		cancel(errClosed)
-	}
-	stop := context.AfterFunc(o.ctx, func() { cancel(errClosed) })
-	return ctx, func() {
-		stop()
-		cancel(nil)
-	}
+func (s *redisStore) hashOf(run store.Key) string   { return s.prefix + ":{" + run.String() + "}" }
+func (s *redisStore) streamOf(run store.Key) string { return s.hashOf(run) + ":events" }
+func (s *redisStore) leaseOf(node store.Node) string {
+	return s.prefix + ":node:{" + string(node) + "}"
+}
+func (s *redisStore) inboxOf(node store.Node) string { return s.leaseOf(node) + ":inbox" }
+
+// evaluate is a call of a script.
+func evaluate(sc script, keys []string, args ...string) []string {
+	command := make([]string, 0, 3+len(keys)+len(args))
+	command = append(command, "EVALSHA", sc.sha, strconv.Itoa(len(keys)))
+	return append(append(command, keys...), args...)
 }
 
-// failure is the error of a call: with the place, and the reason of a context.
-func (o *opened) failure(ctx context.Context, err error) error {
-	if err == nil {
-		return nil
-	}
-	if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
-		err = cause
-	}
-	return fmt.Errorf("redis %s: %w", o.settings.Address, err)
-}
-
-// do has the server execute commands, in one piece.
-func (o *opened) do(ctx context.Context, build func(b rueidis.Builder) []rueidis.Completed) ([]rueidis.RedisResult, error) {
-	l, err := o.links.get(ctx)
-	if err != nil {
-		return nil, o.failure(ctx, err)
-	}
-	results := l.DoMulti(ctx, build(l.B())...)
-	var failure error
-	for i := range results {
-		if err := results[i].Error(); err != nil && !rueidis.IsRedisNil(err) {
-			l.heed(ctx, err)
-			if failure == nil {
-				failure = o.failure(ctx, err)
-			}
-		}
-	}
-	return results, failure
-}
-
-func (o *opened) load(ctx context.Context, s script) error {
-	_, err := o.do(ctx, func(b rueidis.Builder) []rueidis.Completed {
-		return []rueidis.Completed{b.ScriptLoad().Script(s.source).Build()}
-	})
-	return err
-}
-
-// ask calls a script for one run.
-func (o *opened) ask(ctx context.Context, s script, run store.Key, args ...string) ([]rueidis.RedisMessage, error) {
-	for again := false; ; again = true {
-		results, err := o.do(ctx, func(b rueidis.Builder) []rueidis.Completed {
-			return []rueidis.Completed{s.call(b, []string{o.runName(run), o.eventsName(run)}, args)}
-		})
-		if err != nil && isUnloaded(err) && !again {
-			if err := o.load(ctx, s); err != nil {
-				return nil, err
-			}
-			continue
-		}
-		if err != nil {
+// run calls a script, which the server gets where it does not know it.
+func (s *redisStore) run(ctx context.Context, sc script, keys []string, args ...string) (any, error) {
+	reply, err := s.connection.one(ctx, evaluate(sc, keys, args...)...)
+	if isUnknownScript(err) {
+		if err := s.load(ctx, sc); err != nil {
 			return nil, err
 		}
-		answer, err := results[0].ToArray()
-		if rueidis.IsRedisNil(err) {
-			return nil, store.ErrUnknown
-		}
-		return answer, o.failure(ctx, err)
+		reply, err = s.connection.one(ctx, evaluate(sc, keys, args...)...)
 	}
+	return reply, err
 }
 
-// Write implements store.Store.
-func (o *opened) Write(ctx context.Context, writes []store.Write) []error {
-	ctx, done := o.start(ctx)
-	defer done()
-	errs := make([]error, len(writes))
-	failed := false
-	for _, wave := range waves(writes) {
-		for _, i := range o.writeWave(ctx, writes, wave.indexes, errs) {
-			// What follows for the same run must fail, too.
-			failed = true
-			for _, later := range wave.later[i] {
-				errs[later] = errs[i]
-			}
+func (s *redisStore) load(ctx context.Context, scripts ...script) error {
+	for _, sc := range scripts {
+		if _, err := s.connection.one(ctx, "SCRIPT", "LOAD", sc.text); err != nil {
+			return err
 		}
 	}
-	if !failed {
-		return nil
+	return nil
+}
+
+func isUnknownScript(err error) bool {
+	refused, ok := errors.AsType[replyError](err)
+	return ok && strings.HasPrefix(string(refused), "NOSCRIPT")
+}
+
+// milliseconds is a time that Redis takes: at least one.
+func milliseconds(d time.Duration) string {
+	return strconv.FormatInt(max(d.Milliseconds(), 1), 10)
+}
+
+// Write implements [store.Store].
+func (s *redisStore) Write(ctx context.Context, writes []store.Write) []error {
+	errs := s.writeAll(ctx, writes)
+	if !slices.ContainsFunc(errs, isUnknownScript) {
+		return errs
+	}
+	if err := s.load(ctx, writeScript, dropScript); err != nil {
+		return allFailed(writes, err)
+	}
+	return s.writeAll(ctx, writes) // what has been done is skipped
+}
+
+func allFailed(writes []store.Write, err error) []error {
+	errs := make([]error, len(writes))
+	for i := range errs {
+		errs[i] = err
 	}
 	return errs
 }
 
-// wave is some writes, each of another run, which are written in one go. later
-// are the ones of the same run that come after each.
-type wave struct {
-	indexes []int
-	later   map[int][]int
-}
-
-// waves puts the second write of a run into the second wave, and so on.
-func waves(writes []store.Write) (all []wave) {
-	byRun := make(map[store.Key][]int, len(writes))
+// writeAll returns nil where all is written.
+func (s *redisStore) writeAll(ctx context.Context, writes []store.Write) (errs []error) {
+	commands := make([][]string, len(writes))
 	for i := range writes {
-		byRun[writes[i].Run] = append(byRun[writes[i].Run], i)
+		commands[i] = s.command(&writes[i])
 	}
-	if len(byRun) == len(writes) {
-		indexes := make([]int, len(writes))
-		for i := range indexes {
-			indexes[i] = i
-		}
-		return []wave{{indexes: indexes}}
+	replies, err := s.connection.do(ctx, commands...)
+	if err != nil {
+		return allFailed(writes, err)
 	}
-	for i := range writes {
-		of := byRun[writes[i].Run]
-		n := 0
-		for of[n] != i {
-			n++
+	failures := make(map[store.Key]error)
+	for i, reply := range replies {
+		run := writes[i].Run
+		refused, _ := reply.(replyError)
+		switch {
+		case failures[run] != nil: // what comes after it is not whole
+		case refused != "":
+			failures[run] = refused
+		case reply != int64(1):
+			failures[run] = store.ErrUnknown
 		}
-		if n == len(all) {
-			all = append(all, wave{later: make(map[int][]int)})
+		if failures[run] != nil {
+			if errs == nil {
+				errs = make([]error, len(writes))
+			}
+			errs[i] = failures[run]
 		}
-		all[n].indexes = append(all[n].indexes, i)
-		all[n].later[i] = of[n+1:]
 	}
-	return all
+	return errs
 }
 
-// writeWave writes those whose run has not failed, and returns those that did.
-func (o *opened) writeWave(ctx context.Context, writes []store.Write, indexes []int, errs []error) (failed []int) {
-	left := indexes[:0:0]
-	for _, i := range indexes {
-		if errs[i] == nil {
-			left = append(left, i)
-		}
-	}
-	for again := false; len(left) > 0; again = true {
-		results, err := o.do(ctx, func(b rueidis.Builder) []rueidis.Completed {
-			commands := make([]rueidis.Completed, len(left))
-			for n, i := range left {
-				commands[n] = o.writeCommand(b, &writes[i])
-			}
-			return commands
-		})
-		var unloaded []int
-		for n, i := range left {
-			var applied int64
-			switch {
-			case results == nil:
-				errs[i] = err
-			default:
-				applied, errs[i] = results[n].AsInt64()
-			}
-			switch {
-			case errs[i] == nil && applied == 0:
-				errs[i] = store.ErrUnknown
-			case errs[i] == nil:
-				continue
-			case isUnloaded(errs[i]) && !again:
-				unloaded = append(unloaded, i)
-				continue
-			case results != nil:
-				errs[i] = o.failure(ctx, errs[i])
-			}
-			failed = append(failed, i)
-		}
-		left = unloaded
-		if len(left) == 0 {
-			break
-		}
-		if err := o.load(ctx, writeScript); err != nil {
-			for _, i := range left {
-				errs[i] = err
-			}
-			return append(failed, left...)
-		}
-	}
-	return failed
-}
-
-// writeCommand is what applies a write. Commands may outlive the call, so they
-// have the data in copies.
-func (o *opened) writeCommand(b rueidis.Builder, w *store.Write) rueidis.Completed {
-	name := o.runName(w.Run)
-	names := []string{name, o.eventsName(w.Run)}
+// command is the call that does a write.
+func (s *redisStore) command(w *store.Write) []string {
+	keys := []string{s.hashOf(w.Run), s.streamOf(w.Run)}
 	if w.Drop {
-		return writeScript.call(b, names, []string{"drop", name})
+		return evaluate(dropScript, keys, s.hashOf(w.Run))
 	}
-	args := make([]string, 0, 7+2*len(w.Events))
-	args = append(args,
-		milliseconds(w.TTL), name,
-		strconv.FormatUint(w.Oldest, 10),
-		flag(w.Begin != nil), string(w.Begin),
-		flag(w.End != nil), string(w.End))
+	args := make([]string, 0, 5+2*len(w.Events))
+	args = append(args, s.hashOf(w.Run), milliseconds(w.TTL), strconv.FormatUint(w.Oldest, 10), string(w.Begin), string(w.End))
 	for _, event := range w.Events {
 		args = append(args, strconv.FormatUint(event.Number, 10), string(event.Data))
 	}
-	return writeScript.call(b, names, args)
+	return evaluate(writeScript, keys, args...)
 }
 
-func flag(set bool) string {
-	if set {
-		return "1"
+// Touch implements [store.Store].
+func (s *redisStore) Touch(ctx context.Context, ttl time.Duration, runs ...store.Key) error {
+	keys := make([]string, 0, 2*len(runs))
+	for _, run := range runs {
+		keys = append(keys, s.hashOf(run), s.streamOf(run))
 	}
-	return "0"
-}
-
-// milliseconds is a duration as the server takes it: 0 and less would be refused.
-func milliseconds(d time.Duration) string {
-	return strconv.FormatInt(max(1, d.Milliseconds()), 10)
-}
-
-// Touch implements store.Store.
-func (o *opened) Touch(ctx context.Context, ttl time.Duration, runs ...store.Key) error {
-	if len(runs) == 0 {
-		return nil
-	}
-	ctx, done := o.start(ctx)
-	defer done()
-	_, err := o.do(ctx, func(b rueidis.Builder) (commands []rueidis.Completed) {
-		for _, run := range runs {
-			for _, name := range []string{o.runName(run), o.eventsName(run)} {
-				commands = append(commands, b.Pexpire().Key(name).Milliseconds(max(1, ttl.Milliseconds())).Build())
-			}
-		}
-		return commands
-	})
+	_, err := s.run(ctx, touchScript, keys, milliseconds(ttl))
 	return err
 }
 
-// Find implements store.Store.
-func (o *opened) Find(ctx context.Context, run store.Key) (found store.Run, err error) {
-	ctx, done := o.start(ctx)
-	defer done()
-	answer, err := o.ask(ctx, findScript, run)
-	if err != nil {
+// ask calls a script that returns texts of a run.
+func (s *redisStore) ask(ctx context.Context, sc script, run store.Key, args ...string) ([]string, error) {
+	reply, err := s.run(ctx, sc, []string{s.hashOf(run), s.streamOf(run)}, args...)
+	switch {
+	case err != nil:
+		return nil, err
+	case reply == nil:
+		return nil, store.ErrUnknown
+	}
+	return texts(reply)
+}
+
+// Find implements [store.Store].
+func (s *redisStore) Find(ctx context.Context, run store.Key) (store.Run, error) {
+	fields, err := s.ask(ctx, findScript, run)
+	switch {
+	case err != nil:
 		return store.Run{}, err
+	case len(fields) != 4:
+		return store.Run{}, errReply
 	}
-	if len(answer) < 3 {
-		return store.Run{}, o.failure(ctx, errDamaged)
-	}
-	begin, err := answer[0].ToString()
+	last, err := strconv.ParseUint(fields[1], 10, 64)
 	if err != nil {
-		return store.Run{}, o.failure(ctx, errDamaged)
+		return store.Run{}, fmt.Errorf("%w: %w", errReply, err)
 	}
-	found.Begin = []byte(begin)
-	if found.Last, err = answer[1].AsUint64(); err != nil {
-		return store.Run{}, o.failure(ctx, errDamaged)
-	}
-	if end, err := answer[2].ToString(); err == nil {
-		found.End = []byte(end)
-	}
-	found.Oldest = found.Last + 1
-	if len(answer) > 3 && !answer[3].IsNil() {
-		if found.Oldest, err = numberOf(&answer[3]); err != nil {
-			return store.Run{}, o.failure(ctx, err)
+	found := store.Run{Begin: []byte(fields[0]), Oldest: last + 1, Last: last}
+	if fields[2] != "" {
+		if found.Oldest, err = strconv.ParseUint(fields[2], 10, 64); err != nil {
+			return store.Run{}, fmt.Errorf("%w: %w", errReply, err)
 		}
+	}
+	if fields[3] != "" {
+		found.End = []byte(fields[3])
 	}
 	return found, nil
 }
 
-var errDamaged = errors.New("what the server has of a run is damaged")
-
-// numberOf is the number of the event with an id.
-func numberOf(id *rueidis.RedisMessage) (uint64, error) {
-	text, err := id.ToString()
-	if err != nil {
-		return 0, errDamaged
-	}
-	number, _ := strings.CutSuffix(text, "-0")
-	n, err := strconv.ParseUint(number, 10, 64)
-	if err != nil {
-		return 0, errDamaged
-	}
-	return n, nil
-}
-
-// piece is what one look at a run has found.
-type piece struct {
-	events []store.Event
-	end    []byte // nil: it has not ended, or more is left
-	newest uint64
-}
-
-func (p *piece) isEmpty() bool { return len(p.events) == 0 && p.end == nil }
-
-// look reads what there is.
-func (o *opened) look(ctx context.Context, run store.Key, after uint64, maxBytes int) (p piece, err error) {
-	answer, err := o.ask(ctx, readScript, run, strconv.FormatUint(after, 10), strconv.Itoa(max(1, maxBytes)))
-	if err != nil {
-		return p, err
-	}
-	if len(answer) < 2 || len(answer)%2 != 0 {
-		return p, o.failure(ctx, errDamaged)
-	}
-	if p.newest, err = answer[0].AsUint64(); err != nil {
-		return p, o.failure(ctx, errDamaged)
-	}
-	last := p.newest
-	for i := 2; i < len(answer); i += 2 {
-		n, err := numberOf(&answer[i])
-		if err != nil {
-			return p, o.failure(ctx, err)
-		}
-		data, err := answer[i+1].ToString()
-		if err != nil {
-			return p, o.failure(ctx, errDamaged)
-		}
-		p.events = append(p.events, store.Event{Number: n, Data: []byte(data)})
-		last = n
-	}
-	if end, err := answer[1].ToString(); err == nil && last == p.newest {
-		p.end = []byte(end)
-	}
-	return p, nil
-}
-
-// Read implements store.Store.
-func (o *opened) Read(ctx context.Context, run store.Key, after uint64, maxBytes int, wait time.Duration) (events []store.Event, end []byte, err error) {
-	ctx, done := o.start(ctx)
-	defer done()
-	if wait <= 0 {
-		p, err := o.look(ctx, run, after, maxBytes)
-		return p.events, p.end, err
-	}
-	c := o.notices.join(o.runName(run))
-	defer o.notices.leave(c)
-	timer := time.NewTimer(wait)
-	defer timer.Stop()
-	waited := false
-	for known := o.notices.isAt(c, after); ; known = false {
-		_, version, changed := o.notices.look(c)
-		if !known {
-			p, err := o.look(ctx, run, after, maxBytes)
-			if err != nil || !p.isEmpty() || waited {
-				return p.events, p.end, err
-			}
-			o.notices.note(c, p.newest)
-		}
-		if _, now, _ := o.notices.look(c); now != version {
-			continue // it has come meanwhile
-		}
-		select {
-		case <-changed:
-		case <-timer.C:
-			waited = true // and whether the run is still there
-		case <-ctx.Done():
-			return nil, nil, o.failure(ctx, ctx.Err())
-		}
-	}
-}
-
-// Renew implements store.Store.
-func (o *opened) Renew(ctx context.Context, node store.Node, lease time.Duration) error {
-	ctx, done := o.start(ctx)
-	defer done()
-	name := o.leaseName(node)
-	if lease <= 0 {
-		_, err := o.do(ctx, func(b rueidis.Builder) []rueidis.Completed {
-			return []rueidis.Completed{b.Del().Key(name).Build()}
-		})
-		return err
-	}
-	// A server that is full takes this, and refuses what comes next.
-	results, err := o.do(ctx, func(b rueidis.Builder) []rueidis.Completed {
-		return []rueidis.Completed{b.Pexpire().Key(name).Milliseconds(max(1, lease.Milliseconds())).Build()}
+// Read implements [store.Store].
+func (s *redisStore) Read(ctx context.Context, run store.Key, after uint64, maxBytes int, wait time.Duration) (events []store.Event, end []byte, err error) {
+	err = s.notices.wait(ctx, s.hashOf(run), wait, func() (done bool, err error) {
+		events, end, err = s.read(ctx, run, after, maxBytes)
+		return len(events) > 0 || end != nil, err
 	})
-	if err != nil {
-		return err
+	return events, end, err
+}
+
+func (s *redisStore) read(ctx context.Context, run store.Key, after uint64, maxBytes int) (events []store.Event, end []byte, err error) {
+	fields, err := s.ask(ctx, readScript, run, strconv.FormatUint(after, 10), strconv.Itoa(maxBytes))
+	switch {
+	case err != nil:
+		return nil, nil, err
+	case len(fields)%2 != 1:
+		return nil, nil, errReply
 	}
-	if renewed, err := results[0].AsInt64(); err != nil || renewed == 1 {
-		return o.failure(ctx, err)
+	for i := 1; i < len(fields); i += 2 {
+		n, err := strconv.ParseUint(fields[i], 10, 64)
+		if err != nil {
+			return nil, nil, fmt.Errorf("%w: %w", errReply, err)
+		}
+		events = append(events, store.Event{Number: n, Data: []byte(fields[i+1])})
 	}
-	_, err = o.do(ctx, func(b rueidis.Builder) []rueidis.Completed {
-		return []rueidis.Completed{b.Set().Key(name).Value("1").PxMilliseconds(max(1, lease.Milliseconds())).Build()}
-	})
+	if fields[0] != "" {
+		end = []byte(fields[0])
+	}
+	return events, end, nil
+}
+
+// Renew implements [store.Store].
+func (s *redisStore) Renew(ctx context.Context, node store.Node, lease time.Duration) (err error) {
+	if lease > 0 {
+		_, err = s.run(ctx, renewScript, []string{s.leaseOf(node)}, milliseconds(lease))
+	} else {
+		_, err = s.connection.one(ctx, "DEL", s.leaseOf(node))
+	}
 	return err
 }
 
-// Lives implements store.Store.
-func (o *opened) Lives(ctx context.Context, node store.Node) (bool, error) {
-	ctx, done := o.start(ctx)
-	defer done()
-	results, err := o.do(ctx, func(b rueidis.Builder) []rueidis.Completed {
-		return []rueidis.Completed{b.Exists().Key(o.leaseName(node)).Build()}
-	})
-	if err != nil {
-		return false, err
-	}
-	n, err := results[0].AsInt64()
-	return n == 1, o.failure(ctx, err)
+// Lives implements [store.Store].
+func (s *redisStore) Lives(ctx context.Context, node store.Node) (bool, error) {
+	n, err := s.connection.one(ctx, "EXISTS", s.leaseOf(node))
+	return n == int64(1), err
 }
 
-// Send implements store.Store.
-func (o *opened) Send(ctx context.Context, to store.Node, messages ...[]byte) error {
-	if len(messages) == 0 {
-		return nil
+// Send implements [store.Store].
+func (s *redisStore) Send(ctx context.Context, to store.Node, messages ...[]byte) error {
+	args := make([]string, 0, 3+len(messages))
+	args = append(args, s.inboxOf(to), milliseconds(messagesStay), strconv.Itoa(mostMessages))
+	for _, message := range messages {
+		args = append(args, string(message))
 	}
-	ctx, done := o.start(ctx)
-	defer done()
-	name := o.inboxName(to)
-	texts := make([]string, len(messages))
-	for i, message := range messages {
-		texts[i] = string(message)
-	}
-	_, err := o.do(ctx, func(b rueidis.Builder) []rueidis.Completed {
-		return []rueidis.Completed{
-			b.Rpush().Key(name).Element(texts...).Build(),
-			// Who receives takes all, and so removes the list. Else it goes.
-			b.Pexpire().Key(name).Milliseconds(messagesStay.Milliseconds()).Nx().Build(),
-			b.Publish().Channel(name).Message("1").Build(),
-		}
-	})
+	_, err := s.run(ctx, sendScript, []string{s.inboxOf(to)}, args...)
 	return err
 }
 
-// Receive implements store.Store.
-func (o *opened) Receive(ctx context.Context, node store.Node, wait time.Duration) ([][]byte, error) {
-	ctx, done := o.start(ctx)
-	defer done()
-	if wait <= 0 {
-		return o.take(ctx, node)
-	}
-	c := o.notices.join(o.inboxName(node))
-	defer o.notices.leave(c)
-	timer := time.NewTimer(wait)
-	defer timer.Stop()
-	for waited := false; ; {
-		_, version, changed := o.notices.look(c)
-		messages, err := o.take(ctx, node)
-		if err != nil || len(messages) > 0 || waited {
-			return messages, err
+// Receive implements [store.Store].
+func (s *redisStore) Receive(ctx context.Context, node store.Node, wait time.Duration) (messages [][]byte, err error) {
+	err = s.notices.wait(ctx, s.inboxOf(node), wait, func() (done bool, err error) {
+		reply, err := s.connection.one(ctx, "LPOP", s.inboxOf(node), strconv.Itoa(someMessages))
+		if err != nil || reply == nil {
+			return false, err
 		}
-		if _, now, _ := o.notices.look(c); now != version {
-			continue
+		all, err := texts(reply)
+		for _, text := range all {
+			messages = append(messages, []byte(text))
 		}
-		select {
-		case <-changed:
-		case <-timer.C:
-			waited = true
-		case <-ctx.Done():
-			return nil, o.failure(ctx, ctx.Err())
-		}
-	}
-}
-
-// take takes the messages that there are.
-func (o *opened) take(ctx context.Context, node store.Node) ([][]byte, error) {
-	results, err := o.do(ctx, func(b rueidis.Builder) []rueidis.Completed {
-		return []rueidis.Completed{b.Lpop().Key(o.inboxName(node)).Count(receiveBatch).Build()}
+		return true, err
 	})
-	if err != nil {
-		return nil, err
-	}
-	texts, err := results[0].AsStrSlice()
-	if rueidis.IsRedisNil(err) {
-		return nil, nil
-	}
-	messages := make([][]byte, len(texts))
-	for i, text := range texts {
-		messages[i] = []byte(text)
-	}
-	return messages, o.failure(ctx, err)
+	return messages, err
 }
 
 // Interface guards
-var _ store.Store = (*opened)(nil)
+var _ store.Store = (*redisStore)(nil)

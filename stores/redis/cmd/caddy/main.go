@@ -1,5 +1,5 @@
-// Command caddy is Caddy with its standard modules, the sse module and its Redis
-// store: the same binary that xcaddy builds, without xcaddy.
+// Command caddy is Caddy with its standard modules, the sse module and its store
+// in Redis.
 package main
 
 import (

@@ -1,4 +1,6 @@
-package redis
+// Package trial has tests of several real Caddys with a real Redis, while one of
+// them fails.
+package trial
 
 import (
 	"bytes"
@@ -28,7 +30,7 @@ var caddyBinary = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	path := filepath.Join(dir, "caddy")
-	built := exec.Command("go", "build", "-buildvcs=false", "-o", path, "./cmd/caddy")
+	built := exec.Command("go", "build", "-buildvcs=false", "-o", path, "../cmd/caddy")
 	built.Stdout, built.Stderr = os.Stderr, os.Stderr
 	return path, built.Run()
 })
