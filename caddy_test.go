@@ -749,7 +749,9 @@ func (up *testUpstream) accept(t testing.TB) *upstreamCall {
 // the same time, each test takes its own.
 func (up *testUpstream) acceptAt(t testing.TB, path string) *upstreamCall {
 	t.Helper()
-	path, _, _ = strings.Cut(path, "?")
+	if i := strings.IndexAny(path, "?#"); i >= 0 {
+		path = path[:i]
+	}
 	return acceptFrom(t, up.callsAt(path))
 }
 

@@ -120,9 +120,10 @@ var contractMetrics = map[string]struct {
 func TestTheMetricsAreThoseOfTheContract(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
+	name := uniqueName("all metrics")
 	c := startCaddy(t, `
 		sse 1h {
-			name "all metrics"
+			name "`+name+`"
 			prelude 1ms
 		}
 		reverse_proxy `+up.addr, withAdmin())
@@ -179,26 +180,27 @@ func TestTheMetricsAreThoseOfTheContract(t *testing.T) {
 		}
 	}
 	for key, want := range map[string]float64{
-		`caddy_sse_streams{name="all metrics",proto="HTTP/1.1"}`:                              0,
-		`caddy_sse_streams_opened_total{name="all metrics",proto="HTTP/1.1"}`:                 3,
-		`caddy_sse_streams_opened_total{name="all metrics",proto="HTTP/2.0"}`:                 1,
-		`caddy_sse_streams_opened_total{name="all metrics",proto="HTTP/3.0"}`:                 1,
-		`caddy_sse_streams_closed_total{name="all metrics",reason="upstream_closed"}`:         5,
-		`caddy_sse_streams_closed_total{name="all metrics",reason="client_closed"}`:           0,
-		`caddy_sse_streams_unprotected_total{cause="content_encoding",name="all metrics"}`:    1,
-		`caddy_sse_streams_unprotected_total{cause="not_an_event_stream",name="all metrics"}`: 1,
-		`caddy_sse_events_total{name="all metrics"}`:                                          3,
-		`caddy_sse_bytes_total{name="all metrics"}`:                                           3*9 + 4,
-		`caddy_sse_heartbeats_deferred_total{name="all metrics"}`:                             0,
-		`caddy_sse_stream_duration_seconds{name="all metrics"}_count`:                         5,
-		`caddy_sse_time_to_headers_seconds{name="all metrics"}_count`:                         5,
-		`caddy_sse_time_to_first_event_seconds{name="all metrics"}_count`:                     3,
+		`caddy_sse_streams{name="NAME",proto="HTTP/1.1"}`:                              0,
+		`caddy_sse_streams_opened_total{name="NAME",proto="HTTP/1.1"}`:                 3,
+		`caddy_sse_streams_opened_total{name="NAME",proto="HTTP/2.0"}`:                 1,
+		`caddy_sse_streams_opened_total{name="NAME",proto="HTTP/3.0"}`:                 1,
+		`caddy_sse_streams_closed_total{name="NAME",reason="upstream_closed"}`:         5,
+		`caddy_sse_streams_closed_total{name="NAME",reason="client_closed"}`:           0,
+		`caddy_sse_streams_unprotected_total{cause="content_encoding",name="NAME"}`:    1,
+		`caddy_sse_streams_unprotected_total{cause="not_an_event_stream",name="NAME"}`: 1,
+		`caddy_sse_events_total{name="NAME"}`:                                          3,
+		`caddy_sse_bytes_total{name="NAME"}`:                                           3*9 + 4,
+		`caddy_sse_heartbeats_deferred_total{name="NAME"}`:                             0,
+		`caddy_sse_stream_duration_seconds{name="NAME"}_count`:                         5,
+		`caddy_sse_time_to_headers_seconds{name="NAME"}_count`:                         5,
+		`caddy_sse_time_to_first_event_seconds{name="NAME"}_count`:                     3,
 	} {
+		key = strings.Replace(key, "NAME", name, 1)
 		if got, ok := s.values[key]; !ok || got != want {
 			t.Errorf("%s is %v (there: %v), want %v", key, got, ok, want)
 		}
 	}
-	if beats := s.sum("heartbeats_total", "all metrics"); beats < 3 || beats > 4 {
+	if beats := s.sum("heartbeats_total", name); beats < 3 || beats > 4 {
 		t.Errorf("%v heartbeats", beats)
 	}
 	buckets := s.families["caddy_sse_stream_duration_seconds"].Metric[0].Histogram.Bucket
