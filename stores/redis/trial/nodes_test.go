@@ -129,15 +129,14 @@ func (h *history) excuse(call *incarnation) (what string, at time.Time) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	// What has ended before must still be read.
-	ended = ended.Add(20 * time.Second)
+	// What has ended just before must still be read, or written.
 	for _, s := range h.redis {
-		if call.begun.Before(s.to) && ended.After(s.from) {
+		if call.begun.Before(s.to) && ended.Add(5*time.Second).After(s.from) {
 			return "redis", s.from
 		}
 	}
 	for _, s := range h.nodes[call.node] {
-		if call.begun.Before(s.to) && ended.After(s.from) {
+		if call.begun.Before(s.to) && ended.Add(2*time.Second).After(s.from) {
 			return s.what, s.from
 		}
 	}
