@@ -25,11 +25,11 @@ var caddyBinary = sync.OnceValues(func() (string, error) {
 	if path := os.Getenv("CADDY_SSE_CADDY"); path != "" {
 		return filepath.Abs(path)
 	}
-	dir, err := os.MkdirTemp("", "caddy-sse-redis")
-	if err != nil {
+	var err error
+	if buildDir, err = os.MkdirTemp("", "caddy-sse-redis"); err != nil {
 		return "", err
 	}
-	path := filepath.Join(dir, "caddy")
+	path := filepath.Join(buildDir, "caddy")
 	built := exec.Command("go", "build", "-buildvcs=false", "-o", path, "../cmd/caddy")
 	built.Stdout, built.Stderr = os.Stderr, os.Stderr
 	return path, built.Run()
@@ -37,13 +37,14 @@ var caddyBinary = sync.OnceValues(func() (string, error) {
 
 func TestMain(m *testing.M) {
 	status := m.Run()
-	if os.Getenv("CADDY_SSE_CADDY") == "" && builtCaddy != "" {
-		_ = os.RemoveAll(filepath.Dir(builtCaddy))
+	if buildDir != "" {
+		_ = os.RemoveAll(buildDir)
 	}
 	os.Exit(status)
 }
 
-var builtCaddy string
+// buildDir has the Caddy that was built here, if any was.
+var buildDir string
 
 // node is a Caddy of a test, a process of its own.
 type node struct {
@@ -92,9 +93,6 @@ func newNode(t testing.TB, name, upstream, redis, window, settings string) *node
 	binary, err := caddyBinary()
 	if err != nil {
 		t.Fatalf("no Caddy to test with: %v", err)
-	}
-	if os.Getenv("CADDY_SSE_CADDY") == "" {
-		builtCaddy = binary
 	}
 	if redis != "" {
 		settings = "store redis {\naddress " + redis + "\n}\n" + settings
@@ -224,13 +222,8 @@ func (n *node) metric(name string, texts ...string) (sum float64) {
 	return sum
 }
 
-// hop is a TCP hop with a delay, each way.
-type hop struct {
-	addr  string
-	delay time.Duration
-}
-
-func startHop(t testing.TB, target string, delay time.Duration) *hop {
+// startHop starts a TCP hop with a delay, each way.
+func startHop(t testing.TB, target string, delay time.Duration) (addr string) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -259,7 +252,7 @@ func startHop(t testing.TB, target string, delay time.Duration) *hop {
 			work.Go(func() { delayed(from, to, delay) })
 		}
 	})
-	return &hop{addr: l.Addr().String(), delay: delay}
+	return l.Addr().String()
 }
 
 // delayed passes on what comes, each piece when its time has come.

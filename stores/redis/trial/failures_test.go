@@ -226,7 +226,7 @@ func TestAServerThatIsSlowAddsNothingToWhatIsLive(t *testing.T) {
 	s := startServer(t)
 	slow := startHop(t, s.addr, 50*time.Millisecond)
 	up := newSource(t, 0, often)
-	a := startNode(t, "a", up.host(), slow.addr, "1m", "")
+	a := startNode(t, "a", up.host(), slow, "1m", "")
 	waitForIDs(t, a, host(a))
 	one := view(t, a, host(a), "")
 	for range 200 { // for 4 seconds

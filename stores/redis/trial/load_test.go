@@ -26,7 +26,7 @@ func TestWhatTheStoreCosts(t *testing.T) {
 		for _, c := range []struct{ what, redis, reader string }{
 			{"memory", "", ""},
 			{"redis", s.addr, ""},
-			{"redis, 50 ms away each way", slow.addr, ""},
+			{"redis, 50 ms away each way", slow, ""},
 			{"redis, the clients on another node", s.addr, s.addr},
 		} {
 			up := newSource(t, 0, func() time.Duration { return 100 * time.Millisecond })
