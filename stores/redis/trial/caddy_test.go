@@ -111,6 +111,7 @@ func newNode(t testing.TB, name, upstream, redis, window, settings string) *node
 	}
 }
 http://localhost:%[3]s, http://127.0.0.1:%[3]s, http://nodes.test:%[3]s {
+	bind 127.0.0.1
 	sse {
 		heartbeat off
 		drain off

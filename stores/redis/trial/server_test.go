@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -55,16 +56,26 @@ func newServer(t testing.TB, args ...string) *server {
 	return s
 }
 
-// freeAddress is one at which nothing listens.
+// freeAddress is one at which nothing listens, and that no connection gets by
+// itself: most systems take ports from 32768 on for these.
 func freeAddress(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range 100 {
+		addr := fmt.Sprintf("127.0.0.1:%d", 10_000+rand.IntN(22_000))
+		if _, taken := addresses.LoadOrStore(addr, true); taken {
+			continue
+		}
+		if l, err := net.Listen("tcp", addr); err == nil {
+			l.Close()
+			return addr
+		}
 	}
-	defer l.Close()
-	return l.Addr().String()
+	t.Fatal("no port is free")
+	return ""
 }
+
+// addresses are those that a test has.
+var addresses sync.Map
 
 func (s *server) start() {
 	s.t.Helper()
