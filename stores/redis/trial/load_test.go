@@ -30,10 +30,10 @@ func TestWhatTheStoreCosts(t *testing.T) {
 			{"redis, the clients on another node", s.addr, s.addr},
 		} {
 			up := newSource(t, 0, func() time.Duration { return 100 * time.Millisecond })
-			a := startNode(t, "a", up.host(), c.redis, "1m", "total 1GiB")
+			a := startNode(t, "a", up.host(), c.redis, "1m", "history 256KiB 1GiB")
 			var b *node
 			if c.reader != "" {
-				b = startNode(t, "b", up.host(), c.reader, "1m", "total 1GiB")
+				b = startNode(t, "b", up.host(), c.reader, "1m", "history 256KiB 1GiB")
 				waitForIDs(t, b, site)
 			}
 			if c.redis != "" {
