@@ -34,6 +34,7 @@ type keptRun struct {
 	stay    time.Duration // how long the run goes on without a client
 	told    bool          // a client has been sent an id
 	passing bool          // nothing is kept any more
+	cut     bool          // so it has ended, as its client was away
 
 	// Of clients of other nodes.
 	distant  map[string]*runReader // by what those call them
@@ -259,6 +260,7 @@ func (r *run) unkeep() bool {
 		r.kept.passing = true
 		r.feed.journal.Pass()
 	}
+	r.kept.cut = !attached
 	r.mu.Unlock()
 	if attached {
 		r.forget()

@@ -258,7 +258,7 @@ func (m *mirror) take() (w store.Write, ok bool) {
 		size += len(m.waiting[m.taken].Data)
 	}
 	w.Begin, w.Events = m.begin, m.waiting[:m.taken:m.taken]
-	if m.taken > 0 {
+	if m.taken > 0 && m.stage < mirrorLeft { // of a run that is left, the journal has nothing more
 		w.Oldest = min(gone+1, w.Events[m.taken-1].Number+1)
 	}
 	if m.taken == len(m.waiting) {

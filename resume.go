@@ -112,9 +112,12 @@ func (x *exchange) comeBack() (out outcome, done bool) {
 		return outcome{left: true, err: x.stopKept(r, n)}, true
 	}
 	if r != nil && x.kind.eventSource && r.hasNothingAfter(n) {
-		// It has all of it, and comes back for what is next. What is kept stays: its
-		// connection may break once more before it has another id.
-		return outcome{}, false
+		if !r.isCut() {
+			// It has all of it, and comes back for what is next. What is kept stays: its
+			// connection may break once more before it has another id.
+			return outcome{}, false
+		}
+		r = nil // it has all that was kept, and is told that there was more
 	}
 	if r != nil {
 		if reader := (&runReader{run: r}); r.enterAt(n, reader) {
@@ -137,6 +140,14 @@ func (r *run) hasNothingAfter(n uint64) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.stage >= runEnded && r.feed.journal.Figures().Events == n
+}
+
+// isCut reports whether the run ended because nothing more could be kept for its
+// client, which was away.
+func (r *run) isCut() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.kept.cut
 }
 
 // stopKept ends a run because its client says so.

@@ -186,6 +186,37 @@ func TestAnEventAboveTheHistoryEndsTheKeeping(t *testing.T) {
 	call.expectGone()
 }
 
+func TestAClientThatWasAwayIsToldOfWhatCouldNotBeKept(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, resumeSite(up, "1m", "history 16KiB"), withAdmin())
+	cl := c.client("h1")
+	res, one, call, token := beginKept(t, cl, up, "/")
+	call.send(plainEvent(1))
+	one.expect(t, eventOf(token, 1))
+	res.leave()
+	c.waitForRun("open", 0)
+	call.send(plainEvent(2) + "data: " + strings.Repeat("x", 1<<20) + "\n\n")
+	call.expectGone()
+	two := cl.get(t, "/", comingBack(asEventSource, token+".1")...).follow()
+	if got, err := two.rest(); err == nil || err == io.EOF || !strings.HasPrefix(got, eventOf(token, 2)) {
+		t.Errorf("got %.100q, %v", got, err)
+	}
+	e, next := open(t, cl, up, "/", comingBack(asEventSource, token+".2")...)
+	next.start("text/event-stream")
+	f := e.headers(t).follow()
+	next.send(plainEvent(1))
+	if got, err := f.wait(func(unread string) bool {
+		return strings.HasSuffix(unread, plainEvent(1)) || strings.Count(unread, "\n\n") > 1
+	}); err != nil || !strings.HasPrefix(got, "event: lost\ndata: {\"reason\":\"unknown\"}\n") {
+		t.Errorf("got %q, %v", got, err)
+	}
+	next.end()
+	if _, err := f.rest(); err != io.EOF {
+		t.Error(err)
+	}
+}
+
 func TestWhereAllJournalsAreFullAStreamIsAsWithoutResume(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)

@@ -283,6 +283,33 @@ func TestAnExitLeavesWhatItHasToTheOtherNodes(t *testing.T) {
 	n.waitForRuns(t, 0) // when their windows are over
 }
 
+func TestAnExitLeavesWhatItIsAboutToWriteToTheOtherNodes(t *testing.T) {
+	checkLeaks(t)
+	t.Cleanup(func() { caddysse.SeemToExit(false) })
+	n := startNodes(t, "5s", "")
+	res, one, call, token := n.begin(t, "a", "/")
+	call.send(plainEvent(1))
+	one.expect(t, eventOf(token, 1))
+	n.waitForEvents(t, 1)
+	n.SetDelay(300 * time.Millisecond)
+	call.send(plainEvent(2))
+	one.expect(t, eventOf(token, 2))
+	time.Sleep(50 * time.Millisecond) // while it is being written, the others wait
+	call.send(plainEvents(3, 4))
+	one.expect(t, events(token, 3, 4))
+	time.Sleep(50 * time.Millisecond) // the client may have them a moment before the writer
+	caddysse.SeemToExit(true)
+	res.leave()
+	call.expectGone()
+	n.waitForNoEventLost(t) // its journal has nothing more
+	n.SetDelay(0)
+	caddysse.SeemToExit(false)
+	n.waitForEvents(t, 4)
+	two := n.back(t, "b", "/", token+".1", "Accept: text/event-stream", notEventSource).follow()
+	two.expect(t, events(token, 2, 4))
+	two.expectAbort(t)
+}
+
 // waitForNoEventLost waits until the nodes have no run that has not ended.
 func (n *cluster) waitForNoEventLost(t testing.TB) {
 	t.Helper()

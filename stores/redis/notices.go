@@ -196,9 +196,12 @@ func (n *notices) difference() (wanted, unwanted []string) {
 
 // wait calls look again and again until it is done, fails, or the time is over.
 func (n *notices) wait(ctx context.Context, name string, wait time.Duration, look func() (done bool, err error)) error {
-	if done, err := look(); done || err != nil || wait <= 0 {
+	if wait <= 0 {
+		_, err := look()
 		return err
 	}
+	// Who has just read and comes again is on the channel still, and so looks but
+	// once before the next notice.
 	leave := n.enter(name)
 	defer leave()
 	over := time.NewTimer(wait)

@@ -40,6 +40,9 @@ func startServer(t testing.TB, options ...string) *server {
 		program = "redis-server"
 	}
 	if _, err := exec.LookPath(program); err != nil {
+		if os.Getenv("CADDY_SSE_REQUIRE_REDIS") != "" {
+			t.Fatalf("there is no %s, and CADDY_SSE_REQUIRE_REDIS says that there must be one", program)
+		}
 		t.Skipf("there is no %s", program)
 	}
 	s := &server{t: t, dir: t.TempDir(), address: freeAddress(t), options: append([]string{program}, options...)}
