@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -99,14 +100,29 @@ func startCaddyProcess(t testing.TB, site, global string) *caddyProcess {
 	})
 	eventually(t, "Caddy answers", func() bool {
 		res, err := http.Get(c.url + "/up")
+		if err != nil {
+			return false
+		}
+		res.Body.Close()
+		http.DefaultClient.CloseIdleConnections()
+		if site == "" {
+			return true
+		}
+		conn, err := net.Dial("tcp", c.tlsAddr) // which may come a little later
 		if err == nil {
-			res.Body.Close()
-			http.DefaultClient.CloseIdleConnections()
+			conn.Close()
 		}
 		return err == nil
 	})
 	return c
 }
+
+// Which ports freeAddress tries: none twice, as two Caddys can share one without
+// noticing (SO_REUSEPORT).
+var (
+	firstPort = rand.IntN(22_000)
+	ports     atomic.Int64
+)
 
 // freeAddress is an address that nobody listens on, for TCP and UDP. Its port is
 // below those that systems give to connections, one of which could take it before
@@ -114,7 +130,7 @@ func startCaddyProcess(t testing.TB, site, global string) *caddyProcess {
 func freeAddress(t testing.TB) string {
 	t.Helper()
 	for range 100 {
-		addr := fmt.Sprint("127.0.0.1:", 10_000+rand.IntN(22_000))
+		addr := fmt.Sprint("127.0.0.1:", 10_000+(firstPort+int(ports.Add(1)))%22_000)
 		tcp, err := net.Listen("tcp", addr)
 		if err != nil {
 			continue

@@ -19,7 +19,11 @@ import (
 func TestAnUpstreamMayBeginWithMoreThanAJournalHolds(t *testing.T) {
 	checkLeaks(t)
 	const events = 3000
+	ready := make(chan struct{}) // whoever comes after the dump gets nothing of it
+	begin := sync.OnceFunc(func() { close(ready) })
+	defer begin()
 	dump := func(w http.ResponseWriter, r *http.Request) {
+		<-ready
 		w.Header().Set("Content-Type", "text/event-stream")
 		for n := 1; n <= events; n++ {
 			if _, err := fmt.Fprintf(w, "data: %d %s\n\n", n, strings.Repeat("x", 1000)); err != nil {
@@ -30,7 +34,7 @@ func TestAnUpstreamMayBeginWithMoreThanAJournalHolds(t *testing.T) {
 		<-r.Context().Done()
 	}
 	up := newUpstreamFunc(t, dump)
-	c := startCaddy(t, sharedSite(up, ""))
+	c := startCaddy(t, sharedSite(up, ""), withAdmin())
 	cl := c.client("h1")
 	const clients = 20
 	whole, lagged := 0, 0
@@ -61,6 +65,11 @@ func TestAnUpstreamMayBeginWithMoreThanAJournalHolds(t *testing.T) {
 			results <- err
 		}()
 	}
+	eventually(t, "all clients wait", func() bool {
+		runs := c.runs("").Runs
+		return len(runs) == 1 && runs[0].Clients == clients
+	})
+	begin()
 	for range clients {
 		switch err := <-results; err {
 		case nil:
