@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -136,7 +138,7 @@ func TestWhoRestsGetsAllFromOthersInOrderAndOnce(t *testing.T) {
 					others.Add(int64(r.reads))
 					switch {
 					case errors.Is(err, io.EOF):
-						wantRun(t, got, begin+1, total)
+						wantRun(t, got, begin+1, total+1)
 						return
 					case err != nil:
 						t.Error(err)
@@ -153,6 +155,10 @@ func TestWhoRestsGetsAllFromOthersInOrderAndOnce(t *testing.T) {
 		}
 		feed(t, j, rng, total, nil)
 		j.Publish()
+		for !someoneRests(j) {
+			runtime.Gosched()
+		}
+		add(t, j, event(total+1, 20)) // which others read for it
 		j.Close(nil)
 		readers.Wait()
 		server.group.Wait()
@@ -160,6 +166,13 @@ func TestWhoRestsGetsAllFromOthersInOrderAndOnce(t *testing.T) {
 			t.Error("nobody has read for anybody else")
 		}
 	}
+}
+
+// someoneRests reports whether a reader has all that there is, and rests.
+func someoneRests(j *Journal) bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return slices.ContainsFunc(j.readers, func(c *Cursor) bool { return c.state.Load() == resting })
 }
 
 func TestWhoRestsIsToldOfTheEnd(t *testing.T) {
