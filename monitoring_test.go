@@ -175,7 +175,7 @@ func TestEveryQueryOfTheMonitoringExampleNamesWhatExists(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, label := range shownLabel.FindAllStringSubmatch(string(text), -1) {
-		if !slices.Contains([]string{"name", "cause", "limit", "status"}, label[1]) {
+		if !slices.Contains([]string{"name", "cause", "limit", "op", "status"}, label[1]) {
 			t.Errorf("an alert shows the label %s", label[1])
 		}
 	}

@@ -224,6 +224,13 @@ func TestEveryAlertFiresForItsCause(t *testing.T) {
 		{"journals have been full for a moment", "", series{
 			`journal_bytes{name="chat"}`: "1000000+0x36 260000000+0x30",
 		}},
+
+		{"the store is away", `SSEStoreFails op="write"`, series{
+			`store_errors_total{name="chat",op="write"}`: "0+1x60",
+		}},
+		{"the store has failed once, an hour ago", "", series{
+			`store_errors_total{name="chat",op="write"}`: "0 1+0x60",
+		}},
 	}
 
 	// promtool compares annotations too, unless it is asked for the series that
