@@ -288,12 +288,17 @@ func everyClientHasEveryEvent(t *testing.T, ids bool, rng *rand.Rand) {
 		returned += client.returned
 	}
 	t.Logf("%d events, %d calls of the upstream, %d returns, %d went on where they were", src.n, src.calls.Load(), returned, resumed)
-	goOnUndisturbed(t, src, all)
+	goOnUndisturbed(t, c, src, all)
 }
 
 // goOnUndisturbed has each client leave and come back while another one of its
 // protocol stays, so that the run stays: nothing may be missing, told or not.
-func goOnUndisturbed(t *testing.T, src *source, all []*counting) {
+func goOnUndisturbed(t *testing.T, c *testCaddy, src *source, all []*counting) {
+	for _, client := range all {
+		// A connection from before a reload may still lead to a server that was
+		// replaced, whose runs are others.
+		client.cl = c.client(client.cl.proto)
+	}
 	ctx, leave := context.WithTimeout(t.Context(), patience)
 	defer leave()
 	var staying sync.WaitGroup
