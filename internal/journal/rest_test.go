@@ -89,13 +89,6 @@ func (r *sleeper) follow(stop <-chan struct{}) error {
 	}
 }
 
-// someRest reports whether somebody reads for a reader when there is more.
-func someRest(j *Journal) bool {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return slices.ContainsFunc(j.readers, func(c *Cursor) bool { return c.state.Load() == resting })
-}
-
 func TestWhoRestsGetsAllFromOthersInOrderAndOnce(t *testing.T) {
 	const total = 1500
 	for seed := range uint64(4) {
