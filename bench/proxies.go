@@ -184,7 +184,7 @@ func caddyWith(directive string) func(*proxy, bool) ([]string, error) {
 			change = "header X-Loaded again"
 		}
 		directive := directive
-		if p.shared && directive != "" {
+		if p.shared && p.name == "sse" {
 			directive += " {\n\t\tshare\n\t}"
 		}
 		scheme, certificate := "http", ""
