@@ -26,7 +26,9 @@ const (
 	onItsWay = 16 << 10 // bytes that the client has not acknowledged
 )
 
-// followInTurns is stream.follow for the client of a run of its own.
+// followInTurns passes on what the client of a run of its own gets, until the
+// stream or the journal ends. The error is the journal's, io.EOF for a clean end
+// of the upstream; nil where the stream is over.
 func (reader *runReader) followInTurns(ctx context.Context, s *stream) error {
 	b, c := &reader.baton, reader.cursor
 	b.mu.Lock()

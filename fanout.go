@@ -46,7 +46,7 @@ func (r *round) work() {
 	f := framings.Get().(*framing)
 	for deliver := r.due.Next(); deliver != nil; deliver = r.due.Next() {
 		if busy := r.busy.Add(1); busy >= r.workers.Load() {
-			// All are with a client now, who may hold them up.
+			// All are with a client now, which may hold them up.
 			r.workers.Add(1)
 			go r.work()
 		}
@@ -62,8 +62,8 @@ func (r *round) work() {
 	}
 }
 
-// mostAtATime is how much a worker writes to one client. Who wants more is
-// behind, and its own goroutine goes on with that.
+// mostAtATime is how much a worker writes to one client. One that wants
+// more has fallen behind, and its own goroutine goes on with that.
 const mostAtATime = 64 << 10
 
 // deliver writes what has come to the reader's client, on a worker that has a
@@ -96,7 +96,7 @@ func (reader *runReader) deliver(worker any) {
 	}
 }
 
-// followShared is stream.follow for the reader of a shared run.
+// followShared is followInTurns for the reader of a shared run.
 func (reader *runReader) followShared(ctx context.Context) error {
 	for c := reader.cursor; ; {
 		p, err := c.Next()

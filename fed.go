@@ -88,31 +88,6 @@ func (s *stream) greet(text []byte) error {
 	return s.sendLocked(s.age(), s.splicer.Block(&s.frames.Frames, nil, text), nil)
 }
 
-// follow passes on what the reader of a journal gets, until the stream or the
-// journal ends. The error is the journal's, io.EOF for a clean end of the
-// upstream; nil where the stream is over.
-func (s *stream) follow(ctx context.Context, c *journal.Cursor) error {
-	for {
-		p, err := c.Next()
-		switch {
-		case err != nil:
-			return err
-		case p == nil:
-			select {
-			case <-c.Wait():
-			case <-ctx.Done():
-				return nil
-			}
-		default:
-			n, err := s.pass(p)
-			c.Advance(n)
-			if err != nil || n < len(p) {
-				return nil
-			}
-		}
-	}
-}
-
 // lastID is the id of the last event that the client of a shared run has been
 // sent; ok is false where it has been sent none. It wants the stream's facts to be
 // locked.
@@ -137,15 +112,14 @@ func (s *stream) goesOnIn(f *feed) {
 	s.fed.feed, s.fed.at = f, journal.Spot{}
 }
 
-// followRun is follow for the reader of a run, and tells how the run ended.
+// followRun passes on what the reader of a run gets, until the stream or the run
+// ends, and tells how the run ended.
 func (reader *runReader) followRun(ctx context.Context, s *stream) runEnd {
 	var err error
 	if reader.run.use == sharedRun {
 		err = reader.followShared(ctx)
-	} else if reader.run.kept != nil {
-		err = reader.followInTurns(ctx, s)
 	} else {
-		err = s.follow(ctx, reader.cursor)
+		err = reader.followInTurns(ctx, s)
 	}
 	switch {
 	case err == nil:
