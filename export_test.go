@@ -108,6 +108,21 @@ func init() {
 	}
 }
 
+// WaitingForStores is how many events have not been written to a store yet, and how
+// many of them are being written.
+func WaitingForStores() (waiting, written int) {
+	depots.Range(func(_, value any) bool {
+		for _, m := range value.(*depot).allMirrors() {
+			m.mu.Lock()
+			waiting += len(m.waiting)
+			written += m.taken
+			m.mu.Unlock()
+		}
+		return true
+	})
+	return waiting, written
+}
+
 // SetStoreLease lets nodes be dead sooner, until undo is called.
 func SetStoreLease(lease time.Duration) (undo func()) {
 	before := storeLease

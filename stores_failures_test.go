@@ -67,7 +67,7 @@ func TestAStoreThatIsAwayHarmsNoStream(t *testing.T) {
 		}
 	}
 
-	// Who comes back while the store is away. The upstream is not called but by GET.
+	// Clients that come back while the store is away. Only a GET calls the upstream.
 	e, other := open(t, n.cl, n.up, "/", append(comingBack(asEventSource, token+".1"), "X-Node: b")...)
 	other.start("text/event-stream")
 	f := e.headers(t).follow()
@@ -291,13 +291,19 @@ func TestAnExitLeavesWhatItIsAboutToWriteToTheOtherNodes(t *testing.T) {
 	call.send(plainEvent(1))
 	one.expect(t, eventOf(token, 1))
 	n.waitForEvents(t, 1)
-	n.SetDelay(300 * time.Millisecond)
+	n.SetDelay(time.Second)
 	call.send(plainEvent(2))
 	one.expect(t, eventOf(token, 2))
-	time.Sleep(50 * time.Millisecond) // while it is being written, the others wait
+	eventually(t, "the event is being written", func() bool {
+		waiting, written := caddysse.WaitingForStores()
+		return waiting == 1 && written == 1
+	})
 	call.send(plainEvents(3, 4))
 	one.expect(t, events(token, 3, 4))
-	time.Sleep(50 * time.Millisecond) // the client may have them a moment before the writer
+	eventually(t, "the others wait meanwhile", func() bool { // the client may have them a moment before
+		waiting, written := caddysse.WaitingForStores()
+		return waiting == 3 && written == 1
+	})
 	caddysse.SeemToExit(true)
 	res.leave()
 	call.expectGone()
