@@ -131,7 +131,7 @@ func (up *catchUp) serve(ctx context.Context) {
 		up.feed.journal.Discard()
 		return
 	}
-	// Who still reads it holds what is there.
+	// Clients that still read it hold what is there.
 	context.AfterFunc(ctx, up.feed.journal.Discard)
 }
 

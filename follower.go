@@ -32,8 +32,8 @@ type storedEnd struct {
 	Soft   bool   `json:"soft,omitempty"`
 	Told   bool   `json:"told,omitempty"`
 
-	// Lost: there was more than the store has. Who has all of it finds nothing to
-	// come back to.
+	// Lost: there was more than the store has. A client that has all of it finds
+	// nothing to come back to.
 	Lost bool `json:"lost,omitempty"`
 }
 

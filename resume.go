@@ -208,7 +208,7 @@ func (x *exchange) answerLost() {
 		header["Content-Type"] = []string{"application/json"}
 		header["Cache-Control"] = []string{"no-store"}
 		x.w.WriteHeader(http.StatusGone)
-		// Who has left needs no answer.
+		// A client that has left needs no answer.
 		_, _ = fmt.Fprintf(x.w, "%s\n", errorData(http.StatusGone, streamLost, streamLostMessage))
 		return
 	}

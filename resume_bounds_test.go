@@ -57,7 +57,7 @@ func TestRunsWithoutAClientGiveTheirPlacesToNewStreams(t *testing.T) {
 			first.leave()
 			c.waitForLog("stream closed", 0)
 			_, two, second, other := beginKept(t, cl, up, "/2")
-			// Who comes back is never refused.
+			// A client that comes back is never refused.
 			back := cl.get(t, "/1", comingBack(asEventSource, token+".0")...)
 			one := back.follow()
 			call.send(plainEvent(1))

@@ -30,7 +30,7 @@ func (r *run) enter() *runReader {
 	}
 	reader := &runReader{run: r}
 	if r.answer.kind == answerPending {
-		// Who waits for the answer gets all that follows it.
+		// A client that waits for the answer gets all that follows it.
 		reader.join(journal.Live())
 	}
 	r.addReaderLocked(reader)

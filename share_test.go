@@ -630,7 +630,7 @@ func TestALingeringRunGivesItsPlaceToANewStream(t *testing.T) {
 	res.leave()
 	c.waitForLog("stream closed", 0)
 
-	// Who comes back to it does not push it out.
+	// A client that comes back to it does not push it out.
 	back := cl.get(t, "/a", append(asEventSource, "Last-Event-ID: "+token+".0")...)
 	follower := back.follow()
 	call.send(plainEvent(1))

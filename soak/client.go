@@ -22,7 +22,7 @@ import (
 	"github.com/quic-go/quic-go/http3"
 )
 
-// crowd are the clients. Each has one stream at a time, and another one behind
+// crowd are the clients. Each has one stream at a time, and another one after
 // it, until it is told to stop.
 type crowd struct {
 	proxy *proxy

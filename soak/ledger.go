@@ -229,7 +229,7 @@ func (l *ledger) settle() (atLeast, atMost int) {
 			atLeast++
 			atMost++
 		case s.ending != refused:
-			l.problemLocked("%s %s over %s, %s behind %d bytes, was never closed", s.method, path, s.proto, s.ending, len(s.body))
+			l.problemLocked("%s %s over %s, %s after %d bytes, was never closed", s.method, path, s.proto, s.ending, len(s.body))
 		}
 	}
 	clear(l.open)
@@ -335,7 +335,7 @@ func (line *closedLine) explains(s *sighting, script script) error {
 
 // parse returns what a client makes of the body, less what the configuration
 // asks for: the configured reconnection time, heartbeats that are events, and
-// the news that the upstream failed behind an early start.
+// the news that the upstream failed after an early start.
 func (s *sighting) parse() (eventstreamtest.Result, error) {
 	got := eventstreamtest.Parse(s.body)
 	got.Events = s.withoutHeartbeats(got.Events)

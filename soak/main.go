@@ -202,7 +202,7 @@ func (s *soak) compare(before, after sample) error {
 	return errors.Join(errs...)
 }
 
-// phase is a time of trouble and the calm behind it, in which it measures.
+// phase is a time of trouble and the calm after it, in which it measures.
 func (s *soak) phase(ctx context.Context, name string, length time.Duration) (sample, error) {
 	trouble, end := context.WithTimeout(ctx, length)
 	defer end()

@@ -16,14 +16,14 @@ import (
 // make the same one of its seed, so nothing has to be told between them.
 type script struct {
 	pieces []piece
-	// broken: the upstream breaks off behind the last piece.
+	// broken: the upstream breaks off after the last piece.
 	broken bool
 	// lingers: the upstream makes a pause of more than a second inside an event,
 	// which the module does not wait for when it ends a stream.
 	lingers bool
 }
 
-// piece is written at once, behind a pause.
+// piece is written at once, after a pause.
 type piece struct {
 	pause time.Duration
 	text  string

@@ -110,7 +110,8 @@ func (n *notices) listen() {
 	}
 }
 
-// deaf says that no channel is subscribed to any more. Who waits looks by itself.
+// deaf says that no channel is subscribed to any more. A reader that waits
+// looks by itself.
 func (n *notices) deaf() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -200,7 +201,7 @@ func (n *notices) wait(ctx context.Context, name string, wait time.Duration, loo
 		_, err := look()
 		return err
 	}
-	// Who has just read and comes again is on the channel still, and so looks but
+	// A reader that comes again soon is still on the channel, and so looks only
 	// once before the next notice.
 	leave := n.enter(name)
 	defer leave()

@@ -37,7 +37,7 @@ type Redis struct {
 	// stands in for it, not those of a cluster. Default: `localhost:6379`.
 	Address []string `json:"address,omitempty"`
 
-	// Who logs in, and with what. Default: nobody does.
+	// The user and the password to log in with. Default: no login.
 	Username string `json:"username,omitempty"`
 	Password string `json:"password,omitempty"`
 
