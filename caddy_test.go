@@ -362,26 +362,47 @@ func (c *testCaddy) adminSocket() string {
 // admin calls the admin API and returns the answer with its body.
 func (c *testCaddy) admin(method, path string) (*http.Response, string) {
 	c.t.Helper()
-	transport := &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", c.adminSocket())
-		},
-	}
-	req, err := http.NewRequestWithContext(c.t.Context(), method, "http://127.0.0.1"+path, nil)
-	if err != nil {
-		c.t.Fatal(err)
-	}
-	res, err := transport.RoundTrip(req)
-	if err != nil {
-		c.t.Fatal(err)
-	}
+	res := askAdmin(c.t, c.adminSocket(), method, path, "")
 	defer res.Body.Close()
 	body, err := io.ReadAll(res.Body)
 	if err != nil {
 		c.t.Fatal(err)
 	}
 	return res, string(body)
+}
+
+// askAdmin makes a request to the admin API at a Unix socket. The body, if there
+// is one, is a Caddyfile.
+//
+// It asks again after an EOF. Caddy stops the admin server of a replaced
+// configuration after it has loaded the new one, and a net/http server that is
+// told to stop closes connections that it has just accepted, without a look at
+// their requests. So such a request has not been handled.
+func askAdmin(t testing.TB, socket, method, path, body string) *http.Response {
+	t.Helper()
+	transport := &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", socket)
+		},
+	}
+	for again := true; ; again = false {
+		req, err := http.NewRequestWithContext(t.Context(), method, "http://127.0.0.1"+path, strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if body != "" {
+			req.Header.Set("Content-Type", "text/caddyfile")
+		}
+		res, err := transport.RoundTrip(req)
+		if again && errors.Is(err, io.EOF) {
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return res
+	}
 }
 
 // Clients

@@ -227,6 +227,10 @@ func (c closing) Close() error {
 // elsewhere is what helps when it is not the admin API that was asked.
 const elsewhere = "; --address, --config and the environment variable CADDY_ADMIN say where the admin API is"
 
+// send asks again after an EOF. Caddy stops the admin server of a replaced
+// configuration after it has loaded the new one, and a net/http server that is
+// told to stop closes connections that it has just accepted, without a look at
+// their requests. So such a request has not been handled.
 func (c adminClient) send(ctx context.Context, host, method, uri string) (*http.Response, error) {
 	// The name of the host is not where the connection goes.
 	request, err := http.NewRequestWithContext(ctx, method, "http://127.0.0.1"+uri, nil)
@@ -244,6 +248,9 @@ func (c adminClient) send(ctx context.Context, host, method, uri string) (*http.
 		},
 	}
 	response, err := transport.RoundTrip(request)
+	if errors.Is(err, io.EOF) {
+		response, err = transport.RoundTrip(request)
+	}
 	_, unreachable := errors.AsType[*net.OpError](err)
 	switch {
 	case err == nil:

@@ -189,6 +189,25 @@ func TestAFailedCallOfTheAdminAPIIsExplainedTruly(t *testing.T) {
 	}
 }
 
+// A Caddy that has just reloaded closes some calls without a look at them.
+func TestACallThatAReplacedAdminServerClosedIsMadeAgain(t *testing.T) {
+	for closed, want := range map[int]string{1: "<nil>", 2: "is no admin API of Caddy: EOF"} {
+		calls := 0
+		client := adminServer(t, func(w http.ResponseWriter, _ *http.Request) {
+			if calls++; calls <= closed {
+				panic(http.ErrAbortHandler)
+			}
+			io.WriteString(w, `{"ending":1}`)
+		})
+		if answer, err := client.call(http.MethodDelete, streamsPath+"?all=true"); !strings.Contains(fmt.Sprint(err), want) {
+			t.Errorf("%d calls closed: got %s, %v, want %s", closed, answer, err, want)
+		}
+		if calls != 2 {
+			t.Errorf("%d calls closed: %d calls in all, want 2", closed, calls)
+		}
+	}
+}
+
 func TestAnAdminAPIThatNeverEndsIsGivenUp(t *testing.T) {
 	silent := adminServer(t, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
 	endless := adminServer(t, func(w http.ResponseWriter, r *http.Request) {

@@ -2,7 +2,6 @@ package caddysse_test
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -198,13 +197,7 @@ func (c *caddyProcess) config(site, global string) string {
 // reload replaces the configuration by the admin API.
 func (c *caddyProcess) reload(site, global string) {
 	c.t.Helper()
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", c.adminSocket())
-	}}}
-	res, err := client.Post("http://127.0.0.1/load", "text/caddyfile", strings.NewReader(c.config(site, global)))
-	if err != nil {
-		c.t.Fatal(err)
-	}
+	res := askAdmin(c.t, c.adminSocket(), "POST", "/load", c.config(site, global))
 	defer res.Body.Close()
 	if body, _ := io.ReadAll(res.Body); res.StatusCode != 200 {
 		c.t.Fatalf("reloading: %s %s", res.Status, body)

@@ -27,20 +27,7 @@ type watching struct {
 // watch begins to watch by the admin API.
 func (c *testCaddy) watch(t testing.TB, query string) *watching {
 	t.Helper()
-	transport := &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", c.adminSocket())
-		},
-	}
-	req, err := http.NewRequestWithContext(t.Context(), "GET", "http://127.0.0.1/sse/watch"+query, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	res, err := transport.RoundTrip(req)
-	if err != nil {
-		t.Fatal(err)
-	}
+	res := askAdmin(t, c.adminSocket(), "GET", "/sse/watch"+query, "")
 	t.Cleanup(func() { res.Body.Close() })
 	if res.StatusCode != 200 {
 		body, _ := io.ReadAll(res.Body)
