@@ -4,6 +4,7 @@ import (
 	"context"
 	"sync"
 
+	"github.com/caddy-sse/caddy-sse/internal/journal"
 	"github.com/caddy-sse/caddy-sse/internal/peer"
 )
 
@@ -37,8 +38,9 @@ func (reader *runReader) followInTurns(ctx context.Context, s *stream) error {
 		// Over HTTP/2 and HTTP/3 a client has a window of its own.
 		b.backlog = peer.NewBacklog(peer.Accepted(s.ctx))
 	}
-	reader.run.kept.attached.Store(reader)
-	defer reader.run.kept.attached.CompareAndSwap(reader, nil)
+	attached := &reader.run.feed.attached
+	attached.Store(reader)
+	defer attached.CompareAndSwap(reader, nil)
 	for {
 		p, err := c.Next()
 		switch {
@@ -73,55 +75,62 @@ func (b *baton) rest(ctx context.Context, s *stream, more <-chan struct{}) (goes
 	return goesOn
 }
 
-// publish lets the client of a run have what its feed has been given.
-func (r *run) publish() {
-	j, reader := r.feed.journal, r.kept.attached.Load()
-	if reader == nil || !reader.baton.mu.TryLock() {
-		j.Publish()
-		return
+// publishHere lets the client have what its journal has been given, and writes it
+// from here where the client has all that came before and takes some more at once.
+// It returns false where it has done nothing.
+func (reader *runReader) publishHere(j *journal.Journal) bool {
+	b, c := &reader.baton, reader.cursor
+	if !b.mu.TryLock() {
+		return false
 	}
-	b := &reader.baton
 	defer b.mu.Unlock()
-	if b.stream == nil || !b.takesAtOnce() || !reader.cursor.Take() {
-		j.Publish()
-		return
+	s := b.stream
+	if s == nil || !s.mu.TryLock() {
+		return false
 	}
-	j.Publish()
-	reader.deliverHere(b.stream)
-}
-
-// takesAtOnce reports whether the client takes some more without making anybody
-// wait.
-func (b *baton) takesAtOnce() bool {
-	size, ok := b.backlog.Size()
-	return ok && size <= onItsWay
-}
-
-// deliverHere writes what there is. What it can't do is left to the client's own
-// goroutine.
-func (reader *runReader) deliverHere(s *stream) {
-	c, rests := reader.cursor, false
+	if !b.takesAtOnceLocked() || !c.Take() {
+		s.unlock()
+		return false
+	}
+	rests := false
 	defer func() {
 		if !rests {
 			c.Wake()
 		}
 	}()
 	defer s.survive()
+	defer s.unlock()
+	j.Publish()
+	rests = b.deliverLocked(c)
+	return true
+}
+
+// takesAtOnceLocked reports whether the client takes some more without making
+// anybody wait. It wants the stream to be locked.
+func (b *baton) takesAtOnceLocked() bool {
+	size, ok := b.backlog.Size()
+	return ok && size <= onItsWay
+}
+
+// deliverLocked writes what there is, and reports whether that was all. The rest is
+// left to the client's own goroutine. It wants the stream to be locked.
+func (b *baton) deliverLocked(c *journal.Cursor) (all bool) {
+	f := framings.Get().(*framing)
+	defer f.recycle()
 	for sent := 0; ; {
 		p, err := c.Next()
 		switch {
 		case err == nil && p == nil:
-			rests = true
 			c.Wait()
-			return
+			return true
 		case err != nil || sent+len(p) > atOnce:
-			return
+			return false
 		}
-		n, err := s.pass(p)
+		n, err := b.stream.passOnLocked(p, f)
 		c.Advance(n)
 		sent += n
 		if err != nil || n < len(p) {
-			return
+			return false
 		}
 	}
 }

@@ -3,12 +3,58 @@ package caddysse_test
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"strings"
 	"testing"
 	"time"
+
+	caddysse "github.com/caddy-sse/caddy-sse"
 )
+
+// TestWhatHandlersWriteReachesTheirClientAsItIs has chunks written past the server
+// where it is the only writer, to clients that are there first and that come back.
+func TestWhatHandlersWriteReachesTheirClientAsItIs(t *testing.T) {
+	checkLeaks(t)
+	for _, test := range []struct {
+		name, proto, around string
+		chunks              int
+	}{
+		{"HTTP/1.1", "h1", "", 1},
+		{"HTTP/2", "h2", "", 0},
+		{"an access log, whose size must be true", "h1", "log {\n output discard\n }", 0},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			up := newUpstream(t)
+			site := resumeSite(up, "1m", "history 256KiB")
+			c := startCaddy(t, test.around+strings.Replace(site, "heartbeat off", "heartbeat 100ms", 1), withAdmin())
+			cl := c.client(test.proto)
+			_, client, call, token := beginKept(t, cl, up, "/")
+			number := 0
+			for round := range 2 {
+				eventually(t, "it is there, and nobody else", func() bool {
+					open, chunks := caddysse.OpenAndChunked()
+					return open == 1 && chunks == test.chunks
+				})
+				// Short ones, long ones, and heartbeats between them.
+				for _, size := range []int{1, 200, 4000, 4096, 4097, 20_000, 1} {
+					number++
+					text := strings.Repeat("x", size)
+					call.send("data: " + text + "\n\n")
+					client.expectBetweenHeartbeats(t, fmt.Sprintf("data: %s\nid: %s.%d\n\n", text, token, number))
+				}
+				if round == 0 {
+					client = cl.get(t, "/", comingBack(asEventSource, fmt.Sprintf("%s.%d", token, number))...).follow()
+				}
+			}
+			call.end()
+			if got, err := client.rest(); strings.ReplaceAll(got, beat, "") != "" || err != io.EOF {
+				t.Errorf("got %.200q and %v, want the end", got, err)
+			}
+		})
+	}
+}
 
 // The handlers' goroutine writes to a client that keeps up. One that does not read
 // must not hold it up: what comes next goes into the journal.

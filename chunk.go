@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"reflect"
 	"strconv"
+	"sync"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
@@ -21,6 +22,14 @@ import (
 type framing struct {
 	of    []byte
 	chunk []byte
+}
+
+var framings = sync.Pool{New: func() any { return new(framing) }}
+
+// recycle is called when nobody uses it any more.
+func (f *framing) recycle() {
+	f.of = nil // a journal's
+	framings.Put(f)
 }
 
 // frame returns p as a chunk, until it is called again.
@@ -77,6 +86,15 @@ func (s *stream) writeChunksTo(conn net.Conn) {
 	s.mu.Lock()
 	defer s.unlock()
 	s.chunks = conn
+}
+
+// sendWithLocked sends what the upstream has just sent, as a chunk where whoever does
+// it has a framing and the client can be sent one.
+func (s *stream) sendWithLocked(f *framing, lead, body []byte) error {
+	if f != nil && s.chunks != nil && len(lead) == 0 && len(body) <= progressUnit {
+		return s.sendChunkLocked(f.frame(body))
+	}
+	return s.sendLocked(s.lastBytes, lead, body)
 }
 
 // sendChunkLocked writes a chunk to the connection, instead of sendLocked.

@@ -26,10 +26,7 @@ type round struct {
 	busy    atomic.Int32 // that are with a client
 }
 
-var (
-	rounds   = sync.Pool{New: func() any { return new(round) }}
-	framings = sync.Pool{New: func() any { return new(framing) }}
-)
+var rounds = sync.Pool{New: func() any { return new(round) }}
 
 // Serve begins a round.
 func (fanOut) Serve(due *journal.Due) {
@@ -53,8 +50,7 @@ func (r *round) work() {
 		deliver(f)
 		r.busy.Add(-1)
 	}
-	f.of = nil // a journal's
-	framings.Put(f)
+	f.recycle()
 	if r.workers.Add(-1) == 0 {
 		r.due.Recycle()
 		r.due = nil

@@ -30,8 +30,8 @@ type feed struct {
 	lastID   string // of this attempt, as the scanner has it
 	follows  bool   // there is one
 
-	// publish lets the readers have what there is; nil: the journal wakes them.
-	publish func()
+	// attached is the newest client of a run of its own, while it reads.
+	attached atomic.Pointer[runReader]
 
 	bytes    atomic.Uint64
 	numbered atomic.Uint64 // events that have got an id
@@ -116,12 +116,15 @@ func (f *feed) write(p []byte) (int, error) {
 			return 0, f.over
 		}
 	}
-	if f.publish != nil {
-		f.publish()
-	} else {
+	f.publish()
+	return taken, nil
+}
+
+// publish lets the clients have what there is.
+func (f *feed) publish() {
+	if reader := f.attached.Load(); reader == nil || !reader.publishHere(f.journal) {
 		f.journal.Publish()
 	}
-	return taken, nil
 }
 
 // pass stops keeping what the upstream sends, once.

@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -41,8 +40,6 @@ type keptRun struct {
 	sentAway map[string]reason     // they are to end, for this reason
 
 	alone *list.Element // its place among those without a client; the group's lock
-
-	attached atomic.Pointer[runReader] // the newest one, while it reads
 }
 
 // clientID is the client that the run counts for while nobody is there; it is
@@ -134,7 +131,6 @@ func (x *exchange) beginRun(status int, header http.Header) {
 	}
 	f.foreign = func() { x.h.foreignIDs.Store(true) }
 	f.unkeep = r.unkeep
-	f.publish = r.publish
 	r.stays = r.staysAlone
 	r.forget = func() {
 		r.h.runTable().drop(r.token())
@@ -235,6 +231,7 @@ func runsHeader(header http.Header) http.Header {
 // followKept passes on what the run has for the request's client, until one of
 // them is through.
 func (x *exchange) followKept(w *relayedResponse) outcome {
+	x.stream.writeChunksTo(x.chunkConn())
 	end := x.rare.reader.followRun(x.rare.feed.ctx, x.stream)
 	if x.handlersGoOn() {
 		return outcome{run: end}

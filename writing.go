@@ -29,6 +29,11 @@ func (s *stream) write(p []byte) (int, error) {
 func (s *stream) pass(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.unlock()
+	return s.passOnLocked(p, nil)
+}
+
+// passOnLocked is pass for one that has a framing; nil: there is none.
+func (s *stream) passOnLocked(p []byte, f *framing) (int, error) {
 	if s.at() == stageRetrying {
 		return 0, errStreamEnded // of an attempt that is over
 	}
@@ -48,7 +53,7 @@ func (s *stream) pass(p []byte) (int, error) {
 		// The client may have it, and leave, before the write has returned.
 		s.noteFirstEvent(s.lastBytes)
 	}
-	if err := s.sendLocked(s.lastBytes, lead, body); err != nil {
+	if err := s.sendWithLocked(f, lead, body); err != nil {
 		if first {
 			s.noteFirstEvent(0)
 		}
@@ -75,13 +80,7 @@ func (s *stream) passBlocks(c *journal.Cursor, p []byte, f *framing) error {
 	if !passes {
 		return errStreamEnded
 	}
-	var err error
-	if f != nil && s.chunks != nil && len(lead) == 0 && len(p) <= progressUnit {
-		err = s.sendChunkLocked(f.frame(p))
-	} else {
-		err = s.sendLocked(s.lastBytes, lead, p)
-	}
-	if err != nil {
+	if err := s.sendWithLocked(f, lead, p); err != nil {
 		if first {
 			s.noteFirstEvent(0)
 		}
