@@ -3,6 +3,7 @@ package caddysse
 import (
 	"context"
 	"sync"
+	"time"
 
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 	"github.com/caddy-sse/caddy-sse/internal/peer"
@@ -19,12 +20,19 @@ type baton struct {
 	mu      sync.Mutex // whose turn it is holds it
 	stream  *stream    // nil: the client's own goroutine reads
 	backlog *peer.Backlog
+
+	// At an age at which the client heard something last, how much could be written
+	// before the kernel is asked again.
+	heard time.Duration
+	spare int
 }
 
 // What the kernel takes at once, whatever its buffers.
 const (
 	atOnce   = 8 << 10  // bytes of a write
 	onItsWay = 16 << 10 // bytes that the client has not acknowledged
+
+	aroundWrite = 128 // bytes that a write is larger on its way, at most
 )
 
 // followInTurns passes on what the client of a run of its own gets, until the
@@ -106,10 +114,15 @@ func (reader *runReader) publishHere(j *journal.Journal) bool {
 }
 
 // takesAtOnceLocked reports whether the client takes some more without making
-// anybody wait. It wants the stream to be locked.
+// anybody wait. It asks the kernel again only where what has been written since may
+// be too much. It wants the stream to be locked.
 func (b *baton) takesAtOnceLocked() bool {
+	if b.spare > 0 && b.heard == b.stream.lastHeard {
+		return true
+	}
 	size, ok := b.backlog.Size()
-	return ok && size <= onItsWay
+	b.spare, b.heard = onItsWay-size, b.stream.lastHeard
+	return ok && b.spare >= 0
 }
 
 // deliverLocked writes what there is, and reports whether that was all. The rest is
@@ -129,6 +142,8 @@ func (b *baton) deliverLocked(c *journal.Cursor) (all bool) {
 		n, err := b.stream.passOnLocked(p, f)
 		c.Advance(n)
 		sent += n
+		b.spare -= n + aroundWrite
+		b.heard = b.stream.lastHeard
 		if err != nil || n < len(p) {
 			return false
 		}
