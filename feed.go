@@ -13,41 +13,44 @@ import (
 // feed puts what an upstream sends into a journal: blocks, with ids where the
 // upstream has none of its own. Its methods are for one goroutine at a time,
 // that of the handlers, but for those that say otherwise.
+//
+// There are many of them, most of them quiet. What a write uses stands together and
+// first, as most feeds have left the processor's caches by the time of the next one.
 type feed struct {
 	journal *journal.Journal
 	policy  journal.Policy
-	token   runToken        // of the ids that are added
-	stop    <-chan struct{} // closed when nobody wants any more
+	partial bool // bytes have been appended since the last event boundary
+	mark    bool // a byte order mark may come: a later attempt begins
+	plain   bool // no ids are added: the upstream has its own
+	passes  bool // unkeep has been called
+	follows bool // there is a lastID
 
-	splicer  eventstream.Splicer
-	id, line []byte // room for the next id
-	partial  bool   // bytes have been appended since the last event boundary
-	mark     bool   // a byte order mark may come: a later attempt begins
-	markHeld int    // how much of it has
-	plain    bool   // no ids are added: the upstream has its own
-	scanned  uint64 // events of this attempt
-	events   uint64 // of all attempts
-	lastID   string // of this attempt, as the scanner has it
-	follows  bool   // there is one
+	ownIDs   atomic.Bool   // the upstream has sent an id field
+	heard    atomic.Int64  // when it has sent something last, an instant
+	bytes    atomic.Uint64 // of all attempts
+	numbered atomic.Uint64 // events that have got an id
+	scanned  uint64        // events of this attempt
+	events   uint64        // of all attempts
+	mirror   *mirror       // nil: the journal is all there is
 
 	// attached is the newest client of a run of its own, while it reads.
 	attached atomic.Pointer[runReader]
 
-	bytes    atomic.Uint64
-	numbered atomic.Uint64 // events that have got an id
-	ownIDs   atomic.Bool   // the upstream has sent an id field
-	heard    atomic.Int64  // when it has sent something last, an instant
-	waits    atomic.Bool   // for room: the upstream is not listened to
+	token   runToken // of the ids that are added
+	splicer eventstream.Splicer
+
+	// What a write seldom uses.
+	stop     <-chan struct{} // closed when nobody wants any more
+	markHeld int             // how much of a byte order mark has come
+	lastID   string          // of this attempt, as the scanner has it
+	waits    atomic.Bool     // for room: the upstream is not listened to
 
 	// unkeep is called when nothing may be kept any more: the upstream has ids of
 	// its own, or sends no events, or one that is too large. It returns false where
 	// nobody is there who could have what comes next. With it, the feed goes on
 	// without keeping.
 	unkeep func() bool
-	passes bool  // it has been called
 	over   error // nobody was there
-
-	mirror *mirror // nil: the journal is all there is
 
 	// foreign is called when the upstream commits an id of the form that this
 	// module adds.
@@ -112,7 +115,7 @@ func (f *feed) write(p []byte) (int, error) {
 		if f.partial = true; done {
 			f.commit()
 		}
-		if f.over != nil {
+		if f.passes && f.over != nil {
 			return 0, f.over
 		}
 	}
@@ -189,15 +192,15 @@ func (f *feed) appendBlock(p []byte, idAt int) error {
 	if f.plain { // the event is too large to be kept
 		return f.append(p[idAt:])
 	}
-	f.id = f.token.append(f.id[:0], f.events+1)
-	f.line = f.splicer.AppendID(f.line[:0], f.id)
+	var idText, lineText [longestRunID + len("id: \r\n")]byte
+	line := f.splicer.AppendID(lineText[:0], f.token.append(idText[:0], f.events+1))
 	f.numbered.Store(f.events + 1)
-	if err := f.append(f.line); err != nil {
+	if err := f.append(line); err != nil {
 		return err
 	}
 	if f.mirror != nil {
 		f.mirror.add(p[:idAt])
-		f.mirror.addID(f.line)
+		f.mirror.addID(line)
 		f.mirror.add(p[idAt:])
 	}
 	return f.append(p[idAt:])

@@ -20,7 +20,8 @@ type keptResponse struct {
 
 	mu   sync.Mutex
 	run  *run
-	left bool // the handlers have left
+	feed *feed // the run's
+	left bool  // the handlers have left
 
 	// What follows belongs to the handlers' goroutine, but for what is written
 	// while they wait.
@@ -197,7 +198,7 @@ func (w *keptResponse) Write(p []byte) (int, error) {
 	case w.failed != nil:
 		return 0, w.failed
 	}
-	n, err := r.feed.write(p)
+	n, err := w.feed.write(p)
 	if err != nil {
 		w.failed = err
 	}

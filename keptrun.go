@@ -158,7 +158,7 @@ func (x *exchange) beginRun(status int, header http.Header) {
 	feed := &x.rare.feed
 	feed.ctx, feed.cancel = context.WithCancelCause(x.r.Context())
 	x.role = streaming
-	k.response.run, k.response.answered = r, !x.startedEarly
+	k.response.run, k.response.feed, k.response.answered = r, f, !x.startedEarly
 }
 
 // causeNoRoom is why a stream can't be kept.

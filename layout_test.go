@@ -28,6 +28,15 @@ func TestWhatAWriteUsesStandsTogether(t *testing.T) {
 			t.Errorf("%s stands after what a write uses", field)
 		}
 	}
+	// Of a feed that adds ids, and has a client that keeps up.
+	var f feed
+	if end := unsafe.Offsetof(f.splicer) + unsafe.Sizeof(f.splicer) - 16; end > 3*cacheLine {
+		t.Errorf("a write uses the first %d bytes of a feed, want at most %d", end, 3*cacheLine)
+	}
+	var r runReader
+	if end := unsafe.Offsetof(r.cursor) + unsafe.Sizeof(r.cursor); end > cacheLine {
+		t.Errorf("a write uses the first %d bytes of a reader, want at most %d", end, cacheLine)
+	}
 	var x exchange
 	if end := unsafe.Offsetof(x.role); end >= cacheLine {
 		t.Errorf("a write uses the first %d bytes of an exchange", end)

@@ -22,6 +22,8 @@ const (
 	runIDPrefix = "sse1-"
 
 	runTokenLength = 22 // of 128 bits in base64url, without padding
+
+	longestRunID = len(runIDPrefix) + runTokenLength + len(".18446744073709551615")
 )
 
 // runToken names a run. Whoever has it may read what the run has kept: it goes

@@ -8,17 +8,16 @@ import (
 
 // runReader is one client of a run, from when it waits for the answer.
 type runReader struct {
-	run    *run
+	baton  baton           // of a resumedRun
 	cursor *journal.Cursor // nil until it has a place
 
+	run     *run
 	distant *distant // nil: it is a client of this node
 
 	mu     sync.Mutex
 	stream *stream
 	why    reason // of an early end that was asked for before there was a stream
 	left   bool
-
-	baton baton // of a resumedRun
 }
 
 // enter adds a client. It returns nil where the run takes none any more.

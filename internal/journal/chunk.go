@@ -23,33 +23,37 @@ const (
 // chunk is a piece of the journal. Bytes that readers may have seen never
 // change, so readers get slices of buf, and keep them after the journal has
 // dropped the chunk.
+//
+// What an event uses stands first: see [Journal].
 type chunk struct {
 	base   int64  // offset of the first byte
 	before uint64 // how many events had ended at base
-	atBase mark   // the id in force at base
 
 	// buf is replaced only while no reader may see a byte of it.
 	buf  []byte
 	used int // bytes written; the appender's, under the journal's lock
 
 	ends          []uint32 // where its events end
-	ids           []idMark // where ids were committed
-	firstBoundary int      // the first event boundary after base; -1: none
-	lastBoundary  int      // and the last one; -1: none
-	sealed        bool     // nothing more goes into it, whatever room it has
+	firstBoundary int32    // the first event boundary after base; -1: none
+	lastBoundary  int32    // and the last one; -1: none
 
 	// published is how many bytes readers may see, and how many events end in
 	// them: one word, so that a reader gets both of one moment.
 	published atomic.Uint64
 
-	// Where the last block ends that is no UTF-8, and the last one that commits
-	// the id in force again; 0: there is none.
-	invalid, repeats atomic.Int64
-
 	// next is the chunk that follows, set after the last change of published.
 	// It is dropped once the journal has dropped this chunk: otherwise one slow
 	// reader would keep everything that came after its place.
 	next atomic.Pointer[chunk]
+
+	sealed bool // nothing more goes into it, whatever room it has
+
+	// Where the last block ends that is no UTF-8, and the last one that commits
+	// the id in force again; 0: there is none.
+	invalid, repeats atomic.Int64
+
+	ids    []idMark // where ids were committed
+	atBase mark     // the id in force at base
 }
 
 // dropped stands for what follows a chunk that the journal no longer has.

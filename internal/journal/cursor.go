@@ -40,32 +40,35 @@ func AfterID(id string) Start { return Start{kind: startAfterID, id: id} }
 
 // Cursor is one reader's place in a journal. Wake is for any goroutine, all else
 // for one at a time: the reader's, or while it rests one of the journal's server.
+//
+// What an event uses stands first: see [Journal].
 type Cursor struct {
 	j       *Journal
-	begin   Place
-	beginAt int64 // the offset of begin
-	missed  uint64
-	lagged  func()
-	deliver func(worker any)
 	wake    chan struct{}
-	state   atomic.Uint32 // whose the cursor is
-	wanted  atomic.Bool   // its reader waits to have it back
 	chunk   *chunk        // nil where there is none yet
 	offset  int64         // of the next byte
 	gotTo   int64         // where the slice ends that Next returned last
 	gotEnds uint64        // and how many events have ended there
 	ends    uint64        // how many had ended where the reader is
+	state   atomic.Uint32 // whose the cursor is
+	wanted  atomic.Bool   // its reader waits to have it back
 	repeats bool          // it has been given a block that commits the id in force again
+	told    bool          // lagged; under the journal's lock
+
+	sent atomic.Int64  // KeepUnsent: up to where the bytes have been sent
+	held atomic.Uint64 // how many events have ended in what the reader has been given
 
 	// kept is what a reader of a ring is to get when it joins: kept for it,
 	// whatever the ring drops meanwhile.
 	kept       []*chunk
 	keptEvents uint64 // how many events have ended at the end of it
 
-	held  atomic.Uint64 // how many events have ended in what the reader has been given
-	sent  atomic.Int64  // KeepUnsent: up to where the bytes have been sent
-	told  bool          // lagged; under the journal's lock
-	index int           // in the journal's readers
+	begin   Place
+	beginAt int64 // the offset of begin
+	missed  uint64
+	lagged  func()
+	deliver func(worker any)
+	index   int // in the journal's readers
 }
 
 // Place is an event boundary, as one tells it to a client.
@@ -108,6 +111,9 @@ func (j *Journal) Join(at Start, lagged func()) (c *Cursor, ok bool) {
 	c.sent.Store(offset)
 	if len(j.readers) == 0 || events < j.slowest {
 		j.slowest = events
+	}
+	if j.readers == nil {
+		j.readers = j.alone[:0]
 	}
 	j.readers = append(j.readers, c)
 	if j.policy == KeepNewest {

@@ -68,43 +68,50 @@ var (
 // Journal is a sequence of events. Offsets count its bytes from its beginning.
 // Append, Commit, Rollback and Pass are for one goroutine; everything else is
 // for any.
+//
+// There are many of them, and most have left the processor's caches by the time of
+// their next event: what that uses stands together and first.
 type Journal struct {
-	budget  *Budget
+	mu      sync.Mutex
 	policy  Policy
+	passing bool // nothing is kept that has been sent
+	over    bool // closed or discarded: nothing may be appended
+
+	starved atomic.Bool             // the appender waits for room
+	offered atomic.Bool             // in the budget's heap, for readers to see without its lock
+	tail    *chunk                  // the last one; nil: there is none
+	end     int64                   // after the last byte
+	edge    int64                   // the last event boundary
+	events  uint64                  // how many events have ended
+	bytes   int                     // what is held, overhead included
+	settled int                     // how much of it the budget knows of
+	closed  atomic.Pointer[closing] // nil: open
+	readers []*Cursor
+	alone   [1]*Cursor // what readers begins with
+
+	budget  *Budget
 	history int
 	evicted func()
-
-	mu      sync.Mutex
-	chunks  []*chunk          // oldest first; none before the first byte
-	start   int64             // the event boundary where the oldest kept event begins
-	gone    uint64            // how many events ended before start
-	end     int64             // after the last byte
-	edge    int64             // the last event boundary
-	events  uint64            // how many events have ended
-	ids     map[string]idSpot // the first of each id that is kept; nil until there is one
-	last    mark              // the id in force at edge
-	bytes   int               // what is held, overhead included
-	settled int               // how much of it the budget knows of
-	passing bool              // nothing is kept that has been sent
-	over    bool              // closed or discarded: nothing may be appended
-
 	server  Server // of readers that rest; set before there is one
-	readers []*Cursor
+
+	chunks []*chunk          // oldest first; none before the first byte
+	start  int64             // the event boundary where the oldest kept event begins
+	gone   uint64            // how many events ended before start
+	ids    map[string]idSpot // the first of each id that is kept; nil until there is one
+	last   mark              // the id in force at edge
+
 	slowest uint64  // no reader has been given fewer events than that
 	fastest uint64  // some reader has been given that many
 	reader  *Cursor // KeepUnsent: the one that counts
 	sent    int64   // KeepUnsent: what has been sent, while there is none
 
-	closed  atomic.Pointer[closing] // nil: open
-	starved atomic.Bool             // the appender waits for room
-	room    chan struct{}           // tells it; made when it first waits
+	room chan struct{} // tells the appender that there is some; made when it first waits
 
 	// The budget's, under its lock.
 	charged   int
 	heapIndex int // counts from 1; 0: not in the heap
 	inEnded   bool
 	removed   bool
-	offered   atomic.Bool // in the heap, for readers to see without the lock
 }
 
 // closing is how a journal ended.
@@ -158,7 +165,7 @@ func (j *Journal) Append(p []byte) (n int, err error) {
 
 // fillLocked puts as much of p into the last chunk as there is room for.
 func (j *Journal) fillLocked(p []byte) int {
-	c := j.tailLocked()
+	c := j.tail
 	if c == nil || c.sealed {
 		return 0
 	}
@@ -166,13 +173,6 @@ func (j *Journal) fillLocked(p []byte) int {
 	c.used += n
 	j.end += int64(n)
 	return n
-}
-
-func (j *Journal) tailLocked() *chunk {
-	if len(j.chunks) == 0 {
-		return nil
-	}
-	return j.chunks[len(j.chunks)-1]
 }
 
 // Commit says that the stream is at an event boundary. It returns how many
@@ -188,12 +188,12 @@ func (j *Journal) Commit(b Block) uint64 {
 	}
 	j.edge = j.end
 	// There is no chunk where no byte has come since the last one was dropped.
-	if c := j.tailLocked(); c != nil {
+	if c := j.tail; c != nil {
 		at := c.used
 		if c.firstBoundary < 0 {
-			c.firstBoundary = at
+			c.firstBoundary = int32(at)
 		}
-		c.lastBoundary = at
+		c.lastBoundary = int32(at)
 		if b.Event {
 			j.events++
 			before := cap(c.ends)
@@ -268,7 +268,7 @@ func (j *Journal) Publish() {
 }
 
 func (j *Journal) publishLocked() {
-	c := j.tailLocked()
+	c := j.tail
 	if c == nil {
 		return
 	}
@@ -307,7 +307,7 @@ func (j *Journal) Rollback() {
 	if j.policy != KeepNewest || j.over {
 		return
 	}
-	c := j.tailLocked()
+	c := j.tail
 	if c == nil {
 		return
 	}
@@ -360,7 +360,7 @@ func (j *Journal) discardLocked() {
 	for _, c := range j.chunks {
 		c.next.Store(dropped)
 	}
-	j.chunks, j.ids = nil, nil
+	j.chunks, j.tail, j.ids = nil, nil, nil
 	j.start, j.gone = j.end, j.events
 	j.bytes, j.settled = 0, 0
 	j.wakeLocked()
@@ -424,7 +424,7 @@ func (j *Journal) chunkAtLocked(offset int64) *chunk {
 	if i < len(j.chunks) {
 		return j.chunks[i]
 	}
-	if c := j.tailLocked(); c != nil && c.end() == offset && !c.sealed {
+	if c := j.tail; c != nil && c.end() == offset && !c.sealed {
 		return c // the next byte goes here, if it has room
 	}
 	return nil

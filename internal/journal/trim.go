@@ -5,7 +5,7 @@ import "slices"
 // chunkSizeLocked is how large the next chunk is.
 func (j *Journal) chunkSizeLocked() int {
 	size := smallestChunk
-	if c := j.tailLocked(); c != nil {
+	if c := j.tail; c != nil {
 		size = 2 * len(c.buf)
 	} else if j.end > 0 {
 		size = largestChunk // it has been busy
@@ -25,12 +25,12 @@ func (j *Journal) addChunkLocked(size int, head []byte) *chunk {
 	}
 	c.used = copy(c.buf, head)
 	j.end += int64(c.used)
-	if tail := j.tailLocked(); tail != nil {
+	if tail := j.tail; tail != nil {
 		j.publishLocked()
 		tail.sealed = true
 		tail.next.Store(c)
 	}
-	j.chunks = append(j.chunks, c)
+	j.chunks, j.tail = append(j.chunks, c), c
 	j.bytes += c.cost()
 	return c
 }
@@ -38,7 +38,7 @@ func (j *Journal) addChunkLocked(size int, head []byte) *chunk {
 // growRingLocked makes room for want more bytes of the unfinished block, which
 // stays in one piece: so every slice that a reader gets ends at a boundary.
 func (j *Journal) growRingLocked(want int) (bool, error) {
-	c := j.tailLocked()
+	c := j.tail
 	unfinished := int(j.end - j.edge)
 	need := unfinished + want
 	most := max(largestEvent, min(j.history, largestEver))
@@ -247,6 +247,9 @@ func (j *Journal) dropSentLocked() bool {
 	gone := j.eventsAtLocked(start)
 	j.chunks[0] = nil
 	j.chunks = j.chunks[1:]
+	if len(j.chunks) == 0 {
+		j.tail = nil
+	}
 	j.start, j.gone = start, gone
 	c.next.Store(dropped)
 	j.bytes -= c.cost()
@@ -263,7 +266,7 @@ func (j *Journal) firstBoundaryFromLocked(offset int64) int64 {
 		switch {
 		case c.end() < offset:
 		case c.end() == offset:
-			if c.lastBoundary == c.used {
+			if int(c.lastBoundary) == c.used {
 				return offset
 			}
 		case c.firstBoundary >= 0:
