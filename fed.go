@@ -29,9 +29,10 @@ type fed struct {
 	resumed bool   // the client's id was found
 	missed  uint64 // events that it has lost
 
+	feed *feed // of the run's journal; nil: its run is elsewhere; the stream's facts
+
 	// Of the client of a shared run: where in the journal it is, and the id that
 	// it had before, from a journal in which it is no longer. The stream's facts.
-	feed  *feed // of that journal; nil: its run is elsewhere
 	at    journal.Spot
 	id    string
 	hasID bool
@@ -87,6 +88,9 @@ func (s *stream) greet(text []byte) error {
 	}
 	return s.sendLocked(s.age(), s.splicer.Block(&s.frames.Frames, nil, text), nil)
 }
+
+// hasNothing reports whether nothing of what the run has is the upstream's.
+func (f *fed) hasNothing() bool { return f != nil && f.feed != nil && f.feed.useless.Load() }
 
 // lastID is the id of the last event that the client of a shared run has been
 // sent; ok is false where it has been sent none. It wants the stream's facts to be

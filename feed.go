@@ -44,6 +44,7 @@ type feed struct {
 	markHeld int             // how much of a byte order mark has come
 	lastID   string          // of this attempt, as the scanner has it
 	waits    atomic.Bool     // for room: the upstream is not listened to
+	useless  atomic.Bool     // the upstream's answer is: all that there is tells so
 
 	// unkeep is called when nothing may be kept any more: the upstream has ids of
 	// its own, or sends no events, or one that is too large. It returns false where

@@ -157,7 +157,8 @@ func (w *keptResponse) fail(status int, message string, err error) {
 	countEarlyStartFailure(w.k.x.h, status)
 	w.end = runEnd{reason: upstreamError, err: errUnusable(err), told: true}
 	w.failed = errRunEnded
-	_, _ = w.run.feed.write(errorEvent(http.StatusBadGateway, "upstream_error", message)) // who has ended the run needs none
+	w.feed.useless.Store(true)
+	_, _ = w.feed.write(errorEvent(http.StatusBadGateway, "upstream_error", message)) // who has ended the run needs none
 	w.k.x.attempt.cancel(errRunEnded)
 }
 

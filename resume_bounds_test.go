@@ -471,6 +471,14 @@ func TestAWaitingClientGetsTheLateAnswer(t *testing.T) {
 	if entry["reason"] != "upstream_error" || entry["upstream_status"] != 401.0 {
 		t.Errorf("%v", entry)
 	}
+	// The event that tells the error is none of the upstream's.
+	if entry["events"] != 0.0 || entry["bytes"] != 0.0 || entry["time_to_first_event"] != nil {
+		t.Errorf("%v", entry)
+	}
+	c.waitForRun("ended", 0)
+	if run := c.runs("").Runs[0]; run.Events != 0 || run.Bytes != 0 {
+		t.Errorf("%+v", run)
+	}
 }
 
 func TestRunsWithoutAClientEndWithTheProcess(t *testing.T) {

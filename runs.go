@@ -263,6 +263,9 @@ func (r *run) figuresLocked() runFigures {
 		journal:     kept.Bytes,
 		end:         r.end,
 	}
+	if r.feed.useless.Load() {
+		f.events, f.bytes, f.undelivered = 0, 0, 0
+	}
 	if f.clients == 0 && r.alone > 0 {
 		f.detached = time.Duration(at - r.alone)
 	}

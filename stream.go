@@ -160,6 +160,9 @@ func (s *stream) age() time.Duration { return time.Duration(now() - s.arrived) }
 
 // countsLocked wants facts to be locked.
 func (s *stream) countsLocked() counts {
+	if s.fed.hasNothing() {
+		return counts{heartbeats: uint64(s.heartbeats), deferred: uint64(s.deferred)}
+	}
 	return counts{
 		events:     s.splicer.Scanner().Events(),
 		bytes:      s.bytes,

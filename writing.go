@@ -42,7 +42,7 @@ func (s *stream) passOnLocked(p []byte, f *framing) (int, error) {
 	}
 	events, ends := s.splicer.Scanner().Events(), s.endsSilenceLocked()
 	lead, body, n := s.followLocked(p)
-	first := events == 0 && s.splicer.Scanner().Events() > 0
+	first := events == 0 && s.splicer.Scanner().Events() > 0 && !s.fed.hasNothing()
 	if len(lead) == 0 && len(body) == 0 {
 		if s.splicer.Overdue() {
 			s.beatLocked() // the silence is still on, and here a frame may go
