@@ -86,13 +86,13 @@ func isServersOwn(w http.ResponseWriter) bool {
 func (s *stream) writeChunksTo(conn net.Conn) {
 	s.mu.Lock()
 	defer s.unlock()
-	s.chunks = conn
+	s.fed.chunks = conn
 }
 
 // sendWithLocked sends what the upstream has just sent, as a chunk where whoever does
 // it has a framing and the client can be sent one.
 func (s *stream) sendWithLocked(f *framing, lead, body []byte) error {
-	if f != nil && s.chunks != nil && len(lead) == 0 && len(body) <= progressUnit {
+	if f != nil && s.fed.chunks != nil && len(lead) == 0 && len(body) <= progressUnit {
 		return s.sendChunkLocked(f.frame(body))
 	}
 	return s.sendLocked(s.lastBytes, lead, body)
@@ -102,9 +102,9 @@ func (s *stream) sendWithLocked(f *framing, lead, body []byte) error {
 func (s *stream) sendChunkLocked(chunk []byte) error {
 	defer s.rests() // also after a panic
 	s.moves(s.lastBytes)
-	if _, err := s.chunks.Write(chunk); err != nil {
+	if _, err := s.fed.chunks.Write(chunk); err != nil {
 		s.failLocked(err)
-		_ = s.chunks.Close() // as net/http does: what follows would be no chunk
+		_ = s.fed.chunks.Close() // as net/http does: what follows would be no chunk
 		return err
 	}
 	s.lastHeard = s.age()
