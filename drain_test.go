@@ -40,6 +40,9 @@ func endOf(t testing.TB, body *follower) (at time.Time, err error) {
 }
 
 func TestAReloadEndsResumableStreamsEvenlyOverTheWindow(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", eventStream)
@@ -118,6 +121,9 @@ func TestEachStreamHasASlotOfTheWindowInWhichADrainEndsIt(t *testing.T) {
 }
 
 func TestADrainEndsAStreamAtAnEventBoundary(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	site := func(reconnectIn string) string { return drainSite(up.addr, "drain 10ms\nretry "+reconnectIn) }
@@ -471,6 +477,9 @@ func TestAStreamThatOpensWhileItsConfigurationDrainsJoinsIn(t *testing.T) {
 
 // A client that reads nothing can't hold up a drain.
 func TestADrainEndsAStreamWhoseClientReadsNothing(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, drainSite(up.addr, "drain 1ms"), withAdmin())
@@ -558,6 +567,9 @@ func TestReloadsInARowEndAClientOnceAMinute(t *testing.T) {
 // TestAnEarlyEndIsCleanToAnEventSourceAndAnAbortForEverybodyElse: SDKs that read
 // a finite answer take a clean end for the end of the answer.
 func TestAnEarlyEndIsCleanToAnEventSourceAndAnAbortForEverybodyElse(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	site := drainSite(up.addr, "drain 1ms")

@@ -40,6 +40,9 @@ func (n *cluster) waitForStore(t testing.TB, node string) {
 }
 
 func TestAStoreThatIsAwayHarmsNoStream(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	n := startNodes(t, "1m", "")
 	_, one, call, token := n.begin(t, "a", "/")
@@ -158,6 +161,9 @@ func TestAStreamThatOutrunsTheStoreHasNoMoreIDs(t *testing.T) {
 }
 
 func TestAStoreThatHasLostEverythingEndsWhatIsReadElsewhere(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	n := startNodes(t, "1m", "")
 	_, one, call, token := n.begin(t, "a", "/")
@@ -192,6 +198,9 @@ func TestAStoreThatHasLostEverythingEndsWhatIsReadElsewhere(t *testing.T) {
 }
 
 func TestNobodyWaitsForASlowStore(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	n := startNodes(t, "1m", "")
 	n.SetDelay(patience)
@@ -257,6 +266,9 @@ func TestARunHoldsItsStoreWhateverReloads(t *testing.T) {
 }
 
 func TestAnExitLeavesWhatItHasToTheOtherNodes(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	t.Cleanup(func() { caddysse.SeemToExit(false) })
 	n := startNodes(t, "1s", "")
@@ -284,6 +296,9 @@ func TestAnExitLeavesWhatItHasToTheOtherNodes(t *testing.T) {
 }
 
 func TestAnExitLeavesWhatItIsAboutToWriteToTheOtherNodes(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	t.Cleanup(func() { caddysse.SeemToExit(false) })
 	n := startNodes(t, "5s", "")
@@ -336,6 +351,9 @@ func (n *cluster) waitForNoEventLost(t testing.TB) {
 }
 
 func TestAClientOfANodeThatDiesLeavesItsRunToTheWindow(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	n := startNodes(t, "1s", "")
 	res, one, call, token := n.begin(t, "a", "/")

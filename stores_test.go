@@ -306,6 +306,9 @@ func TestWhoComesBackTakesOverOnWhateverNode(t *testing.T) {
 }
 
 func TestAnotherNodeKnowsWhoseARunIs(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	n := startNodes(t, "1m", "bind {http.request.header.X-User}")
 	e, call := open(t, n.cl, n.up, "/", append(asEventSource, "X-Node: a", "X-User: me")...)
@@ -471,6 +474,9 @@ func TestAnyNodeStopsARun(t *testing.T) {
 }
 
 func TestTheWindowOfARunDoesNotMindWhereItsClientIs(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	n := startNodes(t, "1500ms", "")
 	res, one, call, token := n.begin(t, "a", "/")
@@ -491,6 +497,9 @@ func TestTheWindowOfARunDoesNotMindWhereItsClientIs(t *testing.T) {
 }
 
 func TestTheClientsOfADeadNodeGetWhatThereIsAndThenAnAbort(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	n := startNodes(t, "1s", "")
 	_, one, call, token := n.begin(t, "a", "/")
