@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -651,4 +652,38 @@ func TestADrainWaitsForNobodyWhoHasLeft(t *testing.T) {
 			t.Errorf("the drain was over, %v, after %v", over, time.Since(began))
 		}
 	})
+}
+
+// A stream that closes by itself at that moment is in no list any more.
+func TestTheEndOfTheProcessWaitsForEveryEndToBeTold(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, "sse\nreverse_proxy "+up.addr)
+	client := c.client("h1")
+	exchange := client.begin(client.request(t, "GET", "/", nil))
+	call := up.accept(t)
+	call.start(eventStream)
+	res := exchange.headers(t)
+	c.waitForLog("stream opened", 0)
+
+	c.logged.mu.Lock()
+	res.leave()
+	eventually(t, "it has closed", func() bool {
+		open, _ := caddysse.OpenAndChunked()
+		return open == 0
+	})
+	var canBeTold atomic.Bool
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		caddysse.EndEverything()
+		if !canBeTold.Load() {
+			t.Error("the process ends without a word of it")
+		}
+	}()
+	time.Sleep(50 * time.Millisecond) // in which nothing may happen
+	canBeTold.Store(true)
+	c.logged.mu.Unlock()
+	<-over
+	call.expectGone()
 }
