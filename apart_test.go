@@ -19,7 +19,7 @@ const apartVariable = "CADDYSSE_TEST_APART"
 
 // apartAtOnce bounds how many tests run apart at a time: they mostly wait, but
 // each has a Caddy.
-var apartAtOnce = make(chan struct{}, 100)
+var apartAtOnce = make(chan struct{}, 8)
 
 // apart runs a test, or a subtest, in a process of its own and beside others, and
 // reports whether it has done so. It is for tests that need the Caddy of their

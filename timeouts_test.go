@@ -411,7 +411,14 @@ func TestAClientThatTakesNothingIsEndedThroughAnOpaqueWriterToo(t *testing.T) {
 					return // there, nobody knows the way to one stream of a connection
 				}
 				path, method := "/"+cl.proto, map[string]string{"h1": "GET", "h2": "POST", "h3": "GET"}[cl.proto]
-				e := cl.begin(cl.request(t, method, path, strings.NewReader("{}"), acceptStream))
+				body := "{}"
+				if strings.Contains(idle, "read_body_idle") {
+					// Without Caddy's reader around a body, net/http may close it while
+					// the transport still looks for its end, and then breaks the answer
+					// off: plain Caddy does, too.
+					body = ""
+				}
+				e := cl.begin(cl.request(t, method, path, strings.NewReader(body), acceptStream))
 				call := up.acceptAt(t, path)
 				call.start(eventStream)
 				res := e.headers(t) // and nothing more is read
