@@ -44,7 +44,7 @@ func TestAStoreThatIsAwayHarmsNoStream(t *testing.T) {
 		return
 	}
 	checkLeaks(t)
-	n := startNodes(t, "1m", "")
+	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1m", "")
 	_, one, call, token := n.begin(t, "a", "/")
 	call.send(plainEvent(1))
 	one.expect(t, eventOf(token, 1))
@@ -202,7 +202,7 @@ func TestNobodyWaitsForASlowStore(t *testing.T) {
 		return
 	}
 	checkLeaks(t)
-	n := startNodes(t, "1m", "")
+	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1m", "")
 	n.SetDelay(patience)
 	_, one, call, token := n.begin(t, "a", "/")
 	call.send(plainEvents(1, 3))
@@ -232,7 +232,7 @@ func TestAServerStartsReloadsAndStopsWithoutItsStore(t *testing.T) {
 	checkLeaks(t)
 	memory := storetest.NewMemory()
 	memory.SetAway(true)
-	n := startNodesOn(t, memory, "1m", "")
+	n := startNodesOn(t, memory, longLease, "1m", "")
 	n.reload(n.site)
 	n.reload(strings.ReplaceAll(n.site, "heartbeat off", "heartbeat 15s"))
 	e, call := open(t, n.cl, n.up, "/", append(asEventSource, "X-Node: a")...)
@@ -271,7 +271,7 @@ func TestAnExitLeavesWhatItHasToTheOtherNodes(t *testing.T) {
 	}
 	checkLeaks(t)
 	t.Cleanup(func() { caddysse.SeemToExit(false) })
-	n := startNodes(t, "1s", "")
+	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1s", "")
 	res, one, call, token := n.begin(t, "a", "/")
 	call.send(plainEvents(1, 2))
 	one.expect(t, events(token, 1, 2))
@@ -355,7 +355,7 @@ func TestAClientOfANodeThatDiesLeavesItsRunToTheWindow(t *testing.T) {
 		return
 	}
 	checkLeaks(t)
-	n := startNodes(t, "1s", "")
+	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1s", "")
 	res, one, call, token := n.begin(t, "a", "/")
 	call.send(plainEvent(1))
 	one.expect(t, eventOf(token, 1))

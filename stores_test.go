@@ -74,17 +74,22 @@ type cluster struct {
 	site   string
 }
 
-// testLease is short enough for tests, and long enough for a loaded machine.
-const testLease = 3 * time.Second
+const (
+	// longLease is one that a node does not lose because its machine is loaded.
+	longLease = 3 * patience
+
+	// shortLease is for tests that wait until one is over.
+	shortLease = 3 * time.Second
+)
 
 // startNodes runs them.
 func startNodes(t testing.TB, window, settings string) *cluster {
-	return startNodesOn(t, storetest.NewMemory(), window, settings)
+	return startNodesOn(t, storetest.NewMemory(), longLease, window, settings)
 }
 
 // startNodesOn runs them on a store.
-func startNodesOn(t testing.TB, memory *storetest.Memory, window, settings string) *cluster {
-	t.Cleanup(caddysse.SetStoreLease(testLease))
+func startNodesOn(t testing.TB, memory *storetest.Memory, lease time.Duration, window, settings string) *cluster {
+	t.Cleanup(caddysse.SetStoreLease(lease))
 	n := &cluster{Memory: memory, up: newUpstream(t), memory: uniqueName("memory")}
 	testMemories.Lock()
 	testMemories.memories[n.memory] = n.Memory
@@ -379,7 +384,7 @@ func TestAnIDThatTheStoreDoesNotHaveYetIsWaitedFor(t *testing.T) {
 func TestARunThatTheStoreDoesNotHaveYetIsWaitedFor(t *testing.T) {
 	checkLeaks(t)
 	n := startNodes(t, "1m", "")
-	n.SetDelay(200 * time.Millisecond)
+	n.SetDelay(50 * time.Millisecond)
 	res, one, call, token := n.begin(t, "a", "/")
 	call.send(plainEvents(1, 2))
 	one.expect(t, events(token, 1, 2))
@@ -478,7 +483,7 @@ func TestTheWindowOfARunDoesNotMindWhereItsClientIs(t *testing.T) {
 		return
 	}
 	checkLeaks(t)
-	n := startNodes(t, "1500ms", "")
+	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1500ms", "")
 	res, one, call, token := n.begin(t, "a", "/")
 	call.send(plainEvent(1))
 	one.expect(t, eventOf(token, 1))
@@ -501,7 +506,7 @@ func TestTheClientsOfADeadNodeGetWhatThereIsAndThenAnAbort(t *testing.T) {
 		return
 	}
 	checkLeaks(t)
-	n := startNodes(t, "1s", "")
+	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1s", "")
 	_, one, call, token := n.begin(t, "a", "/")
 	call.send(plainEvents(1, 3))
 	one.expect(t, events(token, 1, 3))
