@@ -360,6 +360,7 @@ func TestAClientOfANodeThatDiesLeavesItsRunToTheWindow(t *testing.T) {
 	call.send(plainEvent(1))
 	one.expect(t, eventOf(token, 1))
 	res.leave()
+	n.waitForRun("open", 0)
 	two := n.back(t, "b", "/", token+".0").follow()
 	two.expect(t, eventOf(token, 1))
 	n.waitForRun("open", 1)
