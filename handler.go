@@ -1,6 +1,7 @@
 package caddysse
 
 import (
+	"context"
 	"net/http"
 	"sync"
 	"sync/atomic"
@@ -109,10 +110,11 @@ func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived in
 
 // beginExchange is newExchange, and enters the run that the request shares, if it
 // is there.
-func (h *Handler) beginExchange(w http.ResponseWriter, r *http.Request, arrived instant) (x *exchange) {
+func (h *Handler) beginExchange(w http.ResponseWriter, r *http.Request, arrived instant) *exchange {
 	if h.sharing == nil {
 		return h.newExchange(w, r, arrived)
 	}
+	var x *exchange
 	onOwnStack(func() {
 		if x = h.newExchange(w, r, arrived); x.mayShare() {
 			x.findRun()
@@ -380,6 +382,10 @@ func (x *exchange) conclude(out outcome) error {
 	case s.aborts(r.end.reason):
 		s.letArrive()
 		panic(http.ErrAbortHandler)
+	}
+	if s.proto == http1 && s.ctx.Err() == context.Canceled {
+		s.expireWrites() // nobody reads the end of the response
+		return nil
 	}
 	s.boundLastWrite() // of an encoder, and of the server, which completes the response
 	// Where the client has left or the end is ours, the handlers around this

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/binary"
 	"math"
-	"net"
 	"net/http"
 	"sync"
 	"sync/atomic"
@@ -89,7 +88,6 @@ type stream struct {
 	cancel context.CancelCauseFunc // ends the upstream's half
 	rare   *rareStream             // nil for most; facts, once the stream has started
 	fed    *fed                    // by a run; nil: by the handlers themselves
-	chunks net.Conn                // where workers may write chunks to; nil: nowhere; mu
 
 	// Neighbours among the live streams of the same name, guarded by the
 	// group's lock.
