@@ -396,6 +396,7 @@ func TestNoLabelHasAValueThatAClientChooses(t *testing.T) {
 
 func TestTheLongestWaitIsInTheHistograms(t *testing.T) {
 	checkLeaks(t)
+	name := uniqueName("histograms")
 	c := startCaddy(t, strings.Replace(answerWith(t, func(w http.ResponseWriter, r *http.Request) error {
 		time.Sleep(30 * time.Millisecond) // an upstream that thinks
 		w.Header().Set("Content-Type", eventStream)
@@ -403,7 +404,7 @@ func TestTheLongestWaitIsInTheHistograms(t *testing.T) {
 		time.Sleep(30 * time.Millisecond)
 		_, err := io.WriteString(w, "data: 1\n\n")
 		return err
-	}), "sse", "sse {\nname histograms\n}", 1), withAdmin())
+	}), "sse", "sse {\nname "+name+"\n}", 1), withAdmin())
 	if _, err := c.client("h1").get(t, "/").text(); err != nil {
 		t.Fatal(err)
 	}
@@ -414,7 +415,7 @@ func TestTheLongestWaitIsInTheHistograms(t *testing.T) {
 		"time_to_headers_seconds":     "time_to_headers",
 		"time_to_first_event_seconds": "time_to_first_event",
 	} {
-		sum := s.values[fmt.Sprintf("caddy_sse_%s{name=%q}_sum", metric, "histograms")]
+		sum := s.values[fmt.Sprintf("caddy_sse_%s{name=%q}_sum", metric, name)]
 		if difference := sum - line[field].(float64); difference > 1e-6 || difference < -1e-6 {
 			t.Errorf("%s is %v in the metrics, %v in the log", field, sum, line[field])
 		}
@@ -460,15 +461,16 @@ func TestEverySeriesThatTheConfigurationNamesIsThereAtZero(t *testing.T) {
 func TestTheFirstEventsTimeIsObservedWhileTheStreamIsOpen(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
+	name := uniqueName("first event")
 	c := startCaddy(t, `
 		sse 1h {
-			name "first event"
+			name "`+name+`"
 			prelude off
 		}
 		reverse_proxy `+up.addr, withAdmin())
 	o := c.open(t, c.client("h1"), up, "/", acceptStream)
 	count := func() float64 {
-		return c.scrape(t).values[`caddy_sse_time_to_first_event_seconds{name="first event"}_count`]
+		return c.scrape(t).values[fmt.Sprintf("caddy_sse_time_to_first_event_seconds{name=%q}_count", name)]
 	}
 	if n := count(); n != 0 {
 		t.Errorf("%v before the first event", n)
