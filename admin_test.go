@@ -549,6 +549,9 @@ func TestStreamsOfAReplacedConfigurationStayListed(t *testing.T) {
 }
 
 func TestHandlersAreShownByName(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	name := uniqueName("shown by name ")
 	up := newUpstream(t)

@@ -24,6 +24,9 @@ func withIDs(from, to int) string {
 }
 
 func TestAClientThatTheJournalHasNothingForCatchesUp(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, sharedSite(up, ""), withAdmin())
@@ -66,6 +69,9 @@ func TestAClientThatTheJournalHasNothingForCatchesUp(t *testing.T) {
 }
 
 func TestTheJournalMayComeToWhereAClientHasCaughtUpTo(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, sharedSite(up, ""))
@@ -105,6 +111,9 @@ func TestAnIDThatComesInTimeNeedsNoCatchingUp(t *testing.T) {
 }
 
 func TestAClientEndsWithTheStreamThatItCatchesUpBy(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, sharedSite(up, ""))

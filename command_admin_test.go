@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -192,9 +193,9 @@ func TestAFailedCallOfTheAdminAPIIsExplainedTruly(t *testing.T) {
 // A Caddy that has just reloaded closes some calls without a look at them.
 func TestACallThatAReplacedAdminServerClosedIsMadeAgain(t *testing.T) {
 	for closed, want := range map[int]string{1: "<nil>", 2: "is no admin API of Caddy: EOF"} {
-		calls := 0
+		var calls atomic.Int64
 		client := adminServer(t, func(w http.ResponseWriter, _ *http.Request) {
-			if calls++; calls <= closed {
+			if calls.Add(1) <= int64(closed) {
 				panic(http.ErrAbortHandler)
 			}
 			io.WriteString(w, `{"ending":1}`)
@@ -202,8 +203,8 @@ func TestACallThatAReplacedAdminServerClosedIsMadeAgain(t *testing.T) {
 		if answer, err := client.call(http.MethodDelete, streamsPath+"?all=true"); !strings.Contains(fmt.Sprint(err), want) {
 			t.Errorf("%d calls closed: got %s, %v, want %s", closed, answer, err, want)
 		}
-		if calls != 2 {
-			t.Errorf("%d calls closed: %d calls in all, want 2", closed, calls)
+		if got := calls.Load(); got != 2 {
+			t.Errorf("%d calls closed: %d calls in all, want 2", closed, got)
 		}
 	}
 }

@@ -27,6 +27,9 @@ func (cl *testClient) overTLS() *testClient {
 }
 
 func TestAClientThatVanishesEndsAsDeadClient(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	for _, test := range []struct {
 		name    string
 		options []siteOption

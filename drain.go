@@ -312,7 +312,9 @@ func endStreams(streams []*stream) {
 		s.endNow(serverClosed)
 	}
 	isOpen := func(s *stream) bool { return s.at() < stageClosed }
-	for until := lastWordsUntil(); slices.ContainsFunc(streams, isOpen) && now() < until; {
+	// Streams that have just closed by themselves are in no list any more.
+	isBusy := func() bool { return slices.ContainsFunc(streams, isOpen) || live.telling.Load() > 0 }
+	for until := lastWordsUntil(); isBusy() && now() < until; {
 		time.Sleep(time.Millisecond)
 	}
 	for _, s := range streams {

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -40,6 +41,9 @@ func endOf(t testing.TB, body *follower) (at time.Time, err error) {
 }
 
 func TestAReloadEndsResumableStreamsEvenlyOverTheWindow(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", eventStream)
@@ -118,6 +122,9 @@ func TestEachStreamHasASlotOfTheWindowInWhichADrainEndsIt(t *testing.T) {
 }
 
 func TestADrainEndsAStreamAtAnEventBoundary(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	site := func(reconnectIn string) string { return drainSite(up.addr, "drain 10ms\nretry "+reconnectIn) }
@@ -471,6 +478,9 @@ func TestAStreamThatOpensWhileItsConfigurationDrainsJoinsIn(t *testing.T) {
 
 // A client that reads nothing can't hold up a drain.
 func TestADrainEndsAStreamWhoseClientReadsNothing(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, drainSite(up.addr, "drain 1ms"), withAdmin())
@@ -558,6 +568,9 @@ func TestReloadsInARowEndAClientOnceAMinute(t *testing.T) {
 // TestAnEarlyEndIsCleanToAnEventSourceAndAnAbortForEverybodyElse: SDKs that read
 // a finite answer take a clean end for the end of the answer.
 func TestAnEarlyEndIsCleanToAnEventSourceAndAnAbortForEverybodyElse(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	site := drainSite(up.addr, "drain 1ms")
@@ -639,4 +652,38 @@ func TestADrainWaitsForNobodyWhoHasLeft(t *testing.T) {
 			t.Errorf("the drain was over, %v, after %v", over, time.Since(began))
 		}
 	})
+}
+
+// A stream that closes by itself at that moment is in no list any more.
+func TestTheEndOfTheProcessWaitsForEveryEndToBeTold(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, "sse\nreverse_proxy "+up.addr)
+	client := c.client("h1")
+	exchange := client.begin(client.request(t, "GET", "/", nil))
+	call := up.accept(t)
+	call.start(eventStream)
+	res := exchange.headers(t)
+	c.waitForLog("stream opened", 0)
+
+	c.logged.mu.Lock()
+	res.leave()
+	eventually(t, "it has closed", func() bool {
+		open, _ := caddysse.OpenAndChunked()
+		return open == 0
+	})
+	var canBeTold atomic.Bool
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		caddysse.EndEverything()
+		if !canBeTold.Load() {
+			t.Error("the process ends without a word of it")
+		}
+	}()
+	time.Sleep(50 * time.Millisecond) // in which nothing may happen
+	canBeTold.Store(true)
+	c.logged.mu.Unlock()
+	<-over
+	call.expectGone()
 }

@@ -89,6 +89,9 @@ func errorEvent(message string) string {
 }
 
 func TestALateAnswerThatIsNoStreamBecomesAnErrorEvent(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, earlySite(up.addr), withAdmin())
@@ -183,6 +186,9 @@ func TestAnUpstreamThatCannotBeReachedIsAnErrorEventToo(t *testing.T) {
 }
 
 func TestAnUpstreamInTimeKeepsItsAnswerToTheLetter(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
@@ -372,6 +378,9 @@ func openWaiting(t *testing.T, cl *testClient, up *testUpstream, path string) (*
 }
 
 func TestAWaitingStreamCanBeEndedByTheAdminAPIAndByADrain(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, earlySite(up.addr, "drain 50ms"), withAdmin())
@@ -400,6 +409,9 @@ func TestAWaitingStreamCanBeEndedByTheAdminAPIAndByADrain(t *testing.T) {
 
 // reverse_proxy takes an upstream out of use for what it takes for its failures.
 func TestTheEndOfAWaitingStreamIsNoFailureOfItsUpstream(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	for _, end := range []string{"admin", "max_duration", "upstream_timeout"} {
@@ -586,6 +598,9 @@ func TestAnEarlyStartTakesNothingOfTheRequestsBody(t *testing.T) {
 // A body that nobody reads to its end must not harm the connection: net/http
 // panics on the next request of one that is full duplex.
 func TestARequestBodyThatIsNotReadDoesNotHarmItsConnection(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	answer := make(chan struct{})
 	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {

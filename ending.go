@@ -386,6 +386,8 @@ func (s *stream) account(why reason, err error) {
 		r.end.reason, r.end.err = why, err
 		s.ended = &r
 		s.facts.Unlock()
+		live.telling.Add(1)
+		defer live.telling.Add(-1)
 		s.h.group.remove(s, why, r.counts)
 		collector.observeClosed(r)
 		s.h.tellClosed(r)

@@ -155,6 +155,9 @@ func deleteStreams(t testing.TB, query string) {
 
 // The same over sockets, with a reload among the ends.
 func TestAllEndsAtOnceGiveEachStreamOneEnd(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	rounds := 4
 	if raceEnabled {

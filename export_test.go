@@ -78,6 +78,15 @@ func init() {
 // SeemToExit lets the process of a running Caddy seem to end, or not.
 func SeemToExit(is bool) { seemsToExit.Store(is) }
 
+// EndEverything ends what is left as the end of the process does, which has as much
+// time for that as it takes.
+func EndEverything() {
+	before := lastWordsUntil
+	lastWordsUntil = func() instant { return now().plus(time.Minute) }
+	endStreams(live.streams())
+	lastWordsUntil = before
+}
+
 // EndHandler ends a handler's streams as the end of the grace period does.
 func EndHandler(h *Handler) { endStreams(h.liveStreams()) }
 

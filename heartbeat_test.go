@@ -532,8 +532,9 @@ func TestAClientThatTakesNothingDelaysNoOtherStream(t *testing.T) {
 // may have to wait for.
 func TestAFrameWithoutAPlaceIsTriedAgainWithoutHaste(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
+		name := uniqueName(t.Name())
 		h := provision(t, &caddysse.Handler{
-			Name:      t.Name(),
+			Name:      name,
 			Heartbeat: &caddysse.Heartbeat{Interval: -1, Prelude: caddy.Duration(time.Second)},
 			Retry:     &caddysse.Retry{Min: caddy.Duration(2 * time.Second)},
 		})
@@ -557,7 +558,7 @@ func TestAFrameWithoutAPlaceIsTriedAgainWithoutHaste(t *testing.T) {
 		var deferred float64
 		for _, family := range families {
 			for _, metric := range family.GetMetric() {
-				if family.GetName() == "caddy_sse_heartbeats_deferred_total" && metric.GetLabel()[0].GetValue() == t.Name() {
+				if family.GetName() == "caddy_sse_heartbeats_deferred_total" && metric.GetLabel()[0].GetValue() == name {
 					deferred = metric.GetCounter().GetValue()
 				}
 			}

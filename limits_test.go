@@ -140,6 +140,9 @@ func TestARefusalGoesThroughTheSitesErrorHandlers(t *testing.T) {
 }
 
 func TestALimitCountsByNameAcrossHandlersAndReloads(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	site := func(more string) string {

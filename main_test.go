@@ -47,6 +47,7 @@ func TestMain(m *testing.M) {
 	playUpstream()
 	playReplay() // where this process is an upstream of another one's tests
 	playCaddy()
+	leash()
 	os.Exit(runTests(m))
 }
 

@@ -173,6 +173,7 @@ func TestTheMetricsAreThoseOfTheContract(t *testing.T) {
 	others := []string{
 		"caddy_sse_streams_refused_total", "caddy_sse_reconnects_answered_total", "caddy_sse_early_start_failures_total",
 		"caddy_sse_upstream_retries_total", "caddy_sse_runs", "caddy_sse_resumes_total", "caddy_sse_journal_bytes",
+		"caddy_sse_store_errors_total", "caddy_sse_store_duration_seconds",
 	}
 	for name := range s.families {
 		if _, ok := contractMetrics[name]; !ok && !slices.Contains(others, name) {
@@ -252,10 +253,11 @@ func TestThePrometheusLinterHasNothingToSay(t *testing.T) {
 func TestLiveStreamsAreCountedInTheTotals(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
+	name := uniqueName("counted live")
 	c := startCaddy(t, `
 		sse {
 			prelude off
-			name "counted live"
+			name "`+name+`"
 		}
 		reverse_proxy `+up.addr, withAdmin())
 	for n, proto := range clientProtocols {
@@ -263,13 +265,13 @@ func TestLiveStreamsAreCountedInTheTotals(t *testing.T) {
 		o.call.send("data: 1\n\ndata: 2\n\n")
 		o.body.expect(t, "data: 1\n\ndata: 2\n\n")
 		s := c.scrape(t)
-		if live := s.expectAccounted(t, "counted live"); live != float64(n+1) {
+		if live := s.expectAccounted(t, name); live != float64(n+1) {
 			t.Errorf("%v streams are live, want %d", live, n+1)
 		}
-		if events := s.sum("events_total", "counted live"); events != float64(2*(n+1)) {
+		if events := s.sum("events_total", name); events != float64(2*(n+1)) {
 			t.Errorf("%v events, want %d", events, 2*(n+1))
 		}
-		if bytes := s.sum("bytes_total", "counted live"); bytes != float64(18*(n+1)) {
+		if bytes := s.sum("bytes_total", name); bytes != float64(18*(n+1)) {
 			t.Errorf("%v bytes, want %d", bytes, 18*(n+1))
 		}
 	}
@@ -278,19 +280,20 @@ func TestLiveStreamsAreCountedInTheTotals(t *testing.T) {
 func TestCountersNeverGoBackwards(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
+	removed := uniqueName("removed")
 	site := `
 		sse 1h {
 			name %q
 			prelude 1ms
 		}
 		reverse_proxy ` + up.addr
-	c := startCaddy(t, fmt.Sprintf(site, "removed"), withAdmin())
+	c := startCaddy(t, fmt.Sprintf(site, removed), withAdmin())
 	var before samples
 	check := func(when string) {
 		t.Helper()
 		s := c.scrape(t)
 		s.expectNoneBackwards(t, before)
-		s.expectAccounted(t, "removed")
+		s.expectAccounted(t, removed)
 		if t.Failed() {
 			t.Fatal(when)
 		}
@@ -307,7 +310,7 @@ func TestCountersNeverGoBackwards(t *testing.T) {
 		c.closedLine(t, o.path)
 		check("with a closed stream")
 	}
-	c.reload(fmt.Sprintf(site, "removed") + "\nencode gzip")
+	c.reload(fmt.Sprintf(site, removed) + "\nencode gzip")
 	check("after a reload")
 	live.call.send("data: 1\n\n")
 	live.body.wait(func(unread string) bool { return strings.HasSuffix(unread, "data: 1\n\n") })
@@ -319,16 +322,16 @@ func TestCountersNeverGoBackwards(t *testing.T) {
 	live.call.end()
 	c.closedLine(t, "/live")
 	check("with a stream closed whose handler is gone")
-	if closed := before.sum("streams_closed_total", "removed"); closed != 4 {
+	if closed := before.sum("streams_closed_total", removed); closed != 4 {
 		t.Errorf("%v streams are closed, want 4", closed)
 	}
-	c.reload(fmt.Sprintf(site, "removed"))
+	c.reload(fmt.Sprintf(site, removed))
 	check("with the handler back")
 	o := c.open(t, c.client("h1"), up, "/back")
 	o.call.end()
 	c.closedLine(t, "/back")
 	check("and another stream")
-	if opened := before.sum("streams_opened_total", "removed"); opened != 5 {
+	if opened := before.sum("streams_opened_total", removed); opened != 5 {
 		t.Errorf("%v streams have been opened, want 5", opened)
 	}
 }
@@ -393,6 +396,7 @@ func TestNoLabelHasAValueThatAClientChooses(t *testing.T) {
 
 func TestTheLongestWaitIsInTheHistograms(t *testing.T) {
 	checkLeaks(t)
+	name := uniqueName("histograms")
 	c := startCaddy(t, strings.Replace(answerWith(t, func(w http.ResponseWriter, r *http.Request) error {
 		time.Sleep(30 * time.Millisecond) // an upstream that thinks
 		w.Header().Set("Content-Type", eventStream)
@@ -400,7 +404,7 @@ func TestTheLongestWaitIsInTheHistograms(t *testing.T) {
 		time.Sleep(30 * time.Millisecond)
 		_, err := io.WriteString(w, "data: 1\n\n")
 		return err
-	}), "sse", "sse {\nname histograms\n}", 1), withAdmin())
+	}), "sse", "sse {\nname "+name+"\n}", 1), withAdmin())
 	if _, err := c.client("h1").get(t, "/").text(); err != nil {
 		t.Fatal(err)
 	}
@@ -411,7 +415,7 @@ func TestTheLongestWaitIsInTheHistograms(t *testing.T) {
 		"time_to_headers_seconds":     "time_to_headers",
 		"time_to_first_event_seconds": "time_to_first_event",
 	} {
-		sum := s.values[fmt.Sprintf("caddy_sse_%s{name=%q}_sum", metric, "histograms")]
+		sum := s.values[fmt.Sprintf("caddy_sse_%s{name=%q}_sum", metric, name)]
 		if difference := sum - line[field].(float64); difference > 1e-6 || difference < -1e-6 {
 			t.Errorf("%s is %v in the metrics, %v in the log", field, sum, line[field])
 		}
@@ -457,15 +461,16 @@ func TestEverySeriesThatTheConfigurationNamesIsThereAtZero(t *testing.T) {
 func TestTheFirstEventsTimeIsObservedWhileTheStreamIsOpen(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
+	name := uniqueName("first event")
 	c := startCaddy(t, `
 		sse 1h {
-			name "first event"
+			name "`+name+`"
 			prelude off
 		}
 		reverse_proxy `+up.addr, withAdmin())
 	o := c.open(t, c.client("h1"), up, "/", acceptStream)
 	count := func() float64 {
-		return c.scrape(t).values[`caddy_sse_time_to_first_event_seconds{name="first event"}_count`]
+		return c.scrape(t).values[fmt.Sprintf("caddy_sse_time_to_first_event_seconds{name=%q}_count", name)]
 	}
 	if n := count(); n != 0 {
 		t.Errorf("%v before the first event", n)

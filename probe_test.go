@@ -293,6 +293,9 @@ func TestAnSSEHandlerAroundAProbeStandsAside(t *testing.T) {
 }
 
 func TestAReloadLetsProbesEnd(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	c := startCaddy(t, probeSite)
 	for _, proto := range []string{"h1", "h2"} {
@@ -329,6 +332,9 @@ func TestAnExitBreaksProbesOff(t *testing.T) {
 }
 
 func TestTheServersTimeoutsDoNotEndAProbe(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	// Handshakes take no longer than the timeout of writes (net/http), also on a
 	// busy machine.
 	c := startCaddy(t, probeSite, withGlobal(`servers {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/google/uuid"
 )
@@ -13,6 +14,9 @@ import (
 type registry struct {
 	mu     sync.Mutex
 	groups map[string]*group
+
+	// telling is how many streams have closed, and their ends are not yet told.
+	telling atomic.Int64
 }
 
 // group is what handlers of one name have in common.

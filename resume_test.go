@@ -190,6 +190,9 @@ func TestWhoComesBackTakesTheStreamOver(t *testing.T) {
 }
 
 func TestARunIsCancelledWhenItsWindowIsOver(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, resumeSite(up, "300ms", ""), withAdmin())
@@ -400,6 +403,9 @@ func TestWhatIsNeverResumedGoesToTheUpstreamWithoutAnID(t *testing.T) {
 // Another Caddy with this module is the upstream: what begins with sse1- may be its
 // own.
 func TestAnUpstreamsIDsOfOurFormAreItsOwn(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, resumeSite(up, "1m any", ""), withAdmin())

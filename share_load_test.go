@@ -116,6 +116,9 @@ func eachEvent(body io.Reader, on func(data string) bool) error {
 }
 
 func TestAClientThatDoesNotReadDelaysNobodyAndIsLagging(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, sharedSite(up, "history 64KiB"), withAdmin())
@@ -386,6 +389,9 @@ func eachBlock(body io.Reader, on func(fields map[string]string) error) error {
 // upstream stream of its own until that and the run have sent the same id; then
 // it shares again.
 func TestAnUpstreamThatIgnoresLastEventIDIsSharedAgain(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, sharedSite(up, ""), withAdmin())
@@ -419,6 +425,9 @@ func TestAnUpstreamThatIgnoresLastEventIDIsSharedAgain(t *testing.T) {
 }
 
 func TestAnExitDoesNotWaitForLingeringRuns(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	up := newUpstream(t)
 	c := startCaddyProcess(t, `
 		sse {

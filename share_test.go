@@ -582,6 +582,9 @@ func TestATrustedProxySaysSchemeAndHost(t *testing.T) {
 }
 
 func TestAnIDLikeOursFromTheUpstreamIsTheUpstreams(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, sharedSite(up, ""))

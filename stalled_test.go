@@ -19,6 +19,9 @@ import (
 // A third of the clients take nothing, with streams that their upstream fills
 // as fast as it can. The others must not notice.
 func TestStalledClientsDelayNobodyElse(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	clients, ticks := 60, 20
 	if os.Getenv(rollingVariable) != "" {

@@ -40,8 +40,11 @@ func (n *cluster) waitForStore(t testing.TB, node string) {
 }
 
 func TestAStoreThatIsAwayHarmsNoStream(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
-	n := startNodes(t, "1m", "")
+	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1m", "")
 	_, one, call, token := n.begin(t, "a", "/")
 	call.send(plainEvent(1))
 	one.expect(t, eventOf(token, 1))
@@ -158,6 +161,9 @@ func TestAStreamThatOutrunsTheStoreHasNoMoreIDs(t *testing.T) {
 }
 
 func TestAStoreThatHasLostEverythingEndsWhatIsReadElsewhere(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	n := startNodes(t, "1m", "")
 	_, one, call, token := n.begin(t, "a", "/")
@@ -192,8 +198,11 @@ func TestAStoreThatHasLostEverythingEndsWhatIsReadElsewhere(t *testing.T) {
 }
 
 func TestNobodyWaitsForASlowStore(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
-	n := startNodes(t, "1m", "")
+	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1m", "")
 	n.SetDelay(patience)
 	_, one, call, token := n.begin(t, "a", "/")
 	call.send(plainEvents(1, 3))
@@ -223,7 +232,7 @@ func TestAServerStartsReloadsAndStopsWithoutItsStore(t *testing.T) {
 	checkLeaks(t)
 	memory := storetest.NewMemory()
 	memory.SetAway(true)
-	n := startNodesOn(t, memory, "1m", "")
+	n := startNodesOn(t, memory, longLease, "1m", "")
 	n.reload(n.site)
 	n.reload(strings.ReplaceAll(n.site, "heartbeat off", "heartbeat 15s"))
 	e, call := open(t, n.cl, n.up, "/", append(asEventSource, "X-Node: a")...)
@@ -257,9 +266,12 @@ func TestARunHoldsItsStoreWhateverReloads(t *testing.T) {
 }
 
 func TestAnExitLeavesWhatItHasToTheOtherNodes(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	t.Cleanup(func() { caddysse.SeemToExit(false) })
-	n := startNodes(t, "1s", "")
+	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1s", "")
 	res, one, call, token := n.begin(t, "a", "/")
 	call.send(plainEvents(1, 2))
 	one.expect(t, events(token, 1, 2))
@@ -284,6 +296,9 @@ func TestAnExitLeavesWhatItHasToTheOtherNodes(t *testing.T) {
 }
 
 func TestAnExitLeavesWhatItIsAboutToWriteToTheOtherNodes(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	t.Cleanup(func() { caddysse.SeemToExit(false) })
 	n := startNodes(t, "5s", "")
@@ -336,12 +351,16 @@ func (n *cluster) waitForNoEventLost(t testing.TB) {
 }
 
 func TestAClientOfANodeThatDiesLeavesItsRunToTheWindow(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
-	n := startNodes(t, "1s", "")
+	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1s", "")
 	res, one, call, token := n.begin(t, "a", "/")
 	call.send(plainEvent(1))
 	one.expect(t, eventOf(token, 1))
 	res.leave()
+	n.waitForRun("open", 0)
 	two := n.back(t, "b", "/", token+".0").follow()
 	two.expect(t, eventOf(token, 1))
 	n.waitForRun("open", 1)

@@ -154,6 +154,9 @@ func (tc *tierClient) visit(ctx context.Context, addr, path string, last int, jo
 // Two tiers of this module are one after the other. The connection between them
 // breaks, and so do those of the clients.
 func TestThroughTwoTiersEveryEventComesOnce(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	for _, test := range []struct {
 		name, outer, inner string
 		shared             bool
@@ -355,6 +358,9 @@ func TestBehindALoadBalancerThatEndsTLS(t *testing.T) {
 // An upstream of a deploy answers 503 for a while: 50 clients of a run stay, and
 // 50 that come meanwhile come again until it is back. Then all share one stream.
 func TestAnUpstreamThatIsAwayForAWhileIsSharedAgain(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	const clients = 50
 	var away atomic.Bool

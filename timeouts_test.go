@@ -37,6 +37,9 @@ const serverTimeouts = `servers {
 }`
 
 func TestServerWideTimeoutsSpareStreamsAndNothingElse(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
 		if strings.HasPrefix(r.URL.Path, "/slow") {
@@ -127,6 +130,9 @@ func TestTheNextRequestOnTheConnectionHasNoDeadlineOfTheStreams(t *testing.T) {
 
 // On HTTP/1.1 the deadline of the last write stays on the connection.
 func TestAQuietStreamEndsCleanlyLongAfterItsLastWrite(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", eventStream)
@@ -188,6 +194,9 @@ func writeWithDeadline(t testing.TB, w http.ResponseWriter, text string, within 
 // Whoever sets a write deadline, a stream outlives it: with heartbeats, in a
 // silence, and at the next write.
 func TestDeadlinesOfHandlersDoNotEndAStream(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	const within = 50 * time.Millisecond
 	h := newTestHandler(t)
@@ -242,6 +251,9 @@ func TestDeadlinesOfHandlersDoNotEndAStream(t *testing.T) {
 
 // The other way round, what is no stream keeps them.
 func TestDeadlinesOfHandlersHoldForWhatIsNoStream(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	given := make(chan bool, 1) // up
 	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
@@ -281,6 +293,9 @@ func TestDeadlinesOfHandlersHoldForWhatIsNoStream(t *testing.T) {
 // A rate of the server counts from what it has sent itself; that sse looks at its
 // timeouts does not make it forget that.
 func TestARateOfTheServerRemembersWhatItHasCounted(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "text/plain")
@@ -377,6 +392,9 @@ func (w opaqueWriter) Flush() { _ = http.NewResponseController(w.ResponseWriter)
 // What sse switches off of the server's own protection, it must be able to do
 // itself, whatever writer is in between.
 func TestAClientThatTakesNothingIsEndedThroughAnOpaqueWriterToo(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	for _, idle := range []string{"", "write_idle -1s", "write_idle 200ms", "write_idle -1s\nread_body_idle -1s"} {
@@ -393,7 +411,14 @@ func TestAClientThatTakesNothingIsEndedThroughAnOpaqueWriterToo(t *testing.T) {
 					return // there, nobody knows the way to one stream of a connection
 				}
 				path, method := "/"+cl.proto, map[string]string{"h1": "GET", "h2": "POST", "h3": "GET"}[cl.proto]
-				e := cl.begin(cl.request(t, method, path, strings.NewReader("{}"), acceptStream))
+				body := "{}"
+				if strings.Contains(idle, "read_body_idle") {
+					// Without Caddy's reader around a body, net/http may close it while
+					// the transport still looks for its end, and then breaks the answer
+					// off: plain Caddy does, too.
+					body = ""
+				}
+				e := cl.begin(cl.request(t, method, path, strings.NewReader(body), acceptStream))
 				call := up.acceptAt(t, path)
 				call.start(eventStream)
 				res := e.headers(t) // and nothing more is read
@@ -497,6 +522,9 @@ func TestTheRequestOfAStreamMayBeAsSlowAsTheStream(t *testing.T) {
 
 // On HTTP/1.1 the server reads what is left of a request before it answers.
 func TestARequestThatStopsComingDoesNotHoldItsStream(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstreamFunc(t, duplex)
 	for name, test := range map[string]struct{ directive, global string }{
@@ -565,6 +593,9 @@ func (c *stoppable) Read(p []byte) (int, error) {
 
 // A reset of an HTTP/2 stream can't go out when the connection takes nothing.
 func TestAClientWhoseHTTP2ConnectionIsStuckIsEnded(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	c := startFlooded(t, "700ms", withAdmin())
 	cl := c.client("h2")
@@ -736,6 +767,9 @@ func TestAWriteThatPanickedIsNotOnItsWay(t *testing.T) {
 }
 
 func TestAClientThatTakesNothingIsEndedAfterTheWriteTimeout(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	for _, idle := range []string{"", "write_idle -1s", "write_idle 200ms", "write_idle 100ms 100000000"} {
 		t.Run("with "+idle, func(t *testing.T) {
@@ -768,6 +802,9 @@ func TestAClientThatTakesNothingIsEndedAfterTheWriteTimeout(t *testing.T) {
 // A client that takes little is no client that takes nothing, however much the
 // kernel could hold for it.
 func TestAClientOfFewBytesASecondLives(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	if runtime.GOOS != "linux" && runtime.GOOS != "darwin" {
 		t.Skip("the kernel takes megabytes at a time here, without a limit")
 	}

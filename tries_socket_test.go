@@ -17,6 +17,9 @@ import (
 const noCache = "Cache-Control: no-cache"
 
 func TestAStreamSurvivesItsUpstreamOverEveryProtocol(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	c := startCaddy(t, `
@@ -128,6 +131,9 @@ func TestAStreamThatGivesUpEndsCleanlyForAnEventSourceOnly(t *testing.T) {
 }
 
 func TestAReloadDuringAWaitEndsTheStreamWhenItsTryIsDue(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	up := newUpstream(t)
 	site := `
@@ -276,6 +282,9 @@ func (up *replayUpstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 func TestNobodysConnectionEndsWhenAnUpstreamIsRestarted(t *testing.T) {
+	if apart(t) {
+		return
+	}
 	checkLeaks(t)
 	clients, kills := 80, 2 // more than may come back in one second
 	if testing.Short() {
