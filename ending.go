@@ -379,6 +379,8 @@ func (s *stream) account(why reason, err error) {
 		if why == clientClosed {
 			why = s.whyGone(fate)
 		}
+		live.telling.Add(1) // before it counts as closed
+		defer live.telling.Add(-1)
 		s.facts.Lock()
 		s.stage.Store(uint32(stageClosed))
 		s.longestGap = max(s.longestGap, s.age()-s.lastBytes)
@@ -386,8 +388,6 @@ func (s *stream) account(why reason, err error) {
 		r.end.reason, r.end.err = why, err
 		s.ended = &r
 		s.facts.Unlock()
-		live.telling.Add(1)
-		defer live.telling.Add(-1)
 		s.h.group.remove(s, why, r.counts)
 		collector.observeClosed(r)
 		s.h.tellClosed(r)
