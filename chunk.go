@@ -15,9 +15,9 @@ import (
 // What goes to many clients alike is framed once, as a chunk of HTTP/1.1 (RFC
 // 9112, section 7.1), and written to each client's connection. The server would
 // frame it for each, and copy it twice. What the handlers of a run of its own write
-// to its client goes past the server as well. What else goes to these clients, heartbeats
-// and the end, goes through the server as ever: between two writes it holds nothing
-// back, as each is flushed.
+// to its client goes past the server as well. What else goes to these clients,
+// heartbeats and the end, goes through the server as ever: between two writes it
+// holds nothing back, as each is flushed.
 
 // framing is what whoever writes chunks has framed last.
 type framing struct {
