@@ -56,7 +56,7 @@ func TestTheKernelIsAskedAgainOnlyOnceTooMuchMayBeOnItsWay(t *testing.T) {
 func TestAnEventForAClientThatKeepsUpAllocatesNothing(t *testing.T) {
 	conn, client := tcpPair(t)
 	event := []byte("data: some text that is as long as that of an event\n\n")
-	s := &stream{fed: &fed{chunks: conn}, frames: new(frames)}
+	s := &stream{chunks: conn, frames: new(frames)}
 	s.splicer.Splice(new(eventstream.Frames), event) // it has had its first event
 	f := openFeed(journal.NewBudget(journal.KeepUnsent, 1<<20), journal.KeepUnsent, 64<<10, "", func() {})
 	reader := &runReader{run: &run{feed: f}}

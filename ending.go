@@ -183,13 +183,22 @@ func (s *stream) abandon() {
 	s.facts.Lock()
 	switch moved := s.moveLocked(stageAbandoned, 0); {
 	case !moved:
-	case s.abandoned != nil:
+	case s.letGoLocked() != nil:
 		s.broken = true // its request goes on, and ends with an abort
 	case s.breakWriteLocked() && s.proto == http1:
 		peer.HangUp(peer.Accepted(s.ctx))
 	}
 	s.facts.Unlock()
 	s.accountWithoutHandlers()
+}
+
+// letGoLocked lets the request go on without its handlers; nil: it can't. It wants
+// facts to be locked.
+func (s *stream) letGoLocked() func() {
+	if s.rare == nil {
+		return nil
+	}
+	return s.rare.letGo
 }
 
 // clientLeft accounts for the stream of a client that has gone, at once: its
@@ -203,14 +212,14 @@ func (s *stream) clientLeft() {
 // for.
 func (s *stream) accountWithoutHandlers() {
 	s.facts.Lock()
-	why, asked, abandoned := s.why, s.isAskedEnd(), s.abandoned
+	why, asked, letGo := s.why, s.isAskedEnd(), s.letGoLocked()
 	s.facts.Unlock()
 	if !asked {
 		why = clientClosed
 	}
 	s.account(why, nil)
-	if abandoned != nil && asked {
-		abandoned()
+	if letGo != nil && asked {
+		letGo()
 	}
 	// Somebody may be writing, to a client that takes nothing any more.
 	s.facts.Lock()

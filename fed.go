@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"strconv"
 	"time"
 
@@ -37,8 +36,6 @@ type fed struct {
 	at    journal.Spot
 	id    string
 	hasID bool
-
-	chunks net.Conn // where workers may write chunks to; nil: nowhere; the stream's mu
 }
 
 // feedSource is what feeds a stream: a run of this process, or what a store has

@@ -296,6 +296,7 @@ func (x *exchange) open(status int) {
 // start sends the stream's headers and lets it be known.
 func (x *exchange) start() {
 	x.stream.start(x.place)
+	x.stream.writeChunksTo(x.chunkConn())
 	x.uploads().suspend(x.w)
 }
 

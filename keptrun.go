@@ -231,7 +231,6 @@ func runsHeader(header http.Header) http.Header {
 // followKept passes on what the run has for the request's client, until one of
 // them is through.
 func (x *exchange) followKept(w *relayedResponse) outcome {
-	x.stream.writeChunksTo(x.chunkConn())
 	end := x.rare.reader.followRun(x.rare.feed.ctx, x.stream)
 	if x.handlersGoOn() {
 		return outcome{run: end}

@@ -176,7 +176,6 @@ func (x *exchange) goOn(reader *runReader) runEnd {
 	feed.ctx, feed.cancel = context.WithCancelCause(x.r.Context())
 	x.takeDifference(r.kept.added, r.kept.replaced)
 	x.open(r.answer.status)
-	x.stream.writeChunksTo(x.chunkConn())
 	return reader.followRun(feed.ctx, x.stream)
 }
 

@@ -217,7 +217,6 @@ func (x *exchange) openShared(reader *runReader, answer runAnswer) (p placing, o
 	if x.stream != nil {
 		x.role = streaming
 		x.stream.answered(answer.status, answer.header, answer.upstream)
-		x.stream.writeChunksTo(x.chunkConn())
 		greeting.retry = 0 // it has been told
 		return p, x.stream.greet(greeting.text()) == nil
 	}
@@ -231,7 +230,6 @@ func (x *exchange) openShared(reader *runReader, answer runAnswer) (p placing, o
 	}
 	x.rare.fed.greeting = greeting
 	x.open(answer.status)
-	x.stream.writeChunksTo(x.chunkConn())
 	reader.feeds(x.stream)
 	return p, true
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"math"
+	"net"
 	"net/http"
 	"sync"
 	"sync/atomic"
@@ -88,6 +89,7 @@ type stream struct {
 	cancel context.CancelCauseFunc // ends the upstream's half
 	rare   *rareStream             // nil for most; facts, once the stream has started
 	fed    *fed                    // by a run; nil: by the handlers themselves
+	chunks net.Conn                // where chunks may be written to; nil: nowhere; mu
 
 	// Neighbours among the live streams of the same name, guarded by the
 	// group's lock.
@@ -98,7 +100,6 @@ type stream struct {
 	ended     *report   // when it has been accounted for; facts
 	accounted sync.Once
 	unwatch   func() bool
-	abandoned func() // lets the request go on without its handlers; nil: it can't
 }
 
 // rareStream is what few streams need.
@@ -107,6 +108,7 @@ type rareStream struct {
 	panicked any                      // on a goroutine where no server would recover it
 	control  *http.ResponseController // of the connection, where writers in between hide it
 	tries    *tries                   // nil: the upstream is not asked again; set before the stream starts
+	letGo    func()                   // lets the request go on without its handlers; nil: it can't
 	drainDue instant                  // when a drain ends it; 0: none does; facts
 }
 
@@ -147,7 +149,10 @@ func (x *exchange) newStream(status int) *stream {
 			s.cancel = t.cancel
 		}
 		if abandon := x.rare.abandon; abandon != nil {
-			s.abandoned = sync.OnceFunc(func() { close(abandon) })
+			if s.rare == nil {
+				s.rare = new(rareStream)
+			}
+			s.rare.letGo = sync.OnceFunc(func() { close(abandon) })
 		}
 	}
 	return s

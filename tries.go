@@ -220,7 +220,7 @@ func (x *exchange) try(next caddyhttp.Handler) outcome {
 	t.attempt = a
 	t.count++
 	t.events = s.splicer.Scanner().Events()
-	s.abandoned = nil // of a first attempt on another goroutine
+	s.rare.letGo = nil // of a first attempt on another goroutine
 	s.facts.Unlock()
 	t.result = pendingTry
 	out := x.callHere(next, w)

@@ -53,7 +53,7 @@ func (s *stream) passOnLocked(p []byte, f *framing) (int, error) {
 		// The client may have it, and leave, before the write has returned.
 		s.noteFirstEvent(s.lastBytes)
 	}
-	if err := s.sendWithLocked(f, lead, body); err != nil {
+	if err := s.sendBodyLocked(f, lead, body); err != nil {
 		if first {
 			s.noteFirstEvent(0)
 		}
@@ -80,7 +80,7 @@ func (s *stream) passBlocks(c *journal.Cursor, p []byte, f *framing) error {
 	if !passes {
 		return errStreamEnded
 	}
-	if err := s.sendWithLocked(f, lead, p); err != nil {
+	if err := s.sendBodyLocked(f, lead, p); err != nil {
 		if first {
 			s.noteFirstEvent(0)
 		}
