@@ -112,6 +112,7 @@ func (s *server) do(t testing.TB, command ...string) string {
 		t.Fatal(err)
 	}
 	defer c.fail(errClosed)
+	go c.send()
 	go c.receive()
 	replies, err := c.do(t.Context(), command)
 	if err != nil {

@@ -44,6 +44,7 @@ func pipe(t *testing.T) (*conn, net.Conn) {
 	ours, theirs := net.Pipe()
 	c := newConn(ours)
 	t.Cleanup(func() { c.fail(errClosed); theirs.Close() })
+	go c.send()
 	go c.receive()
 	return c, theirs
 }
