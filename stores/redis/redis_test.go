@@ -32,7 +32,8 @@ type server struct {
 	process  *exec.Cmd
 }
 
-// startServer runs one, on a port of loopback.
+// startServer runs one, on a port of loopback. CADDYSSE_TEST_REDIS names another
+// program than redis-server.
 func startServer(t testing.TB, options ...string) *server {
 	t.Helper()
 	program := os.Getenv("CADDYSSE_TEST_REDIS") // Valkey's, for one
