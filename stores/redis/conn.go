@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"sync"
 	"time"
@@ -42,8 +43,12 @@ type call struct {
 	done    chan struct{} // closed when none is left
 }
 
-// errBehind is what callers get while the server does not read.
-var errBehind = errors.New("redis: the server does not read what it is sent")
+var (
+	errBroken = errors.New("redis: the connection broke")
+
+	// errBehind is what callers get while the server does not read.
+	errBehind = errors.New("redis: the server does not read what it is sent")
+)
 
 func newConn(c net.Conn) *conn {
 	return &conn{
@@ -77,6 +82,9 @@ func (c *conn) failure() error {
 // do sends commands at once and returns the replies, each a string, an int64, a
 // []any, nil or a replyError.
 func (c *conn) do(ctx context.Context, commands ...[]string) ([]any, error) {
+	if len(commands) == 0 {
+		return nil, nil
+	}
 	k := &call{replies: make([]any, 0, len(commands)), left: len(commands), done: make(chan struct{})}
 	if err := c.post(k, commands); err != nil {
 		return nil, err
@@ -133,7 +141,7 @@ func (c *conn) send() {
 		p, c.out = c.out, p[:0]
 		c.mu.Unlock()
 		if err := c.write(p); err != nil {
-			c.fail(err)
+			c.fail(fmt.Errorf("%w: %w", errBroken, err))
 			return
 		}
 		if cap(p) > 4*sendPiece {
@@ -174,7 +182,7 @@ func (c *conn) receive() {
 			err = errProtocol
 		}
 		if err != nil {
-			c.fail(err)
+			c.fail(fmt.Errorf("%w: %w", errBroken, err))
 			return
 		}
 	}

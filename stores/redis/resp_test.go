@@ -119,6 +119,18 @@ func TestAServerThatOwesRepliesIsLeftInTime(t *testing.T) {
 	})
 }
 
+func TestACallOfNothingWaitsForNoReply(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, _ := pipe(t)
+		if replies, err := c.do(t.Context()); replies != nil || err != nil {
+			t.Errorf("got %v, %v", replies, err)
+		}
+		if len(c.pending) > 0 {
+			t.Error("a reply is waited for")
+		}
+	})
+}
+
 func TestAListIsBoundedWhateverItHolds(t *testing.T) {
 	text := "*60000000\r\n" + strings.Repeat(":1\r\n", largestReply/elementCost+1)
 	if _, err := readReply(bufio.NewReader(strings.NewReader(text))); !errors.Is(err, errProtocol) {
