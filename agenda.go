@@ -12,6 +12,7 @@ import (
 type agenda struct {
 	mu      sync.Mutex
 	entries entries
+	added   entry       // what setLocked adds; here, as a variable of its own would be allocated
 	timer   *time.Timer // nil until there is an entry
 	armed   instant     // when the timer fires; 0: it does not
 	crew    crew
@@ -51,7 +52,9 @@ func (a *agenda) setLocked(s *stream, at instant) {
 		a.entries[i].at = at
 		heap.Fix(&a.entries, i)
 	} else {
-		heap.Push(&a.entries, entry{at, s})
+		a.added = entry{at, s}
+		heap.Push(&a.entries, &a.added)
+		a.added = entry{}
 	}
 	a.armLocked()
 }
@@ -102,7 +105,7 @@ func (a *agenda) fire() {
 	}
 	a.armed = 0
 	for len(a.entries) > 0 && a.entries[0].at <= at {
-		a.crew.add(heap.Pop(&a.entries).(entry).s)
+		a.crew.add(heap.Pop(&a.entries).(*stream))
 	}
 	a.armLocked()
 }
@@ -168,6 +171,7 @@ func (a *agenda) writeGrace() time.Duration {
 }
 
 // entries implements heap.Interface, and tells each stream where its entry is.
+// Push takes an *entry and Pop returns a *stream: pointers need no allocation.
 type entries []entry
 
 func (e entries) Len() int           { return len(e) }
@@ -180,7 +184,7 @@ func (e entries) Swap(i, j int) {
 }
 
 func (e *entries) Push(x any) {
-	added := x.(entry)
+	added := *x.(*entry)
 	*e = append(*e, added)
 	added.s.agendaIndex = int32(len(*e))
 }
@@ -190,5 +194,5 @@ func (e *entries) Pop() any {
 	(*e)[len(*e)-1] = entry{}
 	*e = (*e)[:len(*e)-1]
 	last.s.agendaIndex = 0
-	return last
+	return last.s
 }

@@ -76,16 +76,16 @@ func isServersOwn(w http.ResponseWriter) bool {
 func (s *stream) writeChunksTo(conn net.Conn) {
 	s.mu.Lock()
 	defer s.unlock()
-	s.chunks = conn
+	s.fed.chunks = conn
 }
 
 // sendChunkLocked writes a chunk to the connection, instead of sendLocked.
 func (s *stream) sendChunkLocked(chunk []byte) error {
 	defer s.rests() // also after a panic
 	s.moves(s.lastBytes)
-	if _, err := s.chunks.Write(chunk); err != nil {
+	if _, err := s.fed.chunks.Write(chunk); err != nil {
 		s.failLocked(err)
-		_ = s.chunks.Close() // as net/http does: what follows would be no chunk
+		_ = s.fed.chunks.Close() // as net/http does: what follows would be no chunk
 		return err
 	}
 	s.lastHeard = s.age()

@@ -352,3 +352,34 @@ func TestAStreamOverHTTP10(t *testing.T) {
 		t.Errorf("told: %v", line)
 	}
 }
+
+// A server takes a client that has closed its side for one that has left.
+func TestAClientThatHasLeftIsNotToldOfAnEnd(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, "sse\nreverse_proxy "+up.addr)
+	conn, err := net.Dial("tcp", c.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(patience))
+	fmt.Fprint(conn, "GET /left HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\n\r\n")
+	call := up.accept(t)
+	call.start(eventStream)
+	call.send("data: 1\n\n")
+	reader := bufio.NewReader(conn)
+	for line := ""; line != "data: 1\n"; {
+		if line, err = reader.ReadString('\n'); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	rest, err := io.ReadAll(reader)
+	if string(rest) != "\n\r\n" || err != nil {
+		t.Errorf("got %q, %v; want the rest of the event and no last chunk", rest, err)
+	}
+	expectEnd(t, c.closedLine(t, "/left"), "client_closed", "info")
+}

@@ -89,7 +89,7 @@ func OpenStreams(h *Handler) int { return len(h.liveStreams()) }
 func OpenAndChunked() (open, chunked int) {
 	for _, s := range live.streams() {
 		s.mu.Lock()
-		if open++; s.chunks != nil {
+		if open++; s.fed != nil && s.fed.chunks != nil {
 			chunked++
 		}
 		s.mu.Unlock()

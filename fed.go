@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"strconv"
 	"time"
 
@@ -35,6 +36,8 @@ type fed struct {
 	at    journal.Spot
 	id    string
 	hasID bool
+
+	chunks net.Conn // where workers may write chunks to; nil: nowhere; the stream's mu
 }
 
 // feedSource is what feeds a stream: a run of this process, or what a store has

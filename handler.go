@@ -1,6 +1,7 @@
 package caddysse
 
 import (
+	"context"
 	"net/http"
 	"sync"
 	"sync/atomic"
@@ -109,10 +110,11 @@ func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived in
 
 // beginExchange is newExchange, and enters the run that the request shares, if it
 // is there.
-func (h *Handler) beginExchange(w http.ResponseWriter, r *http.Request, arrived instant) (x *exchange) {
+func (h *Handler) beginExchange(w http.ResponseWriter, r *http.Request, arrived instant) *exchange {
 	if h.sharing == nil {
 		return h.newExchange(w, r, arrived)
 	}
+	var x *exchange
 	onOwnStack(func() {
 		if x = h.newExchange(w, r, arrived); x.mayShare() {
 			x.findRun()
@@ -293,8 +295,19 @@ func (x *exchange) open(status int) {
 
 // start sends the stream's headers and lets it be known.
 func (x *exchange) start() {
-	x.stream.start(x.place)
+	x.stream.start(x.place, x.isFlushedByProxy())
 	x.uploads().suspend(x.w)
+}
+
+// isFlushedByProxy reports whether the headers are left to reverse_proxy, which
+// flushes those of every event stream at once, from a goroutine of its own. An
+// event that has come with them goes out in the same write then. What is not
+// flushed before the handlers leave goes out when they do (see stream.close).
+//
+// It is for the plain case only. Over HTTP/1.1 the server reads what is left of a
+// request's body before it sends headers, in times that suspend lifts.
+func (x *exchange) isFlushedByProxy() bool {
+	return x.rare == nil && x.stream.client.upstream != ""
 }
 
 func (x *exchange) uploads() *uploads {
@@ -380,6 +393,10 @@ func (x *exchange) conclude(out outcome) error {
 	case s.aborts(r.end.reason):
 		s.letArrive()
 		panic(http.ErrAbortHandler)
+	}
+	if s.proto == http1 && s.ctx.Err() == context.Canceled {
+		s.expireWrites() // nobody reads the end of the response
+		return nil
 	}
 	s.boundLastWrite() // of an encoder, and of the server, which completes the response
 	// Where the client has left or the end is ours, the handlers around this

@@ -60,17 +60,21 @@ func (p headerPolicy) apply(header http.Header) {
 	for _, field := range notForStreams {
 		delete(header, field)
 	}
-	if value := p.cacheControl; value != "" {
-		header["Cache-Control"] = []string{value}
-	} else {
+	// One allocation for all. They are not shared among streams: handlers edit
+	// values in place.
+	values := &[3]string{p.cacheControl, "no", "?1"}
+	if p.cacheControl == "" {
 		given := strings.Join(header["Cache-Control"], ", ")
-		if value = p.withNoTransform(given); value != given {
-			header["Cache-Control"] = []string{value}
+		if values[0] = p.withNoTransform(given); values[0] == given {
+			values[0] = ""
 		}
 	}
-	header["X-Accel-Buffering"] = []string{"no"}
+	if values[0] != "" {
+		header["Cache-Control"] = values[0:1:1]
+	}
+	header["X-Accel-Buffering"] = values[1:2:2]
 	// RFC 10036, section 2: asks every hop to pass the message on as it comes.
-	header["Incremental"] = []string{"?1"}
+	header["Incremental"] = values[2:3:3]
 }
 
 // hasToken reports whether the comma-separated list has the token, in any

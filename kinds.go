@@ -73,8 +73,9 @@ type accept struct {
 func acceptOf(header http.Header) accept {
 	var a accept
 	others := false
-	for item := range listItems(header["Accept"]) {
-		switch {
+	for rest, more := joinLines(header["Accept"]), true; more; {
+		var item string
+		switch item, rest, more = cutItem(rest); {
 		case item == "", hasZeroWeight(item):
 		case isMediaType(item, eventStreamType):
 			a.eventStream = true

@@ -137,9 +137,9 @@ func newID(ctx context.Context) uuid.UUID {
 }
 
 // adoptID makes an id the request's, for whoever asks from now on.
-func (x *exchange) adoptID(id uuid.UUID) {
+func (x *exchange) adoptID(id string) {
 	if x.replacer != nil {
-		x.replacer.Set(requestUUID, id.String())
+		x.replacer.Set(requestUUID, id)
 	}
 }
 
@@ -148,7 +148,7 @@ func (x *exchange) adoptID(id uuid.UUID) {
 func (x *exchange) fixID() {
 	id := newID(x.r.Context())
 	x.rarely().id = id
-	x.adoptID(id)
+	x.adoptID(id.String())
 	x.attempt.context.replacer.Set(requestUUID, id.String())
 }
 
@@ -320,7 +320,7 @@ func (h *Handler) tellClosed(r report) {
 // tell puts what is known of a stream that has ended into its request's access
 // log and placeholders.
 func (x *exchange) tell(r *report) {
-	x.adoptID(x.stream.id)
+	x.adoptID(r.id)
 	x.told = r
 	if extra, ok := x.r.Context().Value(caddyhttp.ExtraLogFieldsCtxKey).(*caddyhttp.ExtraLogFields); ok {
 		extra.Set(zap.Object("sse", figures(*r)))

@@ -1,7 +1,6 @@
 package caddysse
 
 import (
-	"iter"
 	"net/http"
 	"strings"
 )
@@ -17,7 +16,9 @@ func hasEventStreamType(header http.Header) bool {
 // browsers have it (Fetch, section 2.2.2, "extract a MIME type"). It is empty
 // where there is none.
 func mediaType(contentType []string) (essence string) {
-	for value := range listItems(contentType) {
+	for rest, more := joinLines(contentType), true; more; {
+		var value string
+		value, rest, more = cutItem(rest)
 		if found := essenceOf(value); found != "" && found != "*/*" {
 			essence = found
 		}
@@ -54,23 +55,20 @@ func isToken(text string) bool {
 	return text != ""
 }
 
-// listItems yields the elements of a header's lines as of one list. A comma in a
-// quoted string separates nothing, and a string that is not closed goes on in the
-// next line, because lines are just parts of a list (Fetch, section 2.2.2, "get, decode,
-// and split").
-func listItems(lines []string) iter.Seq[string] {
-	list := strings.Join(lines, ", ")
-	return func(yield func(string) bool) {
-		for list, more := list, true; more; {
-			end := itemEnd(list)
-			if !yield(strings.Trim(list[:end], "\t ")) {
-				return
-			}
-			if more = end < len(list); more {
-				list = list[end+1:]
-			}
-		}
+// joinLines makes one list of a header's lines, which are just parts of it (Fetch,
+// section 2.2.2, "get, decode, and split").
+func joinLines(lines []string) string { return strings.Join(lines, ", ") }
+
+// cutItem returns the first element of a list, the list after it, and whether
+// there is one. A comma in a quoted string separates nothing, and a string that is
+// not closed in one line goes on in the next.
+func cutItem(list string) (item, rest string, more bool) {
+	end := itemEnd(list)
+	item = strings.Trim(list[:end], "\t ")
+	if end == len(list) {
+		return item, "", false
 	}
+	return item, list[end+1:], true
 }
 
 // itemEnd returns where the first element of a list ends.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/binary"
 	"math"
-	"net"
 	"net/http"
 	"sync"
 	"sync/atomic"
@@ -89,7 +88,6 @@ type stream struct {
 	cancel context.CancelCauseFunc // ends the upstream's half
 	rare   *rareStream             // nil for most; facts, once the stream has started
 	fed    *fed                    // by a run; nil: by the handlers themselves
-	chunks net.Conn                // where workers may write chunks to; nil: nowhere; mu
 
 	// Neighbours among the live streams of the same name, guarded by the
 	// group's lock.
@@ -168,14 +166,14 @@ func (s *stream) countsLocked() counts {
 	}
 }
 
-// start sends the headers, takes the place that was reserved for the stream if
-// any, and lets it be known.
-func (s *stream) start(reserved *place) {
+// start sends the headers, unless the handlers will flush them, takes the place
+// that was reserved for the stream if any, and lets it be known.
+func (s *stream) start(reserved *place, flushed bool) {
 	s.ownWriteTimeouts()
 	if s.h.writeTimeout > 0 {
 		peer.LimitUnsent(peer.Accepted(s.ctx))
 	}
-	s.open()
+	s.open(flushed)
 	s.h.group.add(s, reserved.use())
 	s.started = true
 	if s.h.deadClientTimeout > 0 {
@@ -187,11 +185,12 @@ func (s *stream) start(reserved *place) {
 	s.unwatch = context.AfterFunc(s.ctx, s.clientLeft)
 }
 
-// open sends the headers and starts the clocks.
-func (s *stream) open() {
+// open sends the headers, unless the handlers will flush them, and starts the
+// clocks.
+func (s *stream) open(flushed bool) {
 	s.mu.Lock()
 	defer s.unlock()
-	err := s.sendHeadersLocked()
+	err := s.sendHeadersLocked(flushed)
 	s.facts.Lock()
 	if s.id == uuid.Nil {
 		s.id = newID(s.ctx) // handlers around this one may have asked for it on seeing the headers
@@ -216,7 +215,7 @@ func (s *stream) open() {
 	s.scheduleLocked()
 }
 
-func (s *stream) sendHeadersLocked() error {
+func (s *stream) sendHeadersLocked(flushed bool) error {
 	s.watchWrite()
 	s.moves(s.age())
 	defer s.rests()
@@ -226,6 +225,9 @@ func (s *stream) sendHeadersLocked() error {
 		if err := s.sendFirstLocked(); err != nil {
 			return err
 		}
+	}
+	if flushed {
+		return nil
 	}
 	return s.flushLocked()
 }

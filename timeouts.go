@@ -82,6 +82,13 @@ func (s *stream) expireWritesLocked() {
 	}
 }
 
+// expireWrites is expireWritesLocked for who has not locked facts.
+func (s *stream) expireWrites() {
+	s.facts.Lock()
+	defer s.facts.Unlock()
+	s.expireWritesLocked()
+}
+
 // boundLastWrite sets a deadline for what is written when the agenda does not
 // look any more.
 func (s *stream) boundLastWrite() {

@@ -76,7 +76,7 @@ func (s *stream) passBlocks(c *journal.Cursor, p []byte, f *framing) error {
 		return errStreamEnded
 	}
 	var err error
-	if f != nil && s.chunks != nil && len(lead) == 0 && len(p) <= progressUnit {
+	if f != nil && s.fed.chunks != nil && len(lead) == 0 && len(p) <= progressUnit {
 		err = s.sendChunkLocked(f.frame(p))
 	} else {
 		err = s.sendLocked(s.lastBytes, lead, p)
