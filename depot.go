@@ -56,16 +56,16 @@ type depot struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 
-	away    atomic.Bool  // the last call has failed
-	refuses atomic.Int64 // when it has refused to write something last, an instant; 0: it has not
-	back    atomic.Int64 // since when it can be asked, an instant; 0: it has never been
-	healed  atomic.Int64 // likewise, after it was away; 0: it has not been
-	renew   chan struct{}
-	leasing chan struct{} // holds one while the lease is renewed
-	leaves  bool          // it is not any more; leasing
-	paces   [2]pace       // of writes, and of renewals
-	warned  atomic.Int64  // unix nanoseconds of the last warning
-	looked  instant       // when the receiver has looked for silent readers last
+	away                 atomic.Bool  // the last call has failed
+	refuses              atomic.Int64 // when it has refused to write something last, an instant; 0: it has not
+	back                 atomic.Int64 // since when it can be asked, an instant; 0: it has never been
+	healed               atomic.Int64 // likewise, after it was away; 0: it has not been
+	renew                chan struct{}
+	leasing              chan struct{} // holds one while the lease is renewed
+	leaves               bool          // it is not any more; leasing
+	writePace, renewPace pace          // how long these take
+	warned               atomic.Int64  // unix nanoseconds of the last warning
+	looked               instant       // when the receiver has looked for silent readers last
 
 	mu        sync.Mutex
 	names     map[string]int // of the handlers that use it
@@ -327,8 +327,8 @@ func (d *depot) renewLease() error {
 	if d.leaves {
 		return nil
 	}
-	d.paces[1].begin()
-	defer d.paces[1].end(d.lease)
+	d.renewPace.begin()
+	defer d.renewPace.end(d.lease)
 	err := d.call(d.ctx, storeRenew, max(storePatience, d.lease/4), func(ctx context.Context) error {
 		return d.store.Renew(ctx, d.node, d.lease)
 	})
@@ -390,8 +390,8 @@ func (p *pace) end(says time.Duration) {
 	p.until.Store(int64(now().plus(says)))
 }
 
-// now is how long a call takes these days.
-func (p *pace) now() (took time.Duration) {
+// takes is how long a call takes these days.
+func (p *pace) takes() (took time.Duration) {
 	if now() < instant(p.until.Load()) {
 		took = time.Duration(p.took.Load())
 	}
@@ -408,7 +408,7 @@ const leastLook = 600 * time.Millisecond
 // instant. Another node writes it at once, after what it is writing, if the store
 // is as fast there as it is here; after the store was away, when it tries again.
 func (d *depot) maySeeUntil(at instant) instant {
-	slow := max(d.paces[0].now(), d.paces[1].now())
+	slow := max(d.writePace.takes(), d.renewPace.takes())
 	until := at.plus(leastLook + 2*min(slow, d.lease/4))
 	if healed := instant(d.healed.Load()); healed != 0 {
 		until = max(until, healed.plus(min(2*storePause, d.lease/2)))

@@ -14,10 +14,10 @@ func TestARunIsLookedForAsLongAsItMayBeLate(t *testing.T) {
 		least, most time.Duration
 	}{
 		"a store that is fast":            {func(*depot) {}, leastLook, leastLook},
-		"a write that took long":          {func(d *depot) { d.paces[0].since.Store(ago(time.Second)); d.paces[0].end(lease) }, leastLook + 2*time.Second, lease},
-		"a renewal that takes long":       {func(d *depot) { d.paces[1].since.Store(ago(time.Second)) }, leastLook + 2*time.Second, lease},
-		"a write that took long long ago": {func(d *depot) { d.paces[0].since.Store(ago(time.Second)); d.paces[0].end(0) }, leastLook, leastLook},
-		"a write that hangs":              {func(d *depot) { d.paces[0].since.Store(ago(time.Minute)) }, leastLook + lease/2, leastLook + lease/2},
+		"a write that took long":          {func(d *depot) { d.writePace.since.Store(ago(time.Second)); d.writePace.end(lease) }, leastLook + 2*time.Second, lease},
+		"a renewal that takes long":       {func(d *depot) { d.renewPace.since.Store(ago(time.Second)) }, leastLook + 2*time.Second, lease},
+		"a write that took long long ago": {func(d *depot) { d.writePace.since.Store(ago(time.Second)); d.writePace.end(0) }, leastLook, leastLook},
+		"a write that hangs":              {func(d *depot) { d.writePace.since.Store(ago(time.Minute)) }, leastLook + lease/2, leastLook + lease/2},
 		"a store that has just come back": {func(d *depot) { d.away.Store(true); d.answers() }, 2 * storePause, lease / 2},
 		"a store that was never away":     {func(d *depot) { d.answers() }, leastLook, leastLook},
 	} {

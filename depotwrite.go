@@ -150,9 +150,9 @@ func (d *depot) write(batch []*mirror) bool {
 	ctx, cancel := context.WithTimeout(d.ctx, max(storePatience, d.lease/2))
 	defer cancel()
 	start := now()
-	d.paces[0].begin()
+	d.writePace.begin()
 	errs := d.store.Write(ctx, writes)
-	d.paces[0].end(d.lease)
+	d.writePace.end(d.lease)
 	took := time.Duration(now() - start)
 	for name := range names {
 		collector.storeDuration.WithLabelValues(name, string(storeWrite)).Observe(took.Seconds())

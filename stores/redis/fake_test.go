@@ -235,6 +235,39 @@ func TestWhateverAServerRefusesIsToldAndTriedAgain(t *testing.T) {
 	}
 }
 
+func TestARefusalAmongManyIsThatOfItsRunAlone(t *testing.T) {
+	t.Parallel()
+	x, y, z := newKey(), newKey(), newKey()
+	refused := make(map[string]bool)
+	f := startFake(t, func(command []string) string {
+		if key := command[len(command)-1]; command[0] == "EVALSHA" && (strings.Contains(key, "bad")) && !refused[key] {
+			refused[key] = true
+			return "-OOM no room\r\n"
+		}
+		return fine(command)
+	})
+	opened := openAt(t, f.address)
+	var writes []store.Write
+	for _, w := range []struct {
+		run   store.Key
+		event string
+	}{{x, "good"}, {y, "bad"}, {z, "good"}, {y, "good"}, {x, "good"}} {
+		writes = append(writes, store.Write{Run: w.run, Begin: []byte("x"), Events: []store.Event{{Number: 1, Data: []byte(w.event)}}, TTL: ttl})
+	}
+	errs := opened.Write(within(t, patience), writes)
+	if len(errs) != len(writes) {
+		t.Fatalf("there are %d errors", len(errs))
+	}
+	for i, err := range errs {
+		if failed := writes[i].Run == y; failed != (err != nil) {
+			t.Errorf("write %d: %v", i, err)
+		}
+	}
+	if errs := opened.Write(within(t, patience), writes); errs != nil {
+		t.Errorf("the same writes again: %v", errs)
+	}
+}
+
 func TestWhatIsNoAnswerBreaksTheConnectionAndNotTheStore(t *testing.T) {
 	t.Parallel()
 	for what, answer := range map[string]string{
