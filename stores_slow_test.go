@@ -5,13 +5,13 @@ import (
 	"time"
 )
 
-// A run may begin while the store takes a second for each write. A client that
+// A run may begin while the store is slow to take writes. A client that
 // comes back to another node before the store has the run is not told that nobody
 // knows it.
 func TestARunThatASlowStoreDoesNotHaveYetIsFoundByTheOtherNode(t *testing.T) {
 	checkLeaks(t)
 	n := startNodes(t, "1m", "")
-	n.SetWriteDelay(time.Second)
+	n.SetWriteDelay(800 * time.Millisecond)
 	_, other, called, _ := n.begin(t, "b", "/other") // that node sees it, too
 	res, one, call, token := n.begin(t, "a", "/")
 	call.send(plainEvents(1, 2))

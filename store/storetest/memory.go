@@ -60,7 +60,7 @@ func (m *Memory) SetFull(full bool) { m.change(func() { m.full = full }) }
 // SetDelay lets every call take that long.
 func (m *Memory) SetDelay(delay time.Duration) { m.change(func() { m.delay = delay }) }
 
-// SetWriteDelay lets every call take that much longer that changes something.
+// SetWriteDelay lets every Write take that much longer.
 func (m *Memory) SetWriteDelay(delay time.Duration) { m.change(func() { m.writeDelay = delay }) }
 
 // Flush loses everything.
@@ -216,19 +216,6 @@ func (h *Handle) do(ctx context.Context, wait time.Duration, f func() (done bool
 	}
 }
 
-// write is do for what changes something.
-func (h *Handle) write(ctx context.Context, f func()) error {
-	h.m.mu.Lock()
-	delay := h.m.writeDelay
-	h.m.mu.Unlock()
-	if delay > 0 {
-		if err := h.sleep(ctx, delay, nil); err != nil {
-			return err
-		}
-	}
-	return h.do(ctx, 0, func() bool { f(); return true })
-}
-
 // sleep waits, for no longer than until something changes.
 func (h *Handle) sleep(ctx context.Context, d time.Duration, changed <-chan struct{}) error {
 	timer := time.NewTimer(d)
@@ -248,7 +235,11 @@ func (h *Handle) sleep(ctx context.Context, d time.Duration, changed <-chan stru
 func (h *Handle) Write(ctx context.Context, writes []store.Write) []error {
 	errs := make([]error, len(writes))
 	failed := make(map[store.Key]error)
-	err := h.write(ctx, func() {
+	h.m.mu.Lock()
+	delay := h.m.writeDelay
+	h.m.mu.Unlock()
+	_ = h.sleep(ctx, delay, nil) // do returns what ends it
+	err := h.do(ctx, 0, func() bool {
 		for i := range writes {
 			w := &writes[i]
 			if errs[i] = failed[w.Run]; errs[i] == nil {
@@ -259,6 +250,7 @@ func (h *Handle) Write(ctx context.Context, writes []store.Write) []error {
 			}
 		}
 		h.m.changedLocked()
+		return true
 	})
 	switch {
 	case err != nil:
@@ -305,12 +297,13 @@ func (m *Memory) writeLocked(w *store.Write) error {
 
 // Touch implements [store.Store].
 func (h *Handle) Touch(ctx context.Context, ttl time.Duration, runs ...store.Key) error {
-	return h.write(ctx, func() {
+	return h.do(ctx, 0, func() bool {
 		for _, key := range runs {
 			if run := h.m.runLocked(key); run != nil {
 				run.until = time.Now().Add(ttl)
 			}
 		}
+		return true
 	})
 }
 
@@ -360,7 +353,10 @@ func (h *Handle) Renew(ctx context.Context, node store.Node, lease time.Duration
 		h.nodes = append(h.nodes, node)
 	}
 	h.mu.Unlock()
-	return h.write(ctx, func() { h.m.leases[node] = time.Now().Add(lease) })
+	return h.do(ctx, 0, func() bool {
+		h.m.leases[node] = time.Now().Add(lease)
+		return true
+	})
 }
 
 // Lives implements [store.Store].
@@ -374,11 +370,12 @@ func (h *Handle) Lives(ctx context.Context, node store.Node) (lives bool, err er
 
 // Send implements [store.Store].
 func (h *Handle) Send(ctx context.Context, to store.Node, messages ...[]byte) error {
-	return h.write(ctx, func() {
+	return h.do(ctx, 0, func() bool {
 		for _, message := range messages {
 			h.m.inboxes[to] = append(h.m.inboxes[to], slices.Clone(message))
 		}
 		h.m.changedLocked()
+		return true
 	})
 }
 
