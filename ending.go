@@ -304,10 +304,6 @@ func (s *stream) close() {
 	s.gone = true
 	s.h.agenda.drop(s)
 	s.facts.Unlock()
-	if s.unflushed && s.failed == notEnded {
-		s.boundLastWrite()
-		_ = s.flushLocked() // an abort must not take the headers back
-	}
 	if rest := s.splicer.Rest(&s.frames.Frames); rest != nil && err == nil {
 		// The body was a piece of a BOM, which makes it no BOM.
 		s.boundLastWrite()

@@ -295,19 +295,8 @@ func (x *exchange) open(status int) {
 
 // start sends the stream's headers and lets it be known.
 func (x *exchange) start() {
-	x.stream.start(x.place, x.isFlushedByProxy())
+	x.stream.start(x.place)
 	x.uploads().suspend(x.w)
-}
-
-// isFlushedByProxy reports whether the headers are left to reverse_proxy, which
-// flushes those of every event stream at once, from a goroutine of its own. An
-// event that has come with them goes out in the same write then. What is not
-// flushed before the handlers leave goes out when they do (see stream.close).
-//
-// It is for the plain case only. Over HTTP/1.1 the server reads what is left of a
-// request's body before it sends headers, in times that suspend lifts.
-func (x *exchange) isFlushedByProxy() bool {
-	return x.rare == nil && x.stream.client.upstream != ""
 }
 
 func (x *exchange) uploads() *uploads {

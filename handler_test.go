@@ -569,31 +569,6 @@ func TestAStreamMayBeginWithoutWriteHeader(t *testing.T) {
 	}
 }
 
-// A proxy's headers are flushed by the proxy, from a goroutine of its own.
-func TestTheHeadersOfAProxysStreamGoOutWithItsFirstEventOrWhenItEnds(t *testing.T) {
-	for name, test := range map[string]struct {
-		answer func(w http.ResponseWriter)
-		want   []string
-	}{
-		"an event":   {func(w http.ResponseWriter) { write(t, w, "data: 1\n\n") }, []string{"200", "write data: 1\n\n", "flush"}},
-		"a flush":    {func(w http.ResponseWriter) { _ = http.NewResponseController(w).Flush() }, []string{"200", "flush"}},
-		"its end":    {func(http.ResponseWriter) {}, []string{"200", "flush"}},
-		"its breach": {func(http.ResponseWriter) { panic(http.ErrAbortHandler) }, []string{"200", "flush"}},
-	} {
-		t.Run(name, func(t *testing.T) {
-			c := newClient(t)
-			func() {
-				defer func() { _ = recover() }()
-				_ = serve(provision(t, silent()), c, get("text/event-stream"), func(w http.ResponseWriter, r *http.Request) error {
-					r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer).Set("http.reverse_proxy.upstream.hostport", "app:1")
-					return stream(test.answer)(w, r)
-				})
-			}()
-			expect(t, "what the client got", c.happenings(), test.want)
-		})
-	}
-}
-
 func TestTheUpstreamIsAskedForTextWhereAnEventStreamIsAccepted(t *testing.T) {
 	h := provision(t, silent())
 	for _, test := range []struct {

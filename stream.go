@@ -166,14 +166,14 @@ func (s *stream) countsLocked() counts {
 	}
 }
 
-// start sends the headers, unless the handlers will flush them, takes the place
-// that was reserved for the stream if any, and lets it be known.
-func (s *stream) start(reserved *place, flushed bool) {
+// start sends the headers, takes the place that was reserved for the stream if
+// any, and lets it be known.
+func (s *stream) start(reserved *place) {
 	s.ownWriteTimeouts()
 	if s.h.writeTimeout > 0 {
 		peer.LimitUnsent(peer.Accepted(s.ctx))
 	}
-	s.open(flushed)
+	s.open()
 	s.h.group.add(s, reserved.use())
 	s.started = true
 	if s.h.deadClientTimeout > 0 {
@@ -185,12 +185,11 @@ func (s *stream) start(reserved *place, flushed bool) {
 	s.unwatch = context.AfterFunc(s.ctx, s.clientLeft)
 }
 
-// open sends the headers, unless the handlers will flush them, and starts the
-// clocks.
-func (s *stream) open(flushed bool) {
+// open sends the headers and starts the clocks.
+func (s *stream) open() {
 	s.mu.Lock()
 	defer s.unlock()
-	err := s.sendHeadersLocked(flushed)
+	err := s.sendHeadersLocked()
 	s.facts.Lock()
 	if s.id == uuid.Nil {
 		s.id = newID(s.ctx) // handlers around this one may have asked for it on seeing the headers
@@ -215,7 +214,7 @@ func (s *stream) open(flushed bool) {
 	s.scheduleLocked()
 }
 
-func (s *stream) sendHeadersLocked(flushed bool) error {
+func (s *stream) sendHeadersLocked() error {
 	s.watchWrite()
 	s.moves(s.age())
 	defer s.rests()
@@ -225,9 +224,6 @@ func (s *stream) sendHeadersLocked(flushed bool) error {
 		if err := s.sendFirstLocked(); err != nil {
 			return err
 		}
-	}
-	if flushed {
-		return nil
 	}
 	return s.flushLocked()
 }
