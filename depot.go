@@ -56,14 +56,16 @@ type depot struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 
-	away    atomic.Bool  // the last call has failed
-	refuses atomic.Int64 // when it has refused to write something last, an instant; 0: it has not
-	back    atomic.Int64 // since when it can be asked, an instant; 0: it has never been
-	renew   chan struct{}
-	leasing sync.Mutex   // held while the lease is renewed
-	leaves  bool         // it is not any more; leasing
-	warned  atomic.Int64 // unix nanoseconds of the last warning
-	looked  instant      // when the receiver has looked for silent readers last
+	away                 atomic.Bool  // the last call has failed
+	refuses              atomic.Int64 // when it has refused to write something last, an instant; 0: it has not
+	back                 atomic.Int64 // since when it can be asked, an instant; 0: it has never been
+	healed               atomic.Int64 // likewise, after it was away; 0: it has not been
+	renew                chan struct{}
+	leasing              chan struct{} // holds one while the lease is renewed
+	leaves               bool          // it is not any more; leasing
+	writePace, renewPace pace          // how long these take
+	warned               atomic.Int64  // unix nanoseconds of the last warning
+	looked               instant       // when the receiver has looked for silent readers last
 
 	mu        sync.Mutex
 	names     map[string]int // of the handlers that use it
@@ -75,6 +77,7 @@ type depot struct {
 	outbox    []letter
 	sending   bool
 	posts     chan struct{}
+	idle      chan struct{} // closed when nothing is left to be written or sent; nil: nobody waits for it
 
 	pending atomic.Int64 // bytes that the store has not confirmed
 }
@@ -105,6 +108,7 @@ func newDepot(key string, s store.Store, runs *runTable[*run]) *depot {
 		runs:      runs,
 		lease:     storeLease,
 		renew:     make(chan struct{}, 1),
+		leasing:   make(chan struct{}, 1),
 		names:     make(map[string]int),
 		mirrors:   make(map[*mirror]struct{}),
 		writes:    make(chan struct{}, 1),
@@ -167,15 +171,13 @@ func (d *depot) Destruct() error {
 func (d *depot) takeLeave() {
 	ctx, cancel := context.WithTimeout(d.ctx, storeLastWords)
 	defer cancel()
-	for !d.isIdle() && ctx.Err() == nil {
-		time.Sleep(time.Millisecond)
+	d.awaitIdle(ctx)
+	select {
+	case d.leasing <- struct{}{}:
+		defer func() { <-d.leasing }()
+	case <-ctx.Done():
+		return
 	}
-	for !d.leasing.TryLock() {
-		if time.Sleep(time.Millisecond); ctx.Err() != nil {
-			return
-		}
-	}
-	defer d.leasing.Unlock()
 	d.leaves = true
 	_ = d.call(ctx, storeRenew, storePatience, func(ctx context.Context) error {
 		return d.store.Renew(ctx, d.node, 0)
@@ -267,8 +269,12 @@ func (d *depot) tell(op storeOp, err error, names []string) {
 
 // answers takes note of a store that can be asked.
 func (d *depot) answers() {
-	if d.away.Swap(false) || d.back.Load() == 0 {
+	healed := d.away.Swap(false)
+	if healed || d.back.Load() == 0 {
 		d.back.Store(int64(now()))
+	}
+	if healed {
+		d.healed.Store(int64(now()))
 	}
 }
 
@@ -316,11 +322,13 @@ func (d *depot) keepLease() {
 
 // renewLease says that the node lives, unless it is about to leave.
 func (d *depot) renewLease() error {
-	d.leasing.Lock()
-	defer d.leasing.Unlock()
+	d.leasing <- struct{}{}
+	defer func() { <-d.leasing }()
 	if d.leaves {
 		return nil
 	}
+	d.renewPace.begin()
+	defer d.renewPace.end(d.lease)
 	err := d.call(d.ctx, storeRenew, max(storePatience, d.lease/4), func(ctx context.Context) error {
 		return d.store.Renew(ctx, d.node, d.lease)
 	})
@@ -366,6 +374,46 @@ func (d *depot) isDead(node store.Node) bool {
 		return err
 	})
 	return err == nil && !lives
+}
+
+// pace is how long the store takes for calls of one kind that follow each other.
+type pace struct {
+	since atomic.Int64 // when the call that is under way began, an instant; 0: none is
+	took  atomic.Int64 // how long the last one took, if that says something
+	until atomic.Int64 // until when it does, an instant
+}
+
+func (p *pace) begin() { p.since.Store(int64(now())) }
+
+func (p *pace) end(says time.Duration) {
+	p.took.Store(int64(now()) - p.since.Swap(0))
+	p.until.Store(int64(now().plus(says)))
+}
+
+// takes is how long a call takes these days.
+func (p *pace) takes() (took time.Duration) {
+	if now() < instant(p.until.Load()) {
+		took = time.Duration(p.took.Load())
+	}
+	if since := instant(p.since.Load()); since != 0 {
+		took = max(took, time.Duration(now()-since))
+	}
+	return took
+}
+
+// leastLook is how long a run is looked for that the store does not have.
+const leastLook = 600 * time.Millisecond
+
+// maySeeUntil returns until when the store may get a run that was there at an
+// instant. Another node writes it at once, after what it is writing, if the store
+// is as fast there as it is here; after the store was away, when it tries again.
+func (d *depot) maySeeUntil(at instant) instant {
+	slow := max(d.writePace.takes(), d.renewPace.takes())
+	until := at.plus(leastLook + 2*min(slow, d.lease/4))
+	if healed := instant(d.healed.Load()); healed != 0 {
+		until = max(until, healed.plus(min(2*storePause, d.lease/2)))
+	}
+	return until
 }
 
 // find asks the store for a run.

@@ -48,12 +48,36 @@ func (d *depot) allMirrors() []*mirror {
 	return slices.Collect(maps.Keys(d.mirrors))
 }
 
-// isIdle reports whether the store has all that there is for it, and for other
-// nodes.
-func (d *depot) isIdle() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+// isIdleLocked reports whether the store has all that there is for it, and for
+// other nodes.
+func (d *depot) isIdleLocked() bool {
 	return len(d.dirty) == 0 && !d.writing && len(d.outbox) == 0 && !d.sending
+}
+
+// tellIdleLocked lets those go on who wait for the depot to be idle, if it is.
+func (d *depot) tellIdleLocked() {
+	if d.idle != nil && d.isIdleLocked() {
+		close(d.idle)
+		d.idle = nil
+	}
+}
+
+// awaitIdle waits until the depot is idle.
+func (d *depot) awaitIdle(ctx context.Context) {
+	d.mu.Lock()
+	if d.isIdleLocked() {
+		d.mu.Unlock()
+		return
+	}
+	if d.idle == nil {
+		d.idle = make(chan struct{})
+	}
+	idle := d.idle
+	d.mu.Unlock()
+	select {
+	case <-idle:
+	case <-ctx.Done():
+	}
 }
 
 // keepWriting writes what the runs have for the store, many at a time: while one
@@ -92,6 +116,7 @@ func (d *depot) nextBatch() []*mirror {
 	batch := slices.Clone(d.dirty[:n])
 	d.dirty = slices.Delete(d.dirty, 0, n)
 	d.writing = n > 0
+	d.tellIdleLocked()
 	return batch
 }
 
@@ -125,7 +150,9 @@ func (d *depot) write(batch []*mirror) bool {
 	ctx, cancel := context.WithTimeout(d.ctx, max(storePatience, d.lease/2))
 	defer cancel()
 	start := now()
+	d.writePace.begin()
 	errs := d.store.Write(ctx, writes)
+	d.writePace.end(d.lease)
 	took := time.Duration(now() - start)
 	for name := range names {
 		collector.storeDuration.WithLabelValues(name, string(storeWrite)).Observe(took.Seconds())

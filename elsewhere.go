@@ -25,10 +25,11 @@ const (
 )
 
 // A run that the store does not have may not have been written yet: it is looked
-// for again after pauses that double, 0.6 s in all.
+// for again after pauses that double, so often and for as long as it may be late.
 const (
-	firstLook = 20 * time.Millisecond
-	lastLook  = 16 * firstLook
+	firstLook  = 20 * time.Millisecond
+	lastLook   = 16 * firstLook
+	leastLooks = 6
 )
 
 // comeBackElsewhere answers a client that has come back to a run of another node.
@@ -38,15 +39,9 @@ func (x *exchange) comeBackElsewhere() (outcome, distantAnswer) {
 		return outcome{}, notElsewhere
 	}
 	d := x.h.resuming.depot
-	found, begin, err := x.findElsewhere(id.token)
-	for pause := firstLook; errors.Is(err, store.ErrUnknown) && pause <= lastLook; pause *= 2 {
-		// It may have begun a moment ago.
-		select {
-		case <-time.After(pause):
-			found, begin, err = x.findElsewhere(id.token)
-		case <-x.r.Context().Done():
-			return outcome{}, answeredElsewhere
-		}
+	found, begin, err := x.lookElsewhere(id.token)
+	if x.r.Context().Err() != nil {
+		return outcome{}, answeredElsewhere
 	}
 	if err == nil && x.r.Method == http.MethodDelete {
 		return x.stopElsewhere(id, found, begin)
@@ -86,6 +81,24 @@ func (x *exchange) comeBackElsewhere() (outcome, distantAnswer) {
 		return outcome{}, notElsewhere
 	}
 	return outcome{left: true, run: x.goOnElsewhere(id, found)}, answeredElsewhere
+}
+
+// lookElsewhere is findElsewhere for a run that may have begun a moment ago.
+func (x *exchange) lookElsewhere(token runToken) (found store.Run, begin *runBegin, err error) {
+	d := x.h.resuming.depot
+	came, pause := now(), firstLook
+	for looks := 1; ; looks++ {
+		found, begin, err = x.findElsewhere(token)
+		if !errors.Is(err, store.ErrUnknown) || looks >= leastLooks && now() >= d.maySeeUntil(came) {
+			return found, begin, err
+		}
+		select {
+		case <-time.After(pause):
+		case <-x.r.Context().Done():
+			return found, begin, err
+		}
+		pause = min(2*pause, lastLook)
+	}
 }
 
 // findElsewhere finds the run of another node that the client may come back to.

@@ -112,6 +112,7 @@ func (d *depot) keepSending() {
 		}
 		d.mu.Lock()
 		d.sending = false
+		d.tellIdleLocked()
 		d.mu.Unlock()
 	}
 }

@@ -459,7 +459,7 @@ func TestAnyNodeStopsARun(t *testing.T) {
 	call.send(plainEvent(1))
 	one.expect(t, eventOf(token, 1))
 	res.leave()
-	n.waitForRun("open", 0)
+	n.waitForRun("open", 0) // the one that follows is not that client
 	two := n.back(t, "b", "/", token+".0").follow()
 	two.expect(t, eventOf(token, 1))
 	n.waitForRun("open", 1)

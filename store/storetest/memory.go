@@ -20,9 +20,10 @@ type Memory struct {
 	inboxes map[store.Node][][]byte
 	changed chan struct{} // closed when something has changed
 
-	failure error
-	delay   time.Duration
-	full    bool
+	failure    error
+	delay      time.Duration
+	writeDelay time.Duration
+	full       bool
 }
 
 type memoryRun struct {
@@ -58,6 +59,9 @@ func (m *Memory) SetFull(full bool) { m.change(func() { m.full = full }) }
 
 // SetDelay lets every call take that long.
 func (m *Memory) SetDelay(delay time.Duration) { m.change(func() { m.delay = delay }) }
+
+// SetWriteDelay lets every Write take that much longer.
+func (m *Memory) SetWriteDelay(delay time.Duration) { m.change(func() { m.writeDelay = delay }) }
 
 // Flush loses everything.
 func (m *Memory) Flush() {
@@ -231,6 +235,10 @@ func (h *Handle) sleep(ctx context.Context, d time.Duration, changed <-chan stru
 func (h *Handle) Write(ctx context.Context, writes []store.Write) []error {
 	errs := make([]error, len(writes))
 	failed := make(map[store.Key]error)
+	h.m.mu.Lock()
+	delay := h.m.writeDelay
+	h.m.mu.Unlock()
+	_ = h.sleep(ctx, delay, nil) // do returns what ends it
 	err := h.do(ctx, 0, func() bool {
 		for i := range writes {
 			w := &writes[i]

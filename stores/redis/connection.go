@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"strconv"
 	"strings"
@@ -12,36 +13,60 @@ import (
 	"time"
 )
 
-// dialPause is how long a server that could not be reached is left alone.
-const dialPause = 250 * time.Millisecond
+const (
+	// firstDialPause is how long a server is left alone that could not be reached,
+	// or broke the connection at once. The pause doubles up to lastDialPause, and
+	// half of it is random: nodes come back one by one.
+	firstDialPause = 250 * time.Millisecond
+	lastDialPause  = 2 * time.Second
 
-var errClosed = errors.New("redis: the store has been closed")
+	// steadyAfter is how long a connection has to live for the next one to be made
+	// without a pause.
+	steadyAfter = 5 * time.Second
+)
+
+var (
+	errClosed  = errors.New("redis: the store has been closed")
+	errReplica = errors.New("it is a replica, which takes no writes")
+)
+
+// pauses says how long a server is left alone.
+type pauses time.Duration
+
+// next returns the pause after a dial.
+func (p *pauses) next() time.Duration {
+	d := min(max(2*time.Duration(*p), firstDialPause), lastDialPause)
+	*p = pauses(d)
+	return d/2 + rand.N(d/2)
+}
 
 // connection is the way to the server: what calls go over. It is made when it is
 // first wanted, and anew after it has broken: the server may come later than
 // Caddy.
 type connection struct {
-	r      *Redis
-	ctx    context.Context
-	cancel context.CancelCauseFunc
+	r       *Redis
+	ctx     context.Context
+	cancel  context.CancelCauseFunc
+	work    sync.WaitGroup
+	demoted func() // called when the server has become a replica
 
 	mu     sync.Mutex
-	conn   *conn
+	conn   *conn         // nil: there is none
 	dials  chan struct{} // closed when the dial that is under way is over; nil: none is
-	failed error         // of the last one
-	until  time.Time     // until when it is not dialled again
+	failed error         // why there is none
+	pauses pauses
+	until  time.Time // until when it is not dialled again
 }
 
 func newConnection(r *Redis) *connection {
-	c := &connection{r: r}
+	c := &connection{r: r, demoted: func() {}}
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	return c
 }
 
-// dial connects to the first server that answers.
+// dial connects to the first server that answers, and is none that takes no
+// writes.
 func (r *Redis) dial(ctx context.Context) (*conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, dialPatience)
-	defer cancel()
 	var failures []error
 	for _, address := range r.Address {
 		c, err := r.dialOne(ctx, address)
@@ -54,6 +79,8 @@ func (r *Redis) dial(ctx context.Context) (*conn, error) {
 }
 
 func (r *Redis) dialOne(ctx context.Context, address string) (*conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialPatience)
+	defer cancel()
 	parsed, err := network(address)
 	if err != nil {
 		return nil, err
@@ -76,52 +103,98 @@ func (r *Redis) dialOne(ctx context.Context, address string) (*conn, error) {
 		return nil, err
 	}
 	c := newConn(dialled)
-	if err := c.greet(ctx, r); err != nil {
+	stop := context.AfterFunc(ctx, func() { c.fail(ctx.Err()) })
+	err = c.greet(r)
+	if !stop() {
+		err = ctx.Err()
+	}
+	if err != nil {
 		c.fail(err)
 		return nil, err
 	}
 	return c, nil
 }
 
-// greet logs in.
-func (c *conn) greet(ctx context.Context, r *Redis) error {
-	commands := [][]string{{"CLIENT", "SETNAME", "caddy-sse"}}
+// greet logs in, and asks the server whether it may be used.
+func (c *conn) greet(r *Redis) error {
+	var commands [][]string
+	switch {
+	case r.Username != "":
+		commands = append(commands, []string{"AUTH", r.Username, r.Password})
+	case r.Password != "":
+		commands = append(commands, []string{"AUTH", r.Password})
+	}
+	commands = append(commands, []string{"CLIENT", "SETNAME", "caddy-sse"})
 	if r.DB > 0 {
 		commands = append(commands, []string{"SELECT", strconv.Itoa(r.DB)})
 	}
-	switch {
-	case r.Username != "":
-		commands = append([][]string{{"AUTH", r.Username, r.Password}}, commands...)
-	case r.Password != "":
-		commands = append([][]string{{"AUTH", r.Password}}, commands...)
+	commands = append(commands, []string{"HELLO", "2"}, []string{"PING"})
+	var out []byte
+	for _, command := range commands {
+		out = appendCommand(out, command)
 	}
-	if deadline, ok := ctx.Deadline(); ok {
-		_ = c.net.SetReadDeadline(deadline)
-	}
-	if err := c.send(nil, commands); err != nil {
+	if _, err := c.net.Write(out); err != nil {
 		return err
 	}
-	for range commands {
+	var failure error
+	for _, command := range commands {
 		reply, err := readReply(c.in)
 		if err != nil {
 			return err
 		}
-		if refused, ok := reply.(replyError); ok {
-			return refused
+		refused, _ := reply.(replyError)
+		switch {
+		case failure != nil: // the first one says what is wrong
+		case command[0] == "HELLO":
+			if isReplica(reply) {
+				failure = errReplica
+			}
+		case command[0] == "PING":
+			if refused.isOf("LOADING", "MASTERDOWN") {
+				failure = refused
+			}
+		case refused != "":
+			failure = refused
 		}
 	}
-	return c.net.SetReadDeadline(time.Time{})
+	return failure
+}
+
+// isReplica reads the answer to HELLO. Who does not know the command, as a proxy
+// may not, is taken at its word when it refuses to write.
+func isReplica(reply any) bool {
+	fields, _ := reply.([]any)
+	for i := 0; i+1 < len(fields); i += 2 {
+		if fields[i] == "role" {
+			return fields[i+1] == "replica"
+		}
+	}
+	return false
+}
+
+// isOf reports whether an error has one of these codes.
+func (e replyError) isOf(codes ...string) bool {
+	code, _, _ := strings.Cut(string(e), " ")
+	for _, one := range codes {
+		if code == one {
+			return true
+		}
+	}
+	return false
 }
 
 // get returns the connection, and makes it where there is none.
 func (c *connection) get(ctx context.Context) (*conn, error) {
 	for {
 		c.mu.Lock()
+		if c.conn != nil {
+			c.dropLocked(c.conn.failure())
+		}
 		switch {
 		case c.ctx.Err() != nil:
 			c.mu.Unlock()
 			return nil, context.Cause(c.ctx)
-		case c.conn != nil && c.conn.failure() == nil:
+		case c.conn != nil:
 			defer c.mu.Unlock()
 			return c.conn, nil
 		case c.dials == nil && time.Now().Before(c.until):
@@ -129,7 +202,8 @@ func (c *connection) get(ctx context.Context) (*conn, error) {
 			return nil, c.failed
 		case c.dials == nil:
 			c.dials = make(chan struct{})
-			go c.open(c.dials)
+			over := c.dials
+			c.work.Go(func() { c.open(over) })
 		}
 		dials := c.dials
 		c.mu.Unlock()
@@ -141,6 +215,17 @@ func (c *connection) get(ctx context.Context) (*conn, error) {
 	}
 }
 
+// dropLocked forgets a connection that has broken.
+func (c *connection) dropLocked(failure error) {
+	if failure == nil {
+		return
+	}
+	if c.conn.lived >= steadyAfter {
+		c.pauses, c.until = 0, time.Time{}
+	}
+	c.conn, c.failed = nil, failure
+}
+
 // open makes it.
 func (c *connection) open(over chan struct{}) {
 	conn, err := c.r.dial(c.ctx)
@@ -148,14 +233,16 @@ func (c *connection) open(over chan struct{}) {
 	defer c.mu.Unlock()
 	defer close(over)
 	c.dials = nil
+	c.until = time.Now().Add(c.pauses.next())
 	switch {
 	case err != nil:
-		c.failed, c.until = err, time.Now().Add(dialPause)
+		c.failed = err
 	case c.ctx.Err() != nil:
 		conn.fail(errClosed)
 	default:
 		c.conn = conn
-		go conn.receive()
+		c.work.Go(conn.send)
+		c.work.Go(conn.receive)
 	}
 }
 
@@ -168,8 +255,9 @@ func (c *connection) do(ctx context.Context, commands ...[]string) ([]any, error
 	replies, err := conn.do(ctx, commands...)
 	for _, reply := range replies {
 		// A server that has become a replica will stay one: another has to be found.
-		if refused, ok := reply.(replyError); ok && strings.HasPrefix(string(refused), "READONLY") {
+		if refused, ok := reply.(replyError); ok && refused.isOf("READONLY", "MASTERDOWN") {
 			conn.fail(refused)
+			c.demoted()
 			break
 		}
 	}
@@ -188,11 +276,13 @@ func (c *connection) one(ctx context.Context, command ...string) (any, error) {
 	return replies[0], nil
 }
 
+// close ends it and what is under way.
 func (c *connection) close() {
 	c.cancel(errClosed)
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	if c.conn != nil {
 		c.conn.fail(errClosed)
 	}
+	c.mu.Unlock()
+	c.work.Wait()
 }

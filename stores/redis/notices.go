@@ -5,6 +5,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/caddy-sse/caddy-sse/store"
 )
 
 const (
@@ -22,7 +24,7 @@ const (
 
 // notices tell who waits that there is something new: whoever changes a run, or
 // sends messages to a node, publishes on its channel. All waits of a node share
-// one connection.
+// one connection. Events that are small come with their notice.
 type notices struct {
 	connection *connection
 	work       sync.WaitGroup
@@ -30,6 +32,8 @@ type notices struct {
 	mu       sync.Mutex
 	channels map[string]*channel
 	changed  chan struct{} // a channel is wanted, or not any more
+	conn     *conn         // nil: there is none
+	size     int           // bytes of all tails
 }
 
 // channel is one that somebody waits on, or has waited on a moment ago.
@@ -37,11 +41,13 @@ type channel struct {
 	waiters int
 	idle    time.Time     // since when there is none
 	heard   bool          // the server sends its notices
-	notice  chan struct{} // closed and replaced with each notice
+	notice  chan struct{} // closed at the next notice; nil: nobody waits for it
+	tail    tail
 }
 
 func newNotices(c *connection) *notices {
 	n := &notices{connection: c, channels: make(map[string]*channel), changed: make(chan struct{}, 1)}
+	c.demoted = n.renew
 	n.work.Go(n.listen)
 	return n
 }
@@ -52,7 +58,7 @@ func (n *notices) enter(name string) (leave func()) {
 	defer n.mu.Unlock()
 	ch := n.channels[name]
 	if ch == nil {
-		ch = &channel{notice: make(chan struct{})}
+		ch = new(channel)
 		n.channels[name] = ch
 		n.kick()
 	}
@@ -71,21 +77,62 @@ func (n *notices) enter(name string) (leave func()) {
 func (n *notices) next(name string) <-chan struct{} {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return n.channels[name].notice
+	ch := n.channels[name]
+	if ch.notice == nil {
+		ch.notice = make(chan struct{})
+	}
+	return ch.notice
 }
 
-// tell has those look who wait on a channel.
-func (n *notices) tell(name string) {
+// tell has those look who wait on a channel, or lets them have what a notice
+// says.
+func (n *notices) tell(name, text string) {
+	events := unmarshalTold(text)
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if ch := n.channels[name]; ch != nil {
-		ch.tellLocked()
+	ch := n.channels[name]
+	if ch == nil {
+		return
 	}
+	n.changeLocked(ch, func(t *tail) {
+		if len(events) == 0 {
+			t.doubt()
+			return
+		}
+		t.add(events, min(longestTail, mostTails-n.size+t.size))
+	})
+	ch.tellLocked()
+}
+
+// changeLocked changes a tail, and counts what it holds.
+func (n *notices) changeLocked(ch *channel, change func(*tail)) {
+	n.size -= ch.tail.size
+	change(&ch.tail)
+	n.size += ch.tail.size
+}
+
+// told returns what notices have told of a run after an event, on a channel that
+// has been entered. ask says that only the server knows; doubts is for found.
+func (n *notices) told(name string, after uint64, maxBytes int) (events []store.Event, ask bool, doubts uint64) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	ch := n.channels[name]
+	n.changeLocked(ch, func(t *tail) { events, ask = t.take(after, maxBytes) })
+	return events, ask, ch.tail.doubts
+}
+
+// found takes note of what the server had.
+func (n *notices) found(name string, after, last uint64, doubts uint64) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.changeLocked(n.channels[name], func(t *tail) { t.found(after, last, doubts) })
 }
 
 func (ch *channel) tellLocked() {
-	close(ch.notice)
-	ch.notice = make(chan struct{})
+	if ch.notice != nil {
+		close(ch.notice)
+		ch.notice = nil
+	}
 }
 
 func (n *notices) kick() {
@@ -98,15 +145,28 @@ func (n *notices) kick() {
 // listen keeps a connection for notices.
 func (n *notices) listen() {
 	ctx := n.connection.ctx
+	var pauses pauses
 	for ctx.Err() == nil {
 		if c, err := n.connection.r.dial(ctx); err == nil {
 			n.hear(ctx, c)
+			if c.lived >= steadyAfter {
+				pauses = 0
+			}
 		}
 		n.deaf()
 		select {
-		case <-time.After(dialPause):
+		case <-time.After(pauses.next()):
 		case <-ctx.Done():
 		}
+	}
+}
+
+// renew has the connection be made anew.
+func (n *notices) renew() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.conn != nil {
+		n.conn.fail(errReplica)
 	}
 }
 
@@ -115,16 +175,24 @@ func (n *notices) listen() {
 func (n *notices) deaf() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	n.conn = nil
 	for _, ch := range n.channels {
 		ch.heard = false
+		n.changeLocked(ch, (*tail).doubt)
 		ch.tellLocked()
 	}
 }
 
 // hear subscribes to what is wanted on one connection, until that breaks.
 func (n *notices) hear(ctx context.Context, c *conn) {
+	n.mu.Lock()
+	n.conn = c
+	n.mu.Unlock()
+	var work sync.WaitGroup
+	defer work.Wait()
 	defer c.fail(errClosed)
-	n.work.Go(func() { n.receive(c) })
+	work.Go(c.send)
+	work.Go(func() { n.receive(c) })
 	pulse := time.NewTicker(noticePulse)
 	defer pulse.Stop()
 	for {
@@ -136,13 +204,13 @@ func (n *notices) hear(ctx context.Context, c *conn) {
 		if len(unwanted) > 0 {
 			commands = append(commands, append([]string{"UNSUBSCRIBE"}, unwanted...))
 		}
-		if len(commands) > 0 && c.send(nil, commands) != nil {
+		if len(commands) > 0 && c.post(nil, commands) != nil {
 			return
 		}
 		select {
 		case <-n.changed:
 		case <-pulse.C:
-			if c.send(nil, [][]string{{"PING"}}) != nil { // the answer shows that the server lives
+			if c.post(nil, [][]string{{"PING"}}) != nil { // the answer shows that the server lives
 				return
 			}
 		case <-c.broken:
@@ -166,11 +234,17 @@ func (n *notices) receive(c *conn) {
 			c.fail(refused)
 			return
 		}
-		// After a subscription, what came before it has not been told.
-		if message, ok := reply.([]any); ok && len(message) == 3 && (message[0] == "message" || message[0] == "subscribe") {
-			if name, ok := message[1].(string); ok {
-				n.tell(name)
-			}
+		message, ok := reply.([]any)
+		if !ok || len(message) != 3 {
+			continue
+		}
+		name, _ := message[1].(string)
+		switch message[0] {
+		case "message":
+			text, _ := message[2].(string)
+			n.tell(name, text)
+		case "subscribe": // what came before it has not been told
+			n.tell(name, "")
 		}
 	}
 }
@@ -182,6 +256,7 @@ func (n *notices) difference() (wanted, unwanted []string) {
 	for name, ch := range n.channels {
 		switch {
 		case ch.waiters == 0 && time.Since(ch.idle) > noticeLinger:
+			n.size -= ch.tail.size
 			delete(n.channels, name)
 			if ch.heard {
 				unwanted = append(unwanted, name)
@@ -195,30 +270,35 @@ func (n *notices) difference() (wanted, unwanted []string) {
 	return wanted, unwanted
 }
 
-// wait calls look again and again until it is done, fails, or the time is over.
-func (n *notices) wait(ctx context.Context, name string, wait time.Duration, look func() (done bool, err error)) error {
-	if wait <= 0 {
-		_, err := look()
-		return err
-	}
-	// A reader that comes again soon is still on the channel, and so looks only
-	// once before the next notice.
+// wait calls look, at once and after each notice on a channel, until it is done,
+// fails, or the time is over. Now and then it says that notices may have been
+// lost. A wait of 0 needs no notices.
+func (n *notices) wait(ctx context.Context, name string, wait time.Duration, look func(lost bool) (done bool, err error)) error {
+	// A reader that comes again soon is still on the channel.
 	leave := n.enter(name)
 	defer leave()
-	over := time.NewTimer(wait)
-	defer over.Stop()
-	again := time.NewTicker(lookAgain)
-	defer again.Stop()
-	for {
+	until := time.Now().Add(wait)
+	var timer *time.Timer // many a reader need not wait
+	for lost := false; ; {
 		notice := n.next(name)
-		if done, err := look(); done || err != nil {
+		if done, err := look(lost); done || err != nil {
 			return err
+		}
+		pause := min(lookAgain, time.Until(until))
+		if pause <= 0 {
+			return nil
+		}
+		if timer == nil {
+			timer = time.NewTimer(pause)
+			defer timer.Stop()
+		} else {
+			timer.Reset(pause)
 		}
 		select {
 		case <-notice:
-		case <-again.C:
-		case <-over.C:
-			return nil
+			lost = false
+		case <-timer.C:
+			lost = true
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-n.connection.ctx.Done():

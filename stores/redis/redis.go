@@ -33,8 +33,9 @@ const (
 // placeholders, such as `{env.REDIS_PASSWORD}` and `{file./run/secrets/redis}`.
 type Redis struct {
 	// The servers, as host:port or unix//path. They are tried in this order when
-	// a connection is made: give the addresses of one server or of one that
-	// stands in for it, not those of a cluster. Default: `localhost:6379`.
+	// a connection is made, and replicas are left out: give the addresses of one
+	// server and of those that stand in for it, not those of a cluster. Default:
+	// `localhost:6379`.
 	Address []string `json:"address,omitempty"`
 
 	// The user and the password to log in with. Default: no login.

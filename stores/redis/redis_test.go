@@ -32,7 +32,8 @@ type server struct {
 	process  *exec.Cmd
 }
 
-// startServer runs one, on a port of loopback.
+// startServer runs one, on a port of loopback. CADDYSSE_TEST_REDIS names another
+// program than redis-server.
 func startServer(t testing.TB, options ...string) *server {
 	t.Helper()
 	program := os.Getenv("CADDYSSE_TEST_REDIS") // Valkey's, for one
@@ -112,6 +113,7 @@ func (s *server) do(t testing.TB, command ...string) string {
 		t.Fatal(err)
 	}
 	defer c.fail(errClosed)
+	go c.send()
 	go c.receive()
 	replies, err := c.do(t.Context(), command)
 	if err != nil {

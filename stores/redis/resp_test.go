@@ -23,6 +23,8 @@ func TestRepliesAreReadAsTheServerMeansThem(t *testing.T) {
 		"-OOM no room\r\n":              replyError("OOM no room"),
 		"*0\r\n":                        []any(nil),
 		"*2\r\n:1\r\n*1\r\n$1\r\nx\r\n": []any{int64(1), []any{"x"}},
+		// The modules of HELLO are lists with lists in a list of a list.
+		"*1\r\n*1\r\n*1\r\n*1\r\n$1\r\nx\r\n": []any{[]any{[]any{[]any{"x"}}}},
 	} {
 		got, err := readReply(bufio.NewReader(strings.NewReader(text)))
 		if err != nil || !reflect.DeepEqual(got, want) {
@@ -30,7 +32,7 @@ func TestRepliesAreReadAsTheServerMeansThem(t *testing.T) {
 		}
 	}
 	for _, text := range []string{
-		"", "OK\r\n", "+OK", "+OK\n", "\r\n", "$x\r\n", "$-2\r\n", "$5\r\nabc", "$99999999999\r\n", "*2\r\n:1\r\n",
+		"", "OK\r\n", "+OK", "-\r\n", "$1\r\nabc", "*1\r\n$70000000\r\n", strings.Repeat("*1000000\r\n", 3), "+OK\n", "\r\n", "$x\r\n", "$-2\r\n", "$5\r\nabc", "$99999999999\r\n", "*2\r\n:1\r\n",
 		strings.Repeat("*1\r\n", 1000), "HTTP/1.1 400 Bad Request\r\n",
 	} {
 		if got, err := readReply(bufio.NewReader(strings.NewReader(text))); err == nil {
@@ -44,6 +46,7 @@ func pipe(t *testing.T) (*conn, net.Conn) {
 	ours, theirs := net.Pipe()
 	c := newConn(ours)
 	t.Cleanup(func() { c.fail(errClosed); theirs.Close() })
+	go c.send()
 	go c.receive()
 	return c, theirs
 }
@@ -112,6 +115,72 @@ func TestAServerThatOwesRepliesIsLeftInTime(t *testing.T) {
 		}
 		if _, err := c.do(t.Context(), []string{"PING"}); err == nil {
 			t.Error("the connection is used again")
+		}
+	})
+}
+
+func TestACallOfNothingWaitsForNoReply(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, _ := pipe(t)
+		if replies, err := c.do(t.Context()); replies != nil || err != nil {
+			t.Errorf("got %v, %v", replies, err)
+		}
+		if len(c.pending) > 0 {
+			t.Error("a reply is waited for")
+		}
+	})
+}
+
+func TestAListIsBoundedWhateverItHolds(t *testing.T) {
+	text := "*60000000\r\n" + strings.Repeat(":1\r\n", largestReply/elementCost+1)
+	if _, err := readReply(bufio.NewReader(strings.NewReader(text))); !errors.Is(err, errProtocol) {
+		t.Errorf("a list that costs more than a reply may: %v", err)
+	}
+}
+
+func TestACallOfAServerThatDoesNotReadHeedsItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, _ := pipe(t)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		began := time.Now()
+		if _, err := c.do(ctx, []string{"SET", strings.Repeat("x", 1<<20)}); !errors.Is(err, context.DeadlineExceeded) || time.Since(began) != time.Second {
+			t.Errorf("after %v: %v", time.Since(began), err)
+		}
+		// What it would still have to read is bounded, and so is the time.
+		var err error
+		for range mostUnsent>>20 + 2 {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+			defer cancel()
+			_, err = c.do(ctx, []string{"SET", strings.Repeat("x", 1<<20)})
+		}
+		if !errors.Is(err, errBehind) {
+			t.Errorf("with %d bytes that wait: %v", mostUnsent, err)
+		}
+		<-c.broken
+		if took := time.Since(began); took != connPatience {
+			t.Errorf("it was given up after %v: %v", took, c.failure())
+		}
+	})
+}
+
+func TestWhatIsAskedWhileSomethingIsWrittenGoesOutTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, server := pipe(t)
+		for range 3 {
+			go func() { _, _ = c.do(t.Context(), []string{"PING"}) }()
+			synctest.Wait()
+		}
+		sizes, piece := []int(nil), make([]byte, 1000)
+		for range 2 {
+			n, err := server.Read(piece)
+			if err != nil {
+				t.Fatal(err)
+			}
+			sizes = append(sizes, n)
+		}
+		if one := len("*1\r\n$4\r\nPING\r\n"); sizes[0] != one || sizes[1] != 2*one {
+			t.Errorf("writes of %d bytes", sizes)
 		}
 	})
 }

@@ -22,8 +22,9 @@ func newScript(text string) script {
 
 // writeScript changes a run. Keys: hash, stream. Arguments: channel, milliseconds
 // to stay, oldest event to keep, what it begins with or nothing, end or nothing,
-// then numbers and data of events. It returns 0 where there is no such run, or not
-// all of it.
+// how many bytes a notice may have, then numbers and data of events. It returns 0
+// where there is no such run, or not all of it. Its notice has the number of the
+// first new event, and of each its length and data, or nothing.
 var writeScript = newScript(`
 local last = redis.call('HGET', KEYS[1], 'l')
 if not last then
@@ -36,13 +37,18 @@ if not last then
 end
 last = tonumber(last)
 local before = last
-for i = 6, #ARGV, 2 do
+local told, room = {}, tonumber(ARGV[6])
+for i = 7, #ARGV, 2 do
 	local n = tonumber(ARGV[i])
 	if n > last then
 		if n > last + 1 then
 			return 0
 		end
 		redis.call('XADD', KEYS[2], ARGV[i] .. '-0', 'd', ARGV[i + 1])
+		room = room - #ARGV[i + 1]
+		if room >= 0 then
+			told[#told + 1] = (last == before and ARGV[i] .. ' ' or '') .. #ARGV[i + 1] .. ' ' .. ARGV[i + 1]
+		end
 		last = n
 	end
 end
@@ -57,7 +63,7 @@ if ARGV[5] ~= '' then
 end
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
-redis.call('PUBLISH', ARGV[1], '')
+redis.call('PUBLISH', ARGV[1], (room >= 0 and ARGV[5] == '') and table.concat(told) or '')
 return 1
 `)
 

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/caddy-sse/caddy-sse/store"
@@ -21,6 +20,8 @@ const (
 	// someMessages is how many are fetched at a time.
 	someMessages = 1000
 )
+
+var told = strconv.Itoa(mostTold)
 
 // redisStore is the store, with two connections: one for calls, many at a time,
 // and one for notices.
@@ -82,7 +83,7 @@ func (s *redisStore) load(ctx context.Context, scripts ...script) error {
 
 func isUnknownScript(err error) bool {
 	refused, ok := errors.AsType[replyError](err)
-	return ok && strings.HasPrefix(string(refused), "NOSCRIPT")
+	return ok && refused.isOf("NOSCRIPT")
 }
 
 // milliseconds is a time that Redis takes: at least one.
@@ -123,10 +124,10 @@ func (s *redisStore) writeAll(ctx context.Context, writes []store.Write) (errs [
 	failures := make(map[store.Key]error)
 	for i, reply := range replies {
 		run := writes[i].Run
-		refused, _ := reply.(replyError)
+		refused, isRefused := reply.(replyError)
 		switch {
 		case failures[run] != nil: // what comes after it is not whole
-		case refused != "":
+		case isRefused:
 			failures[run] = refused
 		case reply != int64(1):
 			failures[run] = store.ErrUnknown
@@ -147,8 +148,8 @@ func (s *redisStore) command(w *store.Write) []string {
 	if w.Drop {
 		return evaluate(dropScript, keys, s.hashOf(w.Run))
 	}
-	args := make([]string, 0, 5+2*len(w.Events))
-	args = append(args, s.hashOf(w.Run), milliseconds(w.TTL), strconv.FormatUint(w.Oldest, 10), string(w.Begin), string(w.End))
+	args := make([]string, 0, 6+2*len(w.Events))
+	args = append(args, s.hashOf(w.Run), milliseconds(w.TTL), strconv.FormatUint(w.Oldest, 10), string(w.Begin), string(w.End), told)
 	for _, event := range w.Events {
 		args = append(args, strconv.FormatUint(event.Number, 10), string(event.Data))
 	}
@@ -204,9 +205,26 @@ func (s *redisStore) Find(ctx context.Context, run store.Key) (store.Run, error)
 
 // Read implements [store.Store].
 func (s *redisStore) Read(ctx context.Context, run store.Key, after uint64, maxBytes int, wait time.Duration) (events []store.Event, end []byte, err error) {
-	err = s.notices.wait(ctx, s.hashOf(run), wait, func() (done bool, err error) {
+	if wait <= 0 {
+		return s.read(ctx, run, after, maxBytes)
+	}
+	name := s.hashOf(run)
+	err = s.notices.wait(ctx, name, wait, func(lost bool) (done bool, err error) {
+		var ask bool
+		var doubts uint64
+		if events, ask, doubts = s.notices.told(name, after, maxBytes); len(events) > 0 || !ask && !lost {
+			return len(events) > 0, nil
+		}
 		events, end, err = s.read(ctx, run, after, maxBytes)
-		return len(events) > 0 || end != nil, err
+		switch {
+		case err != nil || end != nil:
+			return true, err
+		case len(events) == 0:
+			s.notices.found(name, after, after, doubts)
+			return false, nil
+		}
+		s.notices.found(name, after, events[len(events)-1].Number, doubts)
+		return true, nil
 	})
 	return events, end, err
 }
@@ -261,7 +279,7 @@ func (s *redisStore) Send(ctx context.Context, to store.Node, messages ...[]byte
 
 // Receive implements [store.Store].
 func (s *redisStore) Receive(ctx context.Context, node store.Node, wait time.Duration) (messages [][]byte, err error) {
-	err = s.notices.wait(ctx, s.inboxOf(node), wait, func() (done bool, err error) {
+	look := func(bool) (done bool, err error) {
 		reply, err := s.connection.one(ctx, "LPOP", s.inboxOf(node), strconv.Itoa(someMessages))
 		if err != nil || reply == nil {
 			return false, err
@@ -271,7 +289,12 @@ func (s *redisStore) Receive(ctx context.Context, node store.Node, wait time.Dur
 			messages = append(messages, []byte(text))
 		}
 		return true, err
-	})
+	}
+	if wait <= 0 {
+		_, err = look(false)
+	} else {
+		err = s.notices.wait(ctx, s.inboxOf(node), wait, look)
+	}
 	return messages, err
 }
 

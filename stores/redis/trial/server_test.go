@@ -21,9 +21,10 @@ const patience = 30 * time.Second
 
 // server is a redis-server of a test.
 type server struct {
-	t    testing.TB
-	addr string
-	args []string
+	t       testing.TB
+	program string
+	addr    string
+	args    []string
 
 	mu  sync.Mutex
 	cmd *exec.Cmd
@@ -38,16 +39,21 @@ func startServer(t testing.TB, args ...string) *server {
 	return s
 }
 
-// newServer is a redis-server that has not been started.
+// newServer is a redis-server that has not been started. CADDYSSE_TEST_REDIS
+// names another program, such as valkey-server.
 func newServer(t testing.TB, args ...string) *server {
 	t.Helper()
-	if _, err := exec.LookPath("redis-server"); err != nil {
-		if os.Getenv("CADDY_SSE_REQUIRE_REDIS") != "" {
-			t.Fatal("there is no redis-server, and CADDY_SSE_REQUIRE_REDIS says that there must be one")
-		}
-		t.Skip("there is no redis-server; on Debian, apt-get install redis-server")
+	program := os.Getenv("CADDYSSE_TEST_REDIS")
+	if program == "" {
+		program = "redis-server"
 	}
-	s := &server{t: t, addr: freeAddress(t)}
+	if _, err := exec.LookPath(program); err != nil {
+		if os.Getenv("CADDY_SSE_REQUIRE_REDIS") != "" {
+			t.Fatalf("there is no %s, and CADDY_SSE_REQUIRE_REDIS says that there must be one", program)
+		}
+		t.Skipf("there is no %s; on Debian, apt-get install redis-server", program)
+	}
+	s := &server{t: t, program: program, addr: freeAddress(t)}
 	_, port, _ := net.SplitHostPort(s.addr)
 	s.args = append([]string{
 		"--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", t.TempDir(),
@@ -82,7 +88,7 @@ func (s *server) start() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.out = new(bytes.Buffer)
-	s.cmd = exec.Command("redis-server", s.args...)
+	s.cmd = exec.Command(s.program, s.args...)
 	s.cmd.Stdout, s.cmd.Stderr = s.out, s.out
 	if err := s.cmd.Start(); err != nil {
 		s.t.Fatal(err)
@@ -94,7 +100,7 @@ func (s *server) start() {
 		if time.Now().After(deadline) {
 			_ = s.cmd.Process.Kill()
 			_ = s.cmd.Wait()
-			s.t.Fatalf("redis-server does not answer:\n%s", s.out)
+			s.t.Fatalf("%s does not answer:\n%s", s.program, s.out)
 		}
 	}
 }

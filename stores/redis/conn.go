@@ -1,0 +1,211 @@
+package redis
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+)
+
+const (
+	// mostUnsent is how much may wait for a server that does not read.
+	mostUnsent = 16 << 20
+
+	// sendPiece is how much is written at a time: a server has connPatience for
+	// each.
+	sendPiece = 64 << 10
+)
+
+// conn is one connection, over which many goroutines call at a time: what they
+// ask goes out in one order, and the server answers in the same. What they ask
+// while something is written goes out together after it.
+type conn struct {
+	net    net.Conn
+	in     *bufio.Reader
+	made   time.Time
+	unsent chan struct{} // holds one while there may be something in out
+	broken chan struct{} // closed when the connection is of no use any more
+
+	mu      sync.Mutex
+	out     []byte
+	pending []*call       // oldest first
+	err     error         // why it is broken
+	lived   time.Duration // until then
+}
+
+// call is some commands of one caller.
+type call struct {
+	replies []any
+	left    int           // replies that have not come
+	done    chan struct{} // closed when none is left
+}
+
+var (
+	errBroken = errors.New("redis: the connection broke")
+
+	// errBehind is what callers get while the server does not read.
+	errBehind = errors.New("redis: the server does not read what it is sent")
+)
+
+func newConn(c net.Conn) *conn {
+	return &conn{
+		net:    c,
+		in:     bufio.NewReaderSize(c, 32<<10),
+		made:   time.Now(),
+		unsent: make(chan struct{}, 1),
+		broken: make(chan struct{}),
+	}
+}
+
+// fail closes the connection. Calls that are under way get the error.
+func (c *conn) fail(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		return
+	}
+	c.err, c.lived = err, time.Since(c.made)
+	c.out = nil
+	close(c.broken)
+	_ = c.net.Close()
+}
+
+func (c *conn) failure() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
+}
+
+// do sends commands at once and returns the replies, each a string, an int64, a
+// []any, nil or a replyError.
+func (c *conn) do(ctx context.Context, commands ...[]string) ([]any, error) {
+	if len(commands) == 0 {
+		return nil, nil
+	}
+	k := &call{replies: make([]any, 0, len(commands)), left: len(commands), done: make(chan struct{})}
+	if err := c.post(k, commands); err != nil {
+		return nil, err
+	}
+	select {
+	case <-k.done:
+		return k.replies, nil
+	case <-c.broken:
+		return nil, c.failure()
+	case <-ctx.Done():
+		return nil, ctx.Err() // the replies are read, and dropped
+	}
+}
+
+// post has commands written. k gets the replies; nil: they are none of a call.
+func (c *conn) post(k *call, commands [][]string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.err != nil:
+		return c.err
+	case len(c.out) > mostUnsent:
+		return errBehind
+	}
+	for _, command := range commands {
+		c.out = appendCommand(c.out, command)
+	}
+	if k != nil {
+		if len(c.pending) == 0 {
+			c.expectLocked()
+		}
+		c.pending = append(c.pending, k)
+	}
+	select {
+	case c.unsent <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+// expectLocked gives the server a limited time for the next reply.
+func (c *conn) expectLocked() { _ = c.net.SetReadDeadline(time.Now().Add(connPatience)) }
+
+// send writes what is posted until the connection breaks.
+func (c *conn) send() {
+	var p []byte
+	for {
+		select {
+		case <-c.unsent:
+		case <-c.broken:
+			return
+		}
+		c.mu.Lock()
+		p, c.out = c.out, p[:0]
+		c.mu.Unlock()
+		if err := c.write(p); err != nil {
+			c.fail(fmt.Errorf("%w: %w", errBroken, err))
+			return
+		}
+		if cap(p) > 4*sendPiece {
+			p = nil // a quiet connection need not hold it
+		}
+	}
+}
+
+func (c *conn) write(p []byte) error {
+	for len(p) > 0 {
+		n := min(len(p), sendPiece)
+		_ = c.net.SetWriteDeadline(time.Now().Add(connPatience))
+		if _, err := c.net.Write(p[:n]); err != nil {
+			return err
+		}
+		p = p[n:]
+		if len(p) > 0 {
+			c.stillOwes()
+		}
+	}
+	return nil
+}
+
+// stillOwes gives the server more time: it has not got all that it is to answer.
+func (c *conn) stillOwes() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.pending) > 0 {
+		c.expectLocked()
+	}
+}
+
+// receive reads replies until the connection breaks.
+func (c *conn) receive() {
+	for {
+		reply, err := readReply(c.in)
+		if err == nil && !c.hand(reply) {
+			err = errProtocol
+		}
+		if err != nil {
+			c.fail(fmt.Errorf("%w: %w", errBroken, err))
+			return
+		}
+	}
+}
+
+// hand gives a reply to the oldest call.
+func (c *conn) hand(reply any) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.pending) == 0 {
+		return false
+	}
+	k := c.pending[0]
+	k.replies = append(k.replies, reply)
+	if k.left--; k.left == 0 {
+		c.pending[0] = nil
+		c.pending = c.pending[1:]
+		close(k.done)
+	}
+	if len(c.pending) > 0 {
+		c.expectLocked()
+	} else {
+		_ = c.net.SetReadDeadline(time.Time{})
+	}
+	return true
+}
