@@ -74,7 +74,7 @@ func (f *fleet) open(ctx context.Context) error {
 		return err
 	}
 	conn.SetDeadline(time.Now().Add(60 * time.Second))
-	if _, err := io.WriteString(conn, "GET "+f.path+" HTTP/1.1\r\nHost: bench\r\nAccept: text/event-stream\r\n\r\n"); err != nil {
+	if _, err := io.WriteString(conn, "GET "+f.path+" HTTP/1.1\r\nHost: bench\r\nAccept: text/event-stream\r\nCache-Control: no-cache\r\n\r\n"); err != nil {
 		conn.Close()
 		return err
 	}

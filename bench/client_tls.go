@@ -41,6 +41,7 @@ func (f *fleet) openTLS(ctx context.Context) error {
 		return err
 	}
 	request.Header.Set("Accept", "text/event-stream")
+	request.Header.Set("Cache-Control", "no-cache")
 	go func() {
 		response, err := transport.RoundTrip(request)
 		if err == nil && (response.StatusCode != http.StatusOK || response.ProtoMajor != 2) {
