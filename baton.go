@@ -121,8 +121,12 @@ func (b *baton) takesAtOnceLocked() bool {
 		return true
 	}
 	size, ok := b.backlog.Size()
+	if !ok {
+		b.spare = 0
+		return false
+	}
 	b.spare, b.heard = onItsWay-size, b.stream.lastHeard
-	return ok && b.spare >= 0
+	return b.spare >= 0
 }
 
 // deliverLocked writes what there is, and reports whether that was all. The rest is
@@ -144,8 +148,8 @@ func (b *baton) deliverLocked(c *journal.Cursor) (all bool) {
 		sent += n
 		b.spare -= n + aroundWrite
 		b.heard = b.stream.lastHeard
-		if err != nil || n < len(p) {
-			return false
+		if err != nil || n < len(p) || b.stream.isEnding() {
+			return false // an end may be due here, as it is when the lock is given back
 		}
 	}
 }

@@ -3,6 +3,7 @@ package caddysse
 import (
 	"io"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -89,5 +90,44 @@ func TestAnEventForAClientThatKeepsUpAllocatesNothing(t *testing.T) {
 	conn.Close()
 	if sent, got := int64(s.bytes-before), <-read; got <= sent {
 		t.Errorf("%d bytes arrived, want the %d that were sent and what frames them", got, sent)
+	}
+}
+
+func TestAClientThatTheKernelTellsNothingOfIsNotWrittenToFromHere(t *testing.T) {
+	s := &stream{lastHeard: time.Second}
+	b := &baton{stream: s} // HTTP/2: no backlog
+	for i := range 3 {
+		if b.takesAtOnceLocked() {
+			t.Errorf("call %d: a client of which nobody can tell takes at once (spare %d)", i, b.spare)
+		}
+	}
+}
+
+// The event's last byte is the last one of a chunk of the journal.
+func TestAnEarlyEndThatWaitsForAnEventComesRightAfterIt(t *testing.T) {
+	conn, client := tcpPair(t)
+	s := &stream{chunks: conn, frames: new(frames), h: &Handler{agenda: new(agenda)}}
+	s.stage.Store(uint32(stageOpen))
+	s.cancel = func(error) {}
+	f := openFeed(journal.NewBudget(journal.KeepUnsent, 1<<20), journal.KeepUnsent, 64<<10, "", func() {})
+	f.plain = true
+	reader := &runReader{run: &run{feed: f}}
+	reader.join(journal.After(0))
+	b := &reader.baton
+	b.stream, b.backlog = s, peer.NewBacklog(conn)
+	f.attached.Store(reader)
+	reader.cursor.Wait()
+	_, _ = f.write([]byte("data: 1")) // 7 bytes of the first 512
+	s.end(drained)                    // waits for the event
+	rest := make([]byte, 512-7)
+	for i := range rest {
+		rest[i] = 'x'
+	}
+	copy(rest[len(rest)-2:], "\n\n")
+	_, _ = f.write(append(rest, "data: the next one is not whole"...))
+	conn.Close()
+	got, _ := io.ReadAll(client)
+	if tail := string(got[len(got)-40:]); !strings.HasSuffix(tail, "\n\n\r\n") {
+		t.Errorf("it ended in mid-event: %q", tail)
 	}
 }

@@ -1155,3 +1155,38 @@ func TestASilentStreamsFramesReachTheClientAtOnce(t *testing.T) {
 		})
 	}
 }
+
+// The server goes by what the client sent, and writes no body.
+func TestARequestThatWasAHEADGetsNoBody(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	for name, site := range map[string]string{
+		"alone":  "sse 1h\nreverse_proxy " + up.addr,
+		"shared": sharedSite(up, ""),
+		"kept":   "sse 1h {\nresume 1m any\n}\nreverse_proxy " + up.addr,
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := startCaddy(t, "route {\nmethod GET\n"+site+"\n}")
+			conn, err := net.Dial("tcp", c.addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(patience))
+			fmt.Fprint(conn, "HEAD /x HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\nCache-Control: no-cache\r\n\r\n")
+			call := up.acceptAt(t, "/x")
+			call.start(eventStream)
+			call.send("data: 1\n\n")
+			call.end()
+			// What comes next on the connection is the next answer.
+			fmt.Fprint(conn, "HEAD /y HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+			other := up.acceptAt(t, "/y")
+			other.start("text/plain")
+			other.end()
+			text, err := io.ReadAll(conn)
+			if _, rest, _ := strings.Cut(string(text), "\r\n\r\n"); err != nil || !strings.HasPrefix(rest, "HTTP/1.1 200") {
+				t.Errorf("got %q, %v", text, err)
+			}
+		})
+	}
+}

@@ -158,7 +158,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		defer x.leaveRun() // when it is known how its stream has ended
 		err = x.leave(out)
 	}()
-	if r.Method == http.MethodHead || r.Method == http.MethodConnect {
+	if !mayStream(r) {
 		// Never a stream: the handlers get the client's own writer.
 		x.role = aside
 		x.attempt = x.newAttempt(nil)
@@ -385,7 +385,9 @@ func (x *exchange) conclude(out outcome) error {
 		panic(http.ErrAbortHandler)
 	}
 	if s.proto == http1 && s.ctx.Err() == context.Canceled {
-		s.expireWrites() // nobody reads the end of the response
+		// Nobody reads the end of the response, or a handler around this one has
+		// ended it, and it is not whole. Plain Caddy aborts then.
+		s.expireWrites()
 		return nil
 	}
 	s.boundLastWrite() // of an encoder, and of the server, which completes the response

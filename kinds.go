@@ -4,6 +4,8 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
 // kind is what is known of a client by its request: whether it comes back by
@@ -28,13 +30,24 @@ const (
 
 // kindOf tells the kind of a request. setting is resumable's; empty for auto.
 func kindOf(r *http.Request, accept accept, setting string) kind {
-	if r.Method != http.MethodGet || setting == resumableNever || isMCP(r.Header) {
+	if r.Method != http.MethodGet || setting == resumableNever || isMCP(r.Header) || !mayStream(r) {
 		return kind{}
 	}
 	if !accept.only && setting != resumableAlways {
 		return kind{}
 	}
 	return kind{resumable: true, eventSource: bypassesCaches(r.Header)}
+}
+
+// mayStream reports whether the answer to a request can have a body that goes on.
+// To a HEAD it has none, whatever a handler before sse has made of the method: the
+// server goes by what the client sent.
+func mayStream(r *http.Request) bool {
+	if r.Method == http.MethodHead || r.Method == http.MethodConnect {
+		return false
+	}
+	original, _ := r.Context().Value(caddyhttp.OriginalRequestCtxKey).(http.Request)
+	return original.Method != http.MethodHead
 }
 
 // mcpHeaders are those of MCP clients. Clients of its 2025 revisions lose a

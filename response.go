@@ -37,8 +37,11 @@ func (rw *response) Push(target string, opts *http.PushOptions) error {
 // Hijack gives the connection away: what follows on it is none of our business.
 func (rw *response) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	x := rw.x
+	if x.stream != nil {
+		return nil, nil, http.ErrNotSupported // heartbeats go to the connection
+	}
 	conn, buffered, err := http.NewResponseController(x.w).Hijack()
-	if err == nil && x.role == undecided && x.stream == nil {
+	if err == nil && x.role == undecided {
 		x.role = aside
 		x.givePlaceBack()
 	}

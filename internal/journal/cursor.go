@@ -429,6 +429,9 @@ func (c *Cursor) Leave() {
 	j.readers[c.index].index = c.index
 	j.readers[last] = nil
 	j.readers = j.readers[:last]
+	if j.alone[0] == c {
+		j.alone[0] = nil // of readers that have become more since
+	}
 	c.index = -1
 	c.kept = nil
 	if j.reader == c {

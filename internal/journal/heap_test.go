@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // raceEnabled reports whether the race detector is on, under which this takes
@@ -143,4 +144,27 @@ func TestTenMillionEventsDoNotMakeTheHeapGrow(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestAReaderThatHasLeftIsLetGo(t *testing.T) {
+	j := NewBudget(KeepNewest, 1<<20).Open(64<<10, "", nil)
+	gone := make(chan struct{})
+	func() {
+		held := new([64]byte)
+		runtime.AddCleanup(held, func(struct{}) { close(gone) }, struct{}{})
+		first, _ := j.Join(Live(), func() { held[0] = 1 })
+		_, _ = j.Join(Live(), nil)
+		first.Leave()
+	}()
+	for range 100 {
+		runtime.GC()
+		select {
+		case <-gone:
+			runtime.KeepAlive(j)
+			return
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	t.Error("the journal still holds it")
+	runtime.KeepAlive(j)
 }
