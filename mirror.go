@@ -166,7 +166,7 @@ func eventText(dst, data []byte, token string) ([]byte, error) {
 
 // finish says how the run ended: what the store has stays for its window.
 func (m *mirror) finish(end runEnd) {
-	m.moveTo(mirrorEnded, marshalEnd(end, m.lost.Load()))
+	m.moveTo(mirrorEnded, marshalEnd(end, false))
 }
 
 // forget says that nobody comes back to the run here any more. An exit leaves
@@ -187,7 +187,9 @@ func (m *mirror) moveTo(stage mirrorStage, end []byte) {
 		return
 	}
 	if m.stage == mirrorOpen {
-		m.end = end
+		if m.end = end; m.lost.Load() {
+			m.end = withLoss(m.end)
+		}
 	}
 	m.stage = stage
 	m.queueLocked()
@@ -229,6 +231,7 @@ func (m *mirror) loseLocked() {
 	m.waiting = slices.Clip(m.waiting[:m.taken])
 	m.size -= kept
 	m.d.pending.Add(-int64(kept))
+	m.end = withLoss(m.end) // the run may have ended before
 }
 
 // loseIfLate gives up a run for which the store has not taken anything for too
