@@ -54,6 +54,8 @@ type mirror struct {
 	since   instant // since when something waits
 	stage   mirrorStage
 	end     []byte // to be written; nil: nothing, or the store has it
+	said    []byte // the end that the store has taken
+	stored  uint64 // the newest event that it has taken
 	queued  bool   // among the depot's dirty ones, or being written
 }
 
@@ -212,6 +214,17 @@ func (m *mirror) stays() (ttl time.Duration, key store.Key, ok bool) {
 	return m.ttl, m.key, m.begin == nil && m.stage <= mirrorEnded
 }
 
+// sayAgain has the store get the end once more: a client of another node still
+// reads, so the store may have lost it.
+func (m *mirror) sayAgain() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.stage == mirrorEnded && m.end == nil && m.said != nil {
+		m.end = m.said
+		m.queueLocked()
+	}
+}
+
 // lose says that the store does not have what it should: the run is one as
 // without resume when its upstream sends next.
 func (m *mirror) lose() {
@@ -261,6 +274,9 @@ func (m *mirror) take() (w store.Write, ok bool) {
 		size += len(m.waiting[m.taken].Data)
 	}
 	w.Begin, w.Events = m.begin, m.waiting[:m.taken:m.taken]
+	if !m.lost.Load() {
+		w.After = m.stored
+	}
 	if m.taken > 0 && m.stage < mirrorLeft { // of a run that is left, the journal has nothing more
 		w.Oldest = min(gone+1, w.Events[m.taken-1].Number+1)
 	}
@@ -276,12 +292,15 @@ func (m *mirror) settle(w store.Write, err error) {
 	defer m.mu.Unlock()
 	m.queued = false
 	if err == nil {
-		m.dropTakenLocked()
+		if n := len(w.Events); n > 0 {
+			m.stored = w.Events[n-1].Number
+		}
+		m.dropTakenLocked() // which w's events are
 		if w.Begin != nil {
 			m.begin = nil
 		}
 		if w.End != nil {
-			m.end = nil
+			m.said, m.end = w.End, nil
 		}
 		switch {
 		case w.Drop, m.stage == mirrorLeft && (m.end == nil || m.lost.Load()):
@@ -295,8 +314,14 @@ func (m *mirror) settle(w store.Write, err error) {
 	late := time.Duration(now() - m.since)
 	switch {
 	case errors.Is(err, store.ErrUnknown):
+		known := !m.lost.Load()
 		m.loseLocked()
-		m.begin, m.end = nil, nil
+		m.begin = nil
+		if m.stage == mirrorDropped && !w.Drop || m.end != nil && known { // it may have a part
+			m.queueLocked()
+			return
+		}
+		m.end = nil
 		if m.stage >= mirrorLeft {
 			m.doneLocked()
 		}

@@ -71,3 +71,37 @@ func TestAnEndAfterALossIsNoCleanOneOnAnotherNode(t *testing.T) {
 		n.Flush() // the other one alone is waited for
 	}
 }
+
+// A replica that lacks the newest events may take a server's place before or after
+// the end of a stream.
+func TestAStreamIsNotWholeWhereTheStoreHasLostItsLastEvents(t *testing.T) {
+	if apart(t) {
+		return
+	}
+	checkLeaks(t)
+	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1m", "")
+	for i, endsFirst := range []bool{false, true} {
+		last := 3 + i
+		_, one, call, token := n.begin(t, "a", "/")
+		call.send(plainEvents(1, last))
+		one.expect(t, events(token, 1, last))
+		n.waitForEvents(t, uint64(last))
+		if endsFirst {
+			call.end()
+			one.expectEnd(t)
+			n.waitForEnds(t)
+		}
+		eventually(t, "the store has confirmed all", func() bool {
+			waiting, _ := caddysse.WaitingForStores()
+			return waiting == 0
+		})
+		n.LoseNewest(1)
+		if !endsFirst {
+			call.end()
+			one.expectEnd(t)
+			n.waitForEnds(t)
+		}
+		n.expectLossTold(t, token, last-1)
+		n.Flush()
+	}
+}
