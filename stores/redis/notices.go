@@ -148,7 +148,7 @@ func (n *notices) listen() {
 	ctx := n.connection.ctx
 	var pauses pauses
 	for ctx.Err() == nil {
-		if c, err := n.connection.r.dial(ctx); err == nil {
+		if c, err := n.connection.dial(ctx); err == nil {
 			n.hear(ctx, c)
 			if c.lived >= steadyAfter {
 				pauses = 0
