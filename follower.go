@@ -49,8 +49,23 @@ func marshalEnd(end runEnd, lost bool) []byte {
 	return text
 }
 
+// withLoss is an end that says that there was more than the store has; nil: there
+// is none.
+func withLoss(text []byte) []byte {
+	var e storedEnd
+	if json.Unmarshal(text, &e) != nil || e.Lost {
+		return text
+	}
+	e.Lost = true
+	text, err := json.Marshal(e)
+	if err != nil {
+		panic(err) // plain fields
+	}
+	return text
+}
+
 // unmarshalEnd reads how a run ended. An exit of its node is an upstream that
-// broke off to its clients.
+// broke off to its clients, and so is an end after events that the store lacks.
 func unmarshalEnd(text []byte) (end runEnd, lost bool) {
 	var e storedEnd
 	if err := json.Unmarshal(text, &e); err != nil {
@@ -63,7 +78,10 @@ func unmarshalEnd(text []byte) (end runEnd, lost bool) {
 	switch end.reason {
 	case upstreamClosed, upstreamError, upstreamTimeout:
 	default:
-		end = runEnd{reason: upstreamError, err: errNodeLeft}
+		return runEnd{reason: upstreamError, err: errNodeLeft}, e.Lost
+	}
+	if e.Lost {
+		end = runEnd{reason: upstreamError, err: errStoreGap}
 	}
 	return end, e.Lost
 }

@@ -245,6 +245,7 @@ func (r *run) isReadElsewhere(d *depot, m message) {
 		if newest {
 			reader.moveTo(m.N)
 		}
+		r.kept.mirror.sayAgain()
 	}
 }
 

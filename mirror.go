@@ -54,6 +54,8 @@ type mirror struct {
 	since   instant // since when something waits
 	stage   mirrorStage
 	end     []byte // to be written; nil: nothing, or the store has it
+	said    []byte // the end that the store has taken
+	stored  uint64 // the newest event that it has taken
 	queued  bool   // among the depot's dirty ones, or being written
 }
 
@@ -166,7 +168,7 @@ func eventText(dst, data []byte, token string) ([]byte, error) {
 
 // finish says how the run ended: what the store has stays for its window.
 func (m *mirror) finish(end runEnd) {
-	m.moveTo(mirrorEnded, marshalEnd(end, m.lost.Load()))
+	m.moveTo(mirrorEnded, marshalEnd(end, false))
 }
 
 // forget says that nobody comes back to the run here any more. An exit leaves
@@ -187,7 +189,9 @@ func (m *mirror) moveTo(stage mirrorStage, end []byte) {
 		return
 	}
 	if m.stage == mirrorOpen {
-		m.end = end
+		if m.end = end; m.lost.Load() {
+			m.end = withLoss(m.end)
+		}
 	}
 	m.stage = stage
 	m.queueLocked()
@@ -210,6 +214,17 @@ func (m *mirror) stays() (ttl time.Duration, key store.Key, ok bool) {
 	return m.ttl, m.key, m.begin == nil && m.stage <= mirrorEnded
 }
 
+// sayAgain has the store get the end once more: a client of another node still
+// reads, so the store may have lost it.
+func (m *mirror) sayAgain() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.stage == mirrorEnded && m.end == nil && m.said != nil {
+		m.end = m.said
+		m.queueLocked()
+	}
+}
+
 // lose says that the store does not have what it should: the run is one as
 // without resume when its upstream sends next.
 func (m *mirror) lose() {
@@ -229,6 +244,7 @@ func (m *mirror) loseLocked() {
 	m.waiting = slices.Clip(m.waiting[:m.taken])
 	m.size -= kept
 	m.d.pending.Add(-int64(kept))
+	m.end = withLoss(m.end) // the run may have ended before
 }
 
 // loseIfLate gives up a run for which the store has not taken anything for too
@@ -258,6 +274,9 @@ func (m *mirror) take() (w store.Write, ok bool) {
 		size += len(m.waiting[m.taken].Data)
 	}
 	w.Begin, w.Events = m.begin, m.waiting[:m.taken:m.taken]
+	if !m.lost.Load() {
+		w.After = m.stored
+	}
 	if m.taken > 0 && m.stage < mirrorLeft { // of a run that is left, the journal has nothing more
 		w.Oldest = min(gone+1, w.Events[m.taken-1].Number+1)
 	}
@@ -273,12 +292,15 @@ func (m *mirror) settle(w store.Write, err error) {
 	defer m.mu.Unlock()
 	m.queued = false
 	if err == nil {
-		m.dropTakenLocked()
+		if n := len(w.Events); n > 0 {
+			m.stored = w.Events[n-1].Number
+		}
+		m.dropTakenLocked() // which w's events are
 		if w.Begin != nil {
 			m.begin = nil
 		}
 		if w.End != nil {
-			m.end = nil
+			m.said, m.end = w.End, nil
 		}
 		switch {
 		case w.Drop, m.stage == mirrorLeft && (m.end == nil || m.lost.Load()):
@@ -292,8 +314,14 @@ func (m *mirror) settle(w store.Write, err error) {
 	late := time.Duration(now() - m.since)
 	switch {
 	case errors.Is(err, store.ErrUnknown):
+		known := !m.lost.Load()
 		m.loseLocked()
-		m.begin, m.end = nil, nil
+		m.begin = nil
+		if m.stage == mirrorDropped && !w.Drop || m.end != nil && known { // it may have a part
+			m.queueLocked()
+			return
+		}
+		m.end = nil
 		if m.stage >= mirrorLeft {
 			m.doneLocked()
 		}

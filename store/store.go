@@ -63,7 +63,8 @@ type Store interface {
 	// What failed is written again, the same or with more after it, and may have
 	// been applied: events that are there already are skipped, and so is a Begin of
 	// a run that is there. ErrUnknown is the answer to a write without Begin of a
-	// run that the store does not have: it must not be made.
+	// run that the store does not have, which must not be made, and to one after an
+	// event that it does not have.
 	Write(ctx context.Context, writes []Write) []error
 
 	// Touch has runs stay for ttl from now on, unless they are touched or written
@@ -113,6 +114,11 @@ type Write struct {
 	// Events are appended. Their numbers follow each other, and the last one that
 	// is there. The store must not hold on to their data after Write has returned.
 	Events []Event
+
+	// After is the number of an event that the store has taken before, 0: of none.
+	// Where the run's newest event is an older one, the store has lost some: nothing
+	// may be changed, and the answer is ErrUnknown.
+	After uint64
 
 	// Oldest is the number of the oldest event that must be kept. Those before it
 	// may go, now or later: a store should not keep many more.

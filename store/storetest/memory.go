@@ -72,6 +72,18 @@ func (m *Memory) Flush() {
 	})
 }
 
+// LoseNewest loses the newest events of all runs, and their ends, as a server does
+// whose place a replica takes.
+func (m *Memory) LoseNewest(n uint64) {
+	m.change(func() {
+		for _, run := range m.runs {
+			run.Last -= min(n, run.Last)
+			run.Oldest, run.End = min(run.Oldest, run.Last+1), nil
+			run.events = slices.DeleteFunc(run.events, func(event store.Event) bool { return event.Number > run.Last })
+		}
+	})
+}
+
 // EndLease lets a node be dead.
 func (m *Memory) EndLease(node store.Node) { m.change(func() { delete(m.leases, node) }) }
 
@@ -275,6 +287,8 @@ func (m *Memory) writeLocked(w *store.Write) error {
 	run := m.runLocked(w.Run)
 	switch {
 	case run == nil && w.Begin == nil:
+		return store.ErrUnknown
+	case run != nil && run.Last < w.After:
 		return store.ErrUnknown
 	case run == nil:
 		run = &memoryRun{Run: store.Run{Begin: slices.Clone(w.Begin), Oldest: 1}}

@@ -35,6 +35,7 @@ func Run(t *testing.T, open func(t *testing.T) store.Store) {
 		"LargeRunsAreReadInPieces":                 testPieces,
 		"WritesThatComeAgainChangeNothing":         testAgain,
 		"ARunThatIsNotThereIsNotMadeByTheWay":      testUnknown,
+		"NothingFollowsWhatTheStoreHasLost":        testAfter,
 		"OneCallWritesManyRuns":                    testManyRuns,
 		"AReaderWaits":                             testWait,
 		"AReaderGetsTheEndAfterTheLastEvent":       testEnd,
@@ -252,6 +253,32 @@ func testUnknown(t *testing.T, n *nodes) {
 		t.Errorf("Touch: %v", err)
 	}
 	a.expectUnknown(run)
+}
+
+func testAfter(t *testing.T, n *nodes) {
+	a, run := n.handle(), newKey()
+	a.write(store.Write{Run: run, Begin: []byte("b"), Events: events(1, 3), TTL: ttl})
+	for _, w := range []store.Write{
+		{Run: run, After: 4, End: []byte("over"), TTL: ttl},
+		{Run: run, After: 4, Events: events(5, 6), TTL: ttl},
+		{Run: run, After: 4, TTL: ttl},
+	} {
+		if errs := a.Write(a.context(), []store.Write{w}); len(errs) != 1 || !errors.Is(errs[0], store.ErrUnknown) {
+			t.Errorf("a write after an event that is not there returns %v", errs)
+		}
+		if found := a.find(run); found.Last != 3 || found.End != nil {
+			t.Fatalf("then there are %d events, end %q", found.Last, found.End)
+		}
+	}
+	for range 2 {
+		a.write(store.Write{Run: run, After: 3, Events: events(4, 5), TTL: ttl})
+	}
+	a.write(store.Write{Run: run, After: 5, End: []byte("over"), TTL: ttl})
+	got, end := a.read(run, 0, 0)
+	a.expect("all of it", got, events(1, 5))
+	if string(end) != "over" {
+		t.Errorf("the end is %q", end)
+	}
 }
 
 func testManyRuns(t *testing.T, n *nodes) {

@@ -23,11 +23,12 @@ const (
 // ask goes out in one order, and the server answers in the same. What they ask
 // while something is written goes out together after it.
 type conn struct {
-	net    net.Conn
-	in     *bufio.Reader
-	made   time.Time
-	unsent chan struct{} // holds one while there may be something in out
-	broken chan struct{} // closed when the connection is of no use any more
+	net     net.Conn
+	address string // that was dialled
+	in      *bufio.Reader
+	made    time.Time
+	unsent  chan struct{} // holds one while there may be something in out
+	broken  chan struct{} // closed when the connection is of no use any more
 
 	mu      sync.Mutex
 	out     []byte

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -56,6 +57,7 @@ type connection struct {
 	failed error         // why there is none
 	pauses pauses
 	until  time.Time // until when it is not dialled again
+	shy    string    // the address that has refused to write last: it is tried last
 }
 
 func newConnection(r *Redis) *connection {
@@ -65,12 +67,24 @@ func newConnection(r *Redis) *connection {
 }
 
 // dial connects to the first server that answers, and is none that takes no
-// writes.
-func (r *Redis) dial(ctx context.Context) (*conn, error) {
+// writes. A replica that does not say that it is one is known by what it refused.
+func (c *connection) dial(ctx context.Context) (*conn, error) {
+	c.mu.Lock()
+	addresses := slices.Clone(c.r.Address)
+	if i := slices.Index(addresses, c.shy); i >= 0 {
+		addresses = append(slices.Delete(addresses, i, i+1), c.shy)
+	}
+	c.mu.Unlock()
+	return c.r.dial(ctx, addresses...)
+}
+
+// dial connects to one of some addresses.
+func (r *Redis) dial(ctx context.Context, addresses ...string) (*conn, error) {
 	var failures []error
-	for _, address := range r.Address {
+	for _, address := range addresses {
 		c, err := r.dialOne(ctx, address)
 		if err == nil {
+			c.address = address
 			return c, nil
 		}
 		failures = append(failures, fmt.Errorf("redis: %s: %w", address, err))
@@ -149,8 +163,9 @@ func (c *conn) greet(r *Redis) error {
 			if isReplica(reply) {
 				failure = errReplica
 			}
+		case command[0] == "CLIENT": // a name is no more than good to have
 		case command[0] == "PING":
-			if refused.isOf("LOADING", "MASTERDOWN") {
+			if refused.isOf("LOADING", "MASTERDOWN", "NOAUTH") {
 				failure = refused
 			}
 		case refused != "":
@@ -228,7 +243,7 @@ func (c *connection) dropLocked(failure error) {
 
 // open makes it.
 func (c *connection) open(over chan struct{}) {
-	conn, err := c.r.dial(c.ctx)
+	conn, err := c.dial(c.ctx)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	defer close(over)
@@ -256,6 +271,9 @@ func (c *connection) do(ctx context.Context, commands ...[]string) ([]any, error
 	for _, reply := range replies {
 		// A server that has become a replica will stay one: another has to be found.
 		if refused, ok := reply.(replyError); ok && refused.isOf("READONLY", "MASTERDOWN") {
+			c.mu.Lock()
+			c.shy = conn.address
+			c.mu.Unlock()
 			conn.fail(refused)
 			c.demoted()
 			break

@@ -209,9 +209,30 @@ func TestAServerThatIsNotReadyIsLeftForTheOtherOne(t *testing.T) {
 
 func TestAProxyThatDoesNotKnowHelloIsUsed(t *testing.T) {
 	t.Parallel()
-	f := startFake(t, except("HELLO", "-ERR unknown command\r\n"))
-	if err := write(t, openAt(t, f.address), newKey(), 1); err != nil {
-		t.Error(err)
+	const unknown = "-ERR unknown command\r\n"
+	for _, command := range []string{"HELLO", "CLIENT"} {
+		f := startFake(t, except(command, unknown))
+		if err := write(t, openAt(t, f.address), newKey(), 1); err != nil {
+			t.Errorf("without %s: %v", command, err)
+		}
+	}
+	// One in front of a replica.
+	mute := func(command []string) string {
+		if command[0] == "HELLO" {
+			return unknown
+		}
+		return replica(command)
+	}
+	first, second := startFake(t, mute), startFake(t, except("HELLO", unknown))
+	opened := openAt(t, first.address, second.address)
+	eventually(t, "a write to the other one", func() error { return write(t, opened, newKey(), 1) })
+}
+
+func TestAServerThatWantsAPasswordIsLeftForTheOtherOne(t *testing.T) {
+	t.Parallel()
+	first := startFake(t, func([]string) string { return "-NOAUTH Authentication required.\r\n" })
+	if err := write(t, openAt(t, first.address, startFake(t, fine).address), newKey(), 1); err != nil {
+		t.Errorf("a write: %v", err)
 	}
 }
 
@@ -302,7 +323,7 @@ func TestAServerThatNeverAnswersIsLeftForTheOtherOne(t *testing.T) {
 	t.Parallel()
 	first, second := startFake(t, nil), startFake(t, fine)
 	began := time.Now()
-	c, err := (&Redis{Address: []string{first.address, second.address}}).dial(t.Context())
+	c, err := new(Redis).dial(t.Context(), first.address, second.address)
 	if err != nil || time.Since(began) < dialPatience {
 		t.Fatalf("after %v: %v", time.Since(began), err)
 	}
@@ -312,9 +333,9 @@ func TestAServerThatNeverAnswersIsLeftForTheOtherOne(t *testing.T) {
 func TestAHandshakeThatDoesNotEndIsGivenUp(t *testing.T) {
 	t.Parallel()
 	f := startFake(t, nil)
-	r := &Redis{Address: []string{f.address}, secured: &tls.Config{InsecureSkipVerify: true}}
+	r := &Redis{secured: &tls.Config{InsecureSkipVerify: true}}
 	began := time.Now()
-	if _, err := r.dial(t.Context()); !errors.Is(err, context.DeadlineExceeded) || time.Since(began) < dialPatience {
+	if _, err := r.dial(t.Context(), f.address); !errors.Is(err, context.DeadlineExceeded) || time.Since(began) < dialPatience {
 		t.Errorf("after %v: %v", time.Since(began), err)
 	}
 }

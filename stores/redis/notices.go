@@ -99,12 +99,13 @@ func (n *notices) tell(name, text string) {
 			t.doubt()
 			return
 		}
-		t.add(events, min(longestTail, mostTails-n.size+t.size))
+		t.add(events, min(longestTail, mostTails-n.size))
 	})
 	ch.tellLocked()
 }
 
-// changeLocked changes a tail, and counts what it holds.
+// changeLocked changes a tail, and counts what it holds. Meanwhile size is that of
+// the others.
 func (n *notices) changeLocked(ch *channel, change func(*tail)) {
 	n.size -= ch.tail.size
 	change(&ch.tail)
@@ -147,7 +148,7 @@ func (n *notices) listen() {
 	ctx := n.connection.ctx
 	var pauses pauses
 	for ctx.Err() == nil {
-		if c, err := n.connection.r.dial(ctx); err == nil {
+		if c, err := n.connection.dial(ctx); err == nil {
 			n.hear(ctx, c)
 			if c.lived >= steadyAfter {
 				pauses = 0

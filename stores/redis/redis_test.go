@@ -108,7 +108,7 @@ func (s *server) do(t testing.TB, command ...string) string {
 	if err := r.prepare(); err != nil {
 		t.Fatal(err)
 	}
-	c, err := r.dial(t.Context())
+	c, err := r.dial(t.Context(), s.address)
 	if err != nil {
 		t.Fatal(err)
 	}

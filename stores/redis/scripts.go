@@ -22,8 +22,8 @@ func newScript(text string) script {
 
 // writeScript changes a run. Keys: hash, stream. Arguments: channel, milliseconds
 // to stay, oldest event to keep, what it begins with or nothing, end or nothing,
-// how many bytes a notice may have, then numbers and data of events. It returns 0
-// where there is no such run, or not all of it. Its notice has the number of the
+// how many bytes a notice may have, the event that there must be, then numbers and
+// data of events. It returns 0 where there is no such run, or not all of it. Its notice has the number of the
 // first new event, and of each its length and data, or nothing.
 var writeScript = newScript(`
 local last = redis.call('HGET', KEYS[1], 'l')
@@ -36,9 +36,12 @@ if not last then
 	last = 0
 end
 last = tonumber(last)
+if last < tonumber(ARGV[7]) then
+	return 0
+end
 local before = last
 local told, room = {}, tonumber(ARGV[6])
-for i = 7, #ARGV, 2 do
+for i = 8, #ARGV, 2 do
 	local n = tonumber(ARGV[i])
 	if n > last then
 		if n > last + 1 then

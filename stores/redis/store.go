@@ -148,8 +148,8 @@ func (s *redisStore) command(w *store.Write) []string {
 	if w.Drop {
 		return evaluate(dropScript, keys, s.hashOf(w.Run))
 	}
-	args := make([]string, 0, 6+2*len(w.Events))
-	args = append(args, s.hashOf(w.Run), milliseconds(w.TTL), strconv.FormatUint(w.Oldest, 10), string(w.Begin), string(w.End), told)
+	args := make([]string, 0, 7+2*len(w.Events))
+	args = append(args, s.hashOf(w.Run), milliseconds(w.TTL), strconv.FormatUint(w.Oldest, 10), string(w.Begin), string(w.End), told, strconv.FormatUint(w.After, 10))
 	for _, event := range w.Events {
 		args = append(args, strconv.FormatUint(event.Number, 10), string(event.Data))
 	}

@@ -16,6 +16,9 @@ const (
 	// mostTails that of all readers of a node. Above that, readers ask the server.
 	longestTail = 64 << 10
 	mostTails   = 16 << 20
+
+	// toldCost is what an event counts for, besides its bytes.
+	toldCost = 64
 )
 
 // tail is what notices have told of a run, so that who reads it need not ask the
@@ -27,7 +30,7 @@ type tail struct {
 
 	newest uint64        // that has been told, or found; 0: none
 	events []store.Event // up to the newest one; what nobody has read yet
-	size   int           // bytes of them
+	size   int           // bytes of them, with toldCost for each
 	doubts uint64        // how often there was something that notices did not tell
 }
 
@@ -42,7 +45,7 @@ func (t *tail) add(events []store.Event, room int) {
 		t.clear()
 	}
 	for _, event := range events {
-		t.size += len(event.Data)
+		t.size += len(event.Data) + toldCost
 	}
 	t.events = append(t.events, events...)
 	t.newest = events[len(events)-1].Number
@@ -68,7 +71,7 @@ func (t *tail) take(after uint64, maxBytes int) (events []store.Event, ask bool)
 		event := t.events[0]
 		t.events[0] = store.Event{}
 		t.events = t.events[1:]
-		t.size -= len(event.Data)
+		t.size -= len(event.Data) + toldCost
 		if event.Number > after {
 			events = append(events, event)
 			maxBytes -= len(event.Data)

@@ -1,6 +1,7 @@
 package redis
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -30,7 +31,7 @@ func numbers(events []store.Event, ask bool) string {
 }
 
 func TestAReaderAsksTheServerUntilNoticesTellAll(t *testing.T) {
-	const all = 1 << 20
+	const all, one = 1 << 20, toldCost + 8
 	for name, c := range map[string]struct {
 		before func(*tail)
 		after  uint64
@@ -50,8 +51,8 @@ func TestAReaderAsksTheServerUntilNoticesTellAll(t *testing.T) {
 		"some of it is read":                   {func(t *tail) { t.found(3, 3, 0); t.add(someEvents(4, 9), all); t.take(3, 8) }, 5, "6 to 9"},
 		"a gap":                                {func(t *tail) { t.found(3, 3, 0); t.add(someEvents(5, 5), all) }, 3, "ask"},
 		"after a gap":                          {func(t *tail) { t.found(3, 3, 0); t.add(someEvents(5, 5), all) }, 4, "5 to 5"},
-		"too much":                             {func(t *tail) { t.found(3, 3, 0); t.add(someEvents(4, 5), 8) }, 3, "ask"},
-		"after too much":                       {func(t *tail) { t.found(3, 3, 0); t.add(someEvents(4, 5), 8); t.add(someEvents(6, 6), 8) }, 5, "6 to 6"},
+		"too much":                             {func(t *tail) { t.found(3, 3, 0); t.add(someEvents(4, 5), one) }, 3, "ask"},
+		"after too much":                       {func(t *tail) { t.found(3, 3, 0); t.add(someEvents(4, 5), one); t.add(someEvents(6, 6), one) }, 5, "6 to 6"},
 		"something else":                       {func(t *tail) { t.found(3, 3, 0); t.doubt() }, 3, "ask"},
 		"something else meanwhile":             {func(t *tail) { t.doubt(); t.found(3, 3, 0) }, 3, "ask"},
 		"and it was asked again":               {func(t *tail) { t.doubt(); t.found(3, 3, 1) }, 3, "none"},
@@ -68,12 +69,46 @@ func TestAReaderAsksTheServerUntilNoticesTellAll(t *testing.T) {
 			}
 			size := 0
 			for _, event := range tail.events {
-				size += len(event.Data)
+				size += len(event.Data) + toldCost
 			}
 			if size != tail.size {
 				t.Errorf("%d bytes are kept, %d are counted", size, tail.size)
 			}
 		})
+	}
+}
+
+func TestWhatWaitsForReadersIsBounded(t *testing.T) {
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(errClosed)
+	n := newNotices(&connection{r: new(Redis), ctx: ctx, cancel: cancel})
+	n.work.Wait()
+	piece := strings.Repeat("x", mostTold/2)
+	names := make([]string, 2*mostTails/longestTail)
+	for i := range names {
+		names[i] = fmt.Sprint(i)
+		n.enter(names[i])() // it has left, and may come back
+		for number := uint64(1); number <= 20; number++ {
+			n.tell(names[i], fmt.Sprintf("%d %d %s", number, len(piece), piece))
+			if held := n.channels[names[i]].tail.size; held > longestTail || n.size > mostTails {
+				t.Fatalf("channel %d holds %d bytes, all %d", i, held, n.size)
+			}
+		}
+	}
+	// Small events cost more than their bytes.
+	n.tell(names[0], "")
+	for number := uint64(1); number <= 2*longestTail; number++ {
+		n.tell(names[0], fmt.Sprintf("%d 1 x", number))
+		if held := len(n.channels[names[0]].tail.events); held > 1100 {
+			t.Fatalf("%d events of a byte are held", held)
+		}
+	}
+	for _, ch := range n.channels {
+		ch.idle = ch.idle.Add(-2 * noticeLinger)
+	}
+	n.difference()
+	if len(n.channels) > 0 || n.size != 0 {
+		t.Errorf("when nobody has come back for a while, %d channels hold %d bytes", len(n.channels), n.size)
 	}
 }
 

@@ -1,0 +1,107 @@
+package caddysse_test
+
+import (
+	"fmt"
+	"testing"
+
+	caddysse "github.com/caddy-sse/caddy-sse"
+	"github.com/caddy-sse/caddy-sse/store/storetest"
+)
+
+// waitForEnds waits until the store has the end of every run that it has.
+func (n *cluster) waitForEnds(t testing.TB) {
+	t.Helper()
+	handle := n.Open()
+	defer handle.Close()
+	eventually(t, "the store has the ends of its runs", func() bool {
+		for _, key := range n.Runs() {
+			if run, err := handle.Find(t.Context(), key); err != nil || run.End == nil {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// expectLossTold comes back to node b: one event before the newest one that the
+// store has, and as an EventSource that has all of them.
+func (n *cluster) expectLossTold(t testing.TB, token string, newest int) {
+	t.Helper()
+	f := n.back(t, "b", "/", fmt.Sprintf("%s.%d", token, newest-1), "Accept: text/event-stream", notEventSource).follow()
+	f.expect(t, eventOf(token, newest))
+	f.expectAbort(t)
+	n.waitForEnds(t)
+	e, other := open(t, n.cl, n.up, "/", append(comingBack(asEventSource, fmt.Sprintf("%s.%d", token, newest)), "X-Node: b")...)
+	other.start("text/event-stream")
+	e.headers(t).follow().expectUnknown(t, 0)
+	other.end()
+	n.waitForEnds(t)
+}
+
+func TestAnEndAfterALossIsNoCleanOneOnAnotherNode(t *testing.T) {
+	if apart(t) {
+		return
+	}
+	checkLeaks(t)
+	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1m", "")
+	for i, endsFirst := range []bool{true, false} {
+		last := 2 + i
+		_, one, call, token := n.begin(t, "a", "/")
+		call.send(plainEvents(1, last))
+		one.expect(t, events(token, 1, last))
+		n.waitForEvents(t, uint64(last))
+		n.SetFull(true)
+		call.send(plainEvent(last + 1))
+		one.expect(t, eventOf(token, last+1))
+		if endsFirst {
+			call.end()
+			one.expectEnd(t)
+		}
+		eventually(t, "what waits for the store is given up", func() bool {
+			waiting, _ := caddysse.WaitingForStores()
+			return waiting == 0
+		})
+		if !endsFirst {
+			call.end()
+			one.expectEnd(t)
+		}
+		n.SetFull(false)
+		n.waitForEnds(t)
+		n.expectLossTold(t, token, last)
+		n.Flush() // the other one alone is waited for
+	}
+}
+
+// A replica that lacks the newest events may take a server's place before or after
+// the end of a stream.
+func TestAStreamIsNotWholeWhereTheStoreHasLostItsLastEvents(t *testing.T) {
+	if apart(t) {
+		return
+	}
+	checkLeaks(t)
+	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1m", "")
+	for i, endsFirst := range []bool{false, true} {
+		last := 3 + i
+		_, one, call, token := n.begin(t, "a", "/")
+		call.send(plainEvents(1, last))
+		one.expect(t, events(token, 1, last))
+		n.waitForEvents(t, uint64(last))
+		if endsFirst {
+			call.end()
+			one.expectEnd(t)
+			n.waitForEnds(t)
+		}
+		eventually(t, "the store has confirmed all", func() bool {
+			waiting, _ := caddysse.WaitingForStores()
+			return waiting == 0
+		})
+		n.LoseNewest(1)
+		if !endsFirst {
+			call.end()
+			one.expectEnd(t)
+			n.waitForEnds(t)
+		}
+		n.expectLossTold(t, token, last-1)
+		n.Flush()
+	}
+}
