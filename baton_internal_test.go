@@ -109,6 +109,7 @@ func TestAnEarlyEndThatWaitsForAnEventComesRightAfterIt(t *testing.T) {
 	s := &stream{chunks: conn, frames: new(frames), h: &Handler{agenda: new(agenda)}}
 	s.stage.Store(uint32(stageOpen))
 	s.cancel = func(error) {}
+	defer s.h.agenda.drop(s)
 	f := openFeed(journal.NewBudget(journal.KeepUnsent, 1<<20), journal.KeepUnsent, 64<<10, "", func() {})
 	f.plain = true
 	reader := &runReader{run: &run{feed: f}}
