@@ -223,13 +223,30 @@ func (n *node) metric(name string, texts ...string) (sum float64) {
 	return sum
 }
 
-// startHop starts a TCP hop with a delay, each way.
-func startHop(t testing.TB, target string, delay time.Duration) (addr string) {
+// hop is an address in front of a server, with a delay each way. It can be given to
+// another server, as a virtual address or a name is: connections that are there stay
+// where they are.
+type hop struct {
+	addr string
+
+	mu     sync.Mutex
+	target string
+}
+
+func (h *hop) moveTo(target string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.target = target
+}
+
+// startHop starts one.
+func startHop(t testing.TB, target string, delay time.Duration) *hop {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
+	h := &hop{addr: l.Addr().String(), target: target}
 	var work sync.WaitGroup
 	ctx, cancel := context.WithCancel(context.Background())
 	t.Cleanup(func() {
@@ -243,7 +260,9 @@ func startHop(t testing.TB, target string, delay time.Duration) (addr string) {
 			if err != nil {
 				return
 			}
-			to, err := net.Dial("tcp", target)
+			h.mu.Lock()
+			to, err := net.Dial("tcp", h.target)
+			h.mu.Unlock()
 			if err != nil {
 				from.Close()
 				continue
@@ -253,7 +272,7 @@ func startHop(t testing.TB, target string, delay time.Duration) (addr string) {
 			work.Go(func() { delayed(from, to, delay) })
 		}
 	})
-	return l.Addr().String()
+	return h
 }
 
 // delayed passes on what comes, each piece when its time has come.

@@ -12,56 +12,6 @@ import (
 	"time"
 )
 
-// service is the address of a server that can be given to another one, as a
-// virtual address or a name is. Connections that are there stay where they are.
-type service struct {
-	addr string
-
-	mu     sync.Mutex
-	target string
-}
-
-func startService(t testing.TB, target string) *service {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := &service{addr: l.Addr().String(), target: target}
-	var work sync.WaitGroup
-	ctx, cancel := context.WithCancel(context.Background())
-	t.Cleanup(func() {
-		cancel()
-		l.Close()
-		work.Wait()
-	})
-	work.Go(func() {
-		for {
-			from, err := l.Accept()
-			if err != nil {
-				return
-			}
-			s.mu.Lock()
-			to, err := net.Dial("tcp", s.target)
-			s.mu.Unlock()
-			if err != nil {
-				from.Close()
-				continue
-			}
-			stop := context.AfterFunc(ctx, func() { from.Close(); to.Close() })
-			work.Go(func() { defer stop(); delayed(to, from, 0) })
-			work.Go(func() { delayed(from, to, 0) })
-		}
-	})
-	return s
-}
-
-func (s *service) moveTo(target string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.target = target
-}
-
 // waitFor waits until a server says something of its replication.
 func (s *server) waitFor(text string) {
 	s.t.Helper()
@@ -114,7 +64,7 @@ func TestAFailoverHarmsNoStream(t *testing.T) {
 	_, port, _ := net.SplitHostPort(first.addr)
 	second := startServer(t, "--replicaof", "127.0.0.1", port)
 	second.waitFor("master_link_status:up")
-	at := startService(t, first.addr)
+	at := startHop(t, first.addr, 0)
 	up := newSource(t, 0, often)
 	a := startNode(t, "a", up.host(), at.addr, "1m", "")
 	b := startNode(t, "b", up.host(), at.addr, "1m", "")

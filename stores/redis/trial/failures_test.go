@@ -229,7 +229,7 @@ func TestAServerThatHangsHarmsNoStream(t *testing.T) {
 func TestAServerThatIsSlowAddsNothingToWhatIsLive(t *testing.T) {
 	t.Parallel()
 	s := startServer(t)
-	slow := startHop(t, s.addr, 50*time.Millisecond)
+	slow := startHop(t, s.addr, 50*time.Millisecond).addr
 	up := newSource(t, 0, often)
 	a := startNode(t, "a", up.host(), slow, "1m", "")
 	waitForIDs(t, a, host(a))

@@ -21,7 +21,7 @@ func TestWhatTheStoreCosts(t *testing.T) {
 		t.Skip("it measures; set CADDYSSE_TEST_LOAD=1000")
 	}
 	s := startServer(t)
-	slow := startHop(t, s.addr, 50*time.Millisecond)
+	slow := startHop(t, s.addr, 50*time.Millisecond).addr
 	for range 2 {
 		for _, c := range []struct{ what, redis, reader string }{
 			{"memory", "", ""},
