@@ -29,6 +29,15 @@ func TestAtMostSoManyRunsAreWithoutAClient(t *testing.T) {
 		calls = append(calls, call)
 		res.leave()
 		c.waitForLog("stream closed", i)
+		eventually(t, "its run is one without a client", func() bool {
+			alone := 0
+			for _, run := range c.runs("").Runs {
+				if run.Clients == 0 {
+					alone++
+				}
+			}
+			return alone == min(i+1, 2)
+		})
 	}
 	calls[0].expectGone() // it has been alone for longest
 	for i := 1; i < 3; i++ {
