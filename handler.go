@@ -87,7 +87,11 @@ const (
 func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived instant) *exchange {
 	x := &exchange{h: h, w: w, r: r, arrived: arrived, accept: acceptOf(r.Header), ip: clientIP(r)}
 	x.response.x = x
-	x.kind = kindOf(r, x.accept, h.Resumable)
+	if mayStream(r) {
+		x.kind = kindOf(r, x.accept, h.Resumable)
+	} else {
+		x.role = aside
+	}
 	x.frames = h.framesFor(r.Header)
 	if h.sharing != nil || h.resuming != nil {
 		x.takeID()
@@ -158,9 +162,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		defer x.leaveRun() // when it is known how its stream has ended
 		err = x.leave(out)
 	}()
-	if !mayStream(r) {
+	if x.role == aside {
 		// Never a stream: the handlers get the client's own writer.
-		x.role = aside
 		x.attempt = x.newAttempt(nil)
 		out.err = next.ServeHTTP(w, x.attempt.request)
 		return nil

@@ -30,7 +30,7 @@ const (
 
 // kindOf tells the kind of a request. setting is resumable's; empty for auto.
 func kindOf(r *http.Request, accept accept, setting string) kind {
-	if r.Method != http.MethodGet || setting == resumableNever || isMCP(r.Header) || !mayStream(r) {
+	if r.Method != http.MethodGet || setting == resumableNever || isMCP(r.Header) {
 		return kind{}
 	}
 	if !accept.only && setting != resumableAlways {
