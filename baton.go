@@ -132,8 +132,6 @@ func (b *baton) takesAtOnceLocked() bool {
 // deliverLocked writes what there is, and reports whether that was all. The rest is
 // left to the client's own goroutine. It wants the stream to be locked.
 func (b *baton) deliverLocked(c *journal.Cursor) (all bool) {
-	f := framings.Get().(*framing)
-	defer f.recycle()
 	for sent := 0; ; {
 		p, err := c.Next()
 		switch {
@@ -143,7 +141,7 @@ func (b *baton) deliverLocked(c *journal.Cursor) (all bool) {
 		case err != nil || sent+len(p) > atOnce:
 			return false
 		}
-		n, err := b.stream.passOnLocked(p, f)
+		n, err := b.stream.passOnLocked(p)
 		c.Advance(n)
 		sent += n
 		b.spare -= n + aroundWrite

@@ -29,11 +29,11 @@ func (s *stream) write(p []byte) (int, error) {
 func (s *stream) pass(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.unlock()
-	return s.passOnLocked(p, nil)
+	return s.passOnLocked(p)
 }
 
-// passOnLocked is pass for one that has a framing; nil: there is none.
-func (s *stream) passOnLocked(p []byte, f *framing) (int, error) {
+// passOnLocked is pass for who has locked the stream.
+func (s *stream) passOnLocked(p []byte) (int, error) {
 	if s.at() == stageRetrying {
 		return 0, errStreamEnded // of an attempt that is over
 	}
@@ -53,7 +53,7 @@ func (s *stream) passOnLocked(p []byte, f *framing) (int, error) {
 		// The client may have it, and leave, before the write has returned.
 		s.noteFirstEvent(s.lastBytes)
 	}
-	if err := s.sendBodyLocked(f, lead, body); err != nil {
+	if err := s.sendBodyLocked(nil, lead, body); err != nil {
 		if first {
 			s.noteFirstEvent(0)
 		}
