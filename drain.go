@@ -260,14 +260,12 @@ func (s *stream) joinDrain() {
 func (s *stream) endDrainedAt(due instant) {
 	s.facts.Lock()
 	defer s.facts.Unlock()
-	if s.rare == nil {
-		s.rare = new(rareStream)
-	}
-	if s.rare.drainDue == 0 || due < s.rare.drainDue {
-		s.rare.drainDue = due
+	rare := s.rarely()
+	if rare.drainDue == 0 || due < rare.drainDue {
+		rare.drainDue = due
 	}
 	if !s.gone {
-		s.h.agenda.hasten(s, s.rare.drainDue)
+		s.h.agenda.hasten(s, rare.drainDue)
 	}
 }
 

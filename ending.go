@@ -423,10 +423,7 @@ func (s *stream) survive() {
 	s.failed = clientClosed // nothing goes out any more
 	s.mu.Unlock()
 	s.facts.Lock()
-	if s.rare == nil {
-		s.rare = new(rareStream)
-	}
-	s.rare.panicked = value
+	s.rarely().panicked = value
 	s.facts.Unlock()
 	s.cancel(errStreamEnded)
 }

@@ -112,6 +112,15 @@ type rareStream struct {
 	drainDue instant                  // when a drain ends it; 0: none does; facts
 }
 
+// rarely returns the rare part and makes it where there is none. It wants facts to
+// be locked, once the stream has started.
+func (s *stream) rarely() *rareStream {
+	if s.rare == nil {
+		s.rare = new(rareStream)
+	}
+	return s.rare
+}
+
 // newStream makes the stream of a request. It has not started yet.
 func (x *exchange) newStream(status int) *stream {
 	s := &stream{
@@ -138,21 +147,15 @@ func (x *exchange) newStream(status int) *stream {
 	if x.rare != nil {
 		s.id = x.rare.id
 		if x.rare.key != (keyHash{}) {
-			s.rare = &rareStream{key: x.rare.key}
+			s.rarely().key = x.rare.key
 		}
 		if t := x.rare.tries; t != nil {
 			t.attempt = x.attempt
-			if s.rare == nil {
-				s.rare = new(rareStream)
-			}
-			s.rare.tries = t
+			s.rarely().tries = t
 			s.cancel = t.cancel
 		}
 		if abandon := x.rare.abandon; abandon != nil {
-			if s.rare == nil {
-				s.rare = new(rareStream)
-			}
-			s.rare.letGo = sync.OnceFunc(func() { close(abandon) })
+			s.rarely().letGo = sync.OnceFunc(func() { close(abandon) })
 		}
 	}
 	return s

@@ -49,10 +49,7 @@ func (s *stream) ownWriteTimeouts() {
 	// timeouts with knows the way. Where nobody does, there is no deadline to clear.
 	for _, control := range inner {
 		if control != nil && control.SetWriteDeadline(time.Time{}) == nil {
-			if s.rare == nil {
-				s.rare = new(rareStream)
-			}
-			s.rare.control = control
+			s.rarely().control = control
 			return
 		}
 	}
