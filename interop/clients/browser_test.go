@@ -147,7 +147,7 @@ func TestAPageSurvives(t *testing.T) {
 			}
 
 			before := opened()
-			harness.Run(t, harness.Patience, harness.Command(harness.CaddyBinary(t), "sse", "close", "--all", "--address", caddy.AdminAddress))
+			harness.Run(t, harness.Command(harness.CaddyBinary(t), "sse", "close", "--all", "--address", caddy.AdminAddress))
 			awaitBack("caddy sse close --all", before, append(names, "unprotected")...)
 			awaitReasons(t, caddy, "admin", 4, proto)
 

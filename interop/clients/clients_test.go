@@ -12,7 +12,6 @@ import (
 	"strings"
 	"testing"
 	"text/tabwriter"
-	"time"
 
 	"github.com/caddy-sse/caddy-sse/interop/harness"
 )
@@ -62,12 +61,9 @@ type program struct{ *harness.Process }
 
 func (p program) reports() []report { return parseReports(p.Output()) }
 
-// patience is for a client program on a busy machine, Chromium among them.
-const patience = 90 * time.Second
-
 func (p program) await(t testing.TB, what string, holds func([]report) bool) {
 	t.Helper()
-	harness.Eventually(t, patience, what, func() bool { return holds(p.reports()) })
+	harness.Eventually(t, harness.Patience, what, func() bool { return holds(p.reports()) })
 }
 
 // awaitCount waits for that many reports of a kind from each stream.

@@ -164,7 +164,7 @@ func TestAClientThatWasCutComesBackAndMissesNothing(t *testing.T) {
 				running := row.start(t, caddy, base, fmt.Sprint("row", i), streams)
 				await := func(what string, kind string, count int) {
 					t.Helper()
-					harness.Eventually(t, patience, what, func() bool {
+					harness.Eventually(t, harness.Patience, what, func() bool {
 						for _, use := range uses {
 							if len(of(running.reports(), use, kind)) < count {
 								return false

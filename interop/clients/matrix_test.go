@@ -185,7 +185,7 @@ func testClient(t *testing.T, caddy *harness.Caddy, c client, tag string, cells 
 	if c.back != "" {
 		want = append(slices.Clone(want), backEvent)
 	}
-	harness.Eventually(t, patience, "every stream has been read", func() bool {
+	harness.Eventually(t, harness.Patience, "every stream has been read", func() bool {
 		all := running.reports()
 		for _, stream := range streams {
 			name, _, _ := strings.Cut(stream, "=")
@@ -265,7 +265,7 @@ func testCurl(t *testing.T, caddy *harness.Caddy, cells map[string]string, proto
 	for _, style := range styles {
 		for _, eol := range lineEnds {
 			name := style + "-" + eol
-			body := running[name].Wait(t, patience)
+			body := running[name].Wait(t)
 			want := strings.Join(script, "")
 			if eol == "crlf" {
 				want = strings.ReplaceAll(want, "\n", "\r\n")

@@ -74,7 +74,7 @@ func testMCP(t *testing.T, upstream, style string) {
 
 	// The GET stream ends, and the server has something to say before the client
 	// is back. Last-Event-ID gets it.
-	harness.Run(t, harness.Patience, harness.Command(harness.CaddyBinary(t), "sse", "close", "--all", "--address", caddy.AdminAddress))
+	harness.Run(t, harness.Command(harness.CaddyBinary(t), "sse", "close", "--all", "--address", caddy.AdminAddress))
 	harness.Eventually(t, harness.Patience, "the GET stream has ended", func() bool { return len(caddy.OpenStreams(t)) == 0 })
 	notify("two")
 	begin := time.Now()
@@ -163,7 +163,7 @@ func TestMCPCallsOutliveAReload(t *testing.T) {
 
 			// One of the two GET streams is the session's.
 			var open []string
-			harness.Eventually(t, patience, "the client waits for its answer by GET", func() bool {
+			harness.Eventually(t, harness.Patience, "the client waits for its answer by GET", func() bool {
 				_, answer := caddy.Admin(t, http.MethodGet, "/sse/streams", "")
 				open = caddy.OpenStreams(t)
 				return len(open) == 2 && strings.Count(answer, `"method":"GET"`) == 2
@@ -178,7 +178,7 @@ func TestMCPCallsOutliveAReload(t *testing.T) {
 				t.Fatal(err)
 			}
 			response.Body.Close()
-			harness.Eventually(t, patience, "the call has ended", func() bool { return len(of(client.reports(), "call", "end")) > 0 })
+			harness.Eventually(t, harness.Patience, "the call has ended", func() bool { return len(of(client.reports(), "call", "end")) > 0 })
 			all := client.reports()
 			if got := fmt.Sprint(events(all, "call"), of(all, "call", "error")); got != "[{result went on }] []" {
 				t.Error(got)

@@ -128,8 +128,8 @@ func startFirefox(t *testing.T, address, rootCA string) {
 	if rootCA != "" {
 		certutil := harness.Program(t, "certutil", "libnss3-tools")
 		store := "sql:" + profile
-		harness.Run(t, harness.Patience, harness.Command(certutil, "-N", "--empty-password", "-d", store))
-		harness.Run(t, harness.Patience, harness.Command(certutil, "-A", "-n", "caddy", "-t", "C,,", "-i", rootCA, "-d", store))
+		harness.Run(t, harness.Command(certutil, "-N", "--empty-password", "-d", store))
+		harness.Run(t, harness.Command(certutil, "-A", "-n", "caddy", "-t", "C,,", "-i", rootCA, "-d", store))
 	}
 	harness.Start(t, harness.Command(firefox, "--headless", "--no-remote", "--profile", profile, address),
 		harness.Env("HOME="+home, "TMPDIR="+home))

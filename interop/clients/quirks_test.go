@@ -116,7 +116,7 @@ func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 			// saw is all that the application saw of an answer.
 			saw := func(style string) string {
 				name := row.client + "/" + style
-				harness.Eventually(t, patience, "the answer "+name, func() bool { return len(of(running.reports(), name, "end")) > 0 })
+				harness.Eventually(t, harness.Patience, "the answer "+name, func() bool { return len(of(running.reports(), name, "end")) > 0 })
 				return fmt.Sprint(events(running.reports(), name), of(running.reports(), name, "error"))
 			}
 			const exact = "[{text Hello! }] []"

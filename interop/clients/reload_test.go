@@ -176,7 +176,7 @@ func TestNobodyTakesHalfAnAnswerForAWholeOne(t *testing.T) {
 	ended := func(i int) bool { return len(of(rows[i].reader.running.reports(), stream(i), "end")) > 0 }
 
 	for i, row := range rows {
-		harness.Eventually(t, patience, "half of the answer for "+row.name, func() bool { return len(seen(i)) >= half })
+		harness.Eventually(t, harness.Patience, "half of the answer for "+row.name, func() bool { return len(seen(i)) >= half })
 	}
 	caddy.Reload(t, harness.SiteCaddyfile(plain, tls, "header X-Generation 2\n"+site))
 	for range toDrain {
@@ -191,7 +191,7 @@ func TestNobodyTakesHalfAnAnswerForAWholeOne(t *testing.T) {
 		if row.want == fails {
 			want = half
 		}
-		harness.Eventually(t, patience, row.name+" has come to an end", func() bool {
+		harness.Eventually(t, harness.Patience, row.name+" has come to an end", func() bool {
 			return ended(i) || row.want != fails && len(seen(i)) >= whole
 		})
 		if got := seen(i); len(got) != want || got[0] != 1 || got[want-1] != want {

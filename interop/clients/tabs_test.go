@@ -36,7 +36,7 @@ func openTabs(t *testing.T, address string) *tabs {
 		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--ignore-certificate-errors",
 		"--remote-debugging-port=0", "--user-data-dir="+filepath.Join(home, "profile"), address), harness.Env("HOME="+home, "TMPDIR="+home))
 	b := new(tabs)
-	harness.Eventually(t, patience, "Chromium says where it can be told to change tabs", func() bool {
+	harness.Eventually(t, harness.Patience, "Chromium says where it can be told to change tabs", func() bool {
 		match := debuggerAddress.FindStringSubmatch(process.Output())
 		if match != nil {
 			b.debugger = "http://" + match[1]
@@ -44,7 +44,7 @@ func openTabs(t *testing.T, address string) *tabs {
 		return match != nil
 	})
 	var list []struct{ ID, URL, Type string }
-	harness.Eventually(t, patience, "there is the page's tab", func() bool {
+	harness.Eventually(t, harness.Patience, "there is the page's tab", func() bool {
 		if err := json.Unmarshal(b.call(t, http.MethodGet, "/json/list"), &list); err != nil {
 			t.Fatal(err)
 		}
@@ -183,7 +183,7 @@ func TestFetchEventSourceOnTabSwitches(t *testing.T) {
 			}
 			await := func(kind string, count int, paths ...string) {
 				t.Helper()
-				harness.Eventually(t, patience, fmt.Sprintf("%d × %s of %v", count, kind, paths), func() bool {
+				harness.Eventually(t, harness.Patience, fmt.Sprintf("%d × %s of %v", count, kind, paths), func() bool {
 					all := posts.reports()
 					for _, path := range paths {
 						if len(of(all, path, kind)) < count {

@@ -128,18 +128,10 @@ func (p *Process) Stop(t testing.TB) {
 	p.Signal(syscall.SIGTERM)
 	if !p.endsWithin(5 * time.Second) {
 		p.Signal(syscall.SIGKILL)
-		if !p.endsWithin(5 * time.Second) {
+		// A process that waits for the disk ends only after that.
+		if !p.endsWithin(Patience) {
 			t.Errorf("%s (%d) did not end after SIGKILL", p.Name, p.PID())
 		}
-	}
-}
-
-// Kill ends the process with SIGKILL.
-func (p *Process) Kill(t testing.TB) {
-	t.Helper()
-	p.Signal(syscall.SIGKILL)
-	if !p.endsWithin(5 * time.Second) {
-		t.Fatalf("%s (%d) did not end after SIGKILL", p.Name, p.PID())
 	}
 }
 
@@ -163,11 +155,11 @@ func (p *Process) Running() bool {
 }
 
 // Wait waits for the process's own end and returns its output; the test fails
-// if it takes longer or exits with another status than 0.
-func (p *Process) Wait(t testing.TB, within time.Duration) string {
+// if that takes longer than Patience, or its exit status is not 0.
+func (p *Process) Wait(t testing.TB) string {
 	t.Helper()
-	if !p.endsWithin(within) {
-		t.Fatalf("%s did not end within %v", p.Name, within)
+	if !p.endsWithin(Patience) {
+		t.Fatalf("%s did not end within %v", p.Name, Patience)
 	}
 	p.mutex.Lock()
 	defer p.mutex.Unlock()
@@ -212,12 +204,9 @@ func (p *Process) AwaitHTTP(t testing.TB, url string) {
 	})
 }
 
-// A Java program on a busy machine takes its time.
-const readiness = 90 * time.Second
-
 func (p *Process) await(t testing.TB, what string, holds func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(readiness); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(Patience); ; time.Sleep(20 * time.Millisecond) {
 		running := p.Running()
 		if holds() {
 			return
@@ -226,16 +215,16 @@ func (p *Process) await(t testing.TB, what string, holds func() bool) {
 			t.Fatalf("%s ended before it did %s", p.Name, what)
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("%s did not %s within %v", p.Name, what, readiness)
+			t.Fatalf("%s did not %s within %v", p.Name, what, Patience)
 		}
 	}
 }
 
 // Run runs a program to its end and returns its output; an exit status other
 // than 0 fails the test.
-func Run(t testing.TB, within time.Duration, command []string, settings ...Setting) string {
+func Run(t testing.TB, command []string, settings ...Setting) string {
 	t.Helper()
-	return Start(t, command, settings...).Wait(t, within)
+	return Start(t, command, settings...).Wait(t)
 }
 
 // run is Run for installs, whose failure is told as an error.

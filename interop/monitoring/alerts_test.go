@@ -35,7 +35,7 @@ func alerts(t *testing.T) []string {
 func TestPromtoolTakesTheExample(t *testing.T) {
 	t.Parallel()
 	// It reads the rules that the configuration names, too.
-	t.Log(harness.Run(t, harness.Patience, harness.Command(promtool(t), "check", "config", "--lint=all", "--lint-fatal", example(t, "prometheus.yml"))))
+	t.Log(harness.Run(t, harness.Command(promtool(t), "check", "config", "--lint=all", "--lint-fatal", example(t, "prometheus.yml"))))
 }
 
 // series are what a Caddy has been scraped for, a sample each minute, in the
@@ -295,5 +295,5 @@ func TestEveryAlertFiresForItsCause(t *testing.T) {
 		t.Fatal(err)
 	}
 	path := harness.WriteFile(t, t.TempDir(), "tests.json", string(file))
-	harness.Run(t, harness.Patience, harness.Command(promtool(t), "test", "rules", path))
+	harness.Run(t, harness.Command(promtool(t), "test", "rules", path))
 }

@@ -139,7 +139,7 @@ func TestGunicornsDefaults(t *testing.T) {
 	dir := harness.Root(t, "examples", "flask")
 	bin := filepath.Join(harness.Python(t, filepath.Join(dir, "requirements.txt")), "bin")
 	command := harness.Command(filepath.Join(bin, "python"), "-B", filepath.Join(bin, "gunicorn"), "--print-config", "app:app")
-	output := harness.Run(t, 3*harness.Patience, command, harness.In(dir))
+	output := harness.Run(t, command, harness.In(dir))
 	for _, want := range []string{"timeout = 30", "graceful_timeout = 30", "worker_class = sync"} {
 		found := false
 		for line := range strings.Lines(output) {
@@ -394,7 +394,7 @@ php_value[session.save_path] = %[1]s
 func TestRailsHoldsStreamsBackForTheirETag(t *testing.T) {
 	t.Parallel()
 	ruby := harness.Program(t, "ruby", "ruby", "ruby-railties", "puma")
-	rack := harness.Run(t, 3*harness.Patience, harness.Command(ruby, "-e", `require "rack"; print Rack.release`))
+	rack := harness.Run(t, harness.Command(ruby, "-e", `require "rack"; print Rack.release`))
 	holds := strings.HasPrefix(rack, "2.2.")
 	addr := harness.FreeAddr(t)
 	puma := harness.Program(t, "puma", "puma", "ruby-railties")
@@ -430,7 +430,7 @@ func TestSpringEndsAnEmitterWithoutATimeoutAfter30Seconds(t *testing.T) {
 
 	caddy := harness.StartSite(t, "sse\nreverse_proxy "+addr)
 	stream := harness.Open(t, harness.Client(t, "h1"), caddy.URL+"/events")
-	if err := stream.AwaitEnd(t, 2*harness.Patience); err != nil {
+	if err := stream.AwaitEnd(t, harness.Patience); err != nil {
 		t.Errorf("not a clean end: %v", err)
 	}
 	closed := caddy.AwaitClosed(t, "/events")

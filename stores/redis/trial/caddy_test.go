@@ -176,7 +176,7 @@ func (n *node) end(signal syscall.Signal) {
 		return
 	}
 	_ = n.cmd.Process.Signal(signal)
-	timer := time.AfterFunc(patience/2, func() { _ = n.cmd.Process.Kill() })
+	timer := time.AfterFunc(patience, func() { _ = n.cmd.Process.Kill() })
 	_ = n.cmd.Wait()
 	timer.Stop()
 	n.cmd = nil

@@ -150,7 +150,7 @@ func TestAServerThatIsAwayHarmsNoStream(t *testing.T) {
 	}
 	start := time.Now()
 	n.stop()
-	if took := time.Since(start); took > patience/2-time.Second {
+	if took := time.Since(start); took > 15*time.Second {
 		t.Errorf("an exit without the server takes %s", took)
 	}
 }

@@ -71,7 +71,7 @@ http {
 	}
 	t.Cleanup(func() {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
-		timer := time.AfterFunc(patience/3, func() { _ = cmd.Process.Kill() })
+		timer := time.AfterFunc(patience, func() { _ = cmd.Process.Kill() })
 		_ = cmd.Wait()
 		timer.Stop()
 	})
@@ -207,7 +207,7 @@ func TestThreeNodesLoseNothing(t *testing.T) {
 	go func() { work.Wait(); close(finished) }()
 	select {
 	case <-finished:
-	case <-time.After(90 * time.Second):
+	case <-time.After(patience):
 		stuck := 0
 		for i, c := range tabs {
 			if !c.finished.Load() {

@@ -16,8 +16,9 @@ import (
 	"time"
 )
 
-// patience bounds every wait for something that has to happen.
-const patience = 30 * time.Second
+// patience bounds every wait for something that has to happen. A test that
+// passes does not wait that long, but the machine and its disk can be busy.
+const patience = 90 * time.Second
 
 // server is a redis-server of a test.
 type server struct {
@@ -118,7 +119,7 @@ func (s *server) end(signal syscall.Signal) {
 		return
 	}
 	_ = s.cmd.Process.Signal(signal)
-	timer := time.AfterFunc(patience/3, func() { _ = s.cmd.Process.Kill() })
+	timer := time.AfterFunc(patience, func() { _ = s.cmd.Process.Kill() })
 	_ = s.cmd.Wait()
 	timer.Stop()
 	s.cmd = nil
@@ -138,7 +139,7 @@ func (s *server) pause(paused bool) {
 // ask sends a command, and returns the first line of the answer; for bulk
 // strings all of it.
 func (s *server) ask(args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), patience/3)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	conn, err := new(net.Dialer).DialContext(ctx, "tcp", s.addr)
 	if err != nil {
