@@ -74,20 +74,27 @@ type transport struct {
 
 func (c *crowd) newTransport(proto string) *transport {
 	insecure := &tls.Config{InsecureSkipVerify: true, ServerName: "localhost"}
+	open := &connections{set: make(map[io.Closer]struct{})}
 	if proto == "h3" {
 		h3 := &http3.Transport{
 			TLSClientConfig: insecure, DisableCompression: true,
 			Dial: func(ctx context.Context, _ string, tlsConfig *tls.Config, config *quic.Config) (*quic.Conn, error) {
-				return quic.DialAddrEarly(ctx, c.proxy.secure, tlsConfig, config)
+				conn, err := quic.DialAddrEarly(ctx, c.proxy.secure, tlsConfig, config)
+				if err != nil {
+					return nil, err
+				}
+				closer := quicConnection{conn}
+				open.add(closer)
+				context.AfterFunc(conn.Context(), func() { open.remove(closer) })
+				return conn, nil
 			},
 		}
-		return &transport{proto: proto, base: "https://localhost", http: h3, close: func() { h3.Close() }}
+		return &transport{proto: proto, base: "https://localhost", http: h3, close: open.close}
 	}
 	addr, base := c.proxy.plain, "http://localhost"
 	if proto == "h2" {
 		addr, base = c.proxy.secure, "https://localhost"
 	}
-	open := &connections{set: make(map[net.Conn]struct{})}
 	t := &http.Transport{
 		TLSClientConfig: insecure, DisableCompression: true, MaxIdleConnsPerHost: perConnection,
 		Protocols: new(http.Protocols),
@@ -98,7 +105,9 @@ func (c *crowd) newTransport(proto string) *transport {
 			if err != nil {
 				return nil, err
 			}
-			return open.add(conn), nil
+			c := &connection{conn, open}
+			open.add(c)
+			return c, nil
 		},
 	}
 	if proto == "h2" {
@@ -110,35 +119,30 @@ func (c *crowd) newTransport(proto string) *transport {
 }
 
 // connections are those of a transport. In the end all have to be closed, also
-// those that HTTP/2 does not take for idle yet.
+// those that it has dialed for a client that did not wait for it, and those that
+// HTTP/2 does not take for idle yet.
 type connections struct {
 	mu     sync.Mutex
-	set    map[net.Conn]struct{}
+	set    map[io.Closer]struct{}
 	closed bool
 }
 
-type connection struct {
-	net.Conn
-	of *connections
-}
-
-func (cs *connections) add(conn net.Conn) net.Conn {
-	c := &connection{conn, cs}
+func (cs *connections) add(c io.Closer) {
 	cs.mu.Lock()
-	defer cs.mu.Unlock()
-	if cs.closed {
-		conn.Close() // it was dialed for a client that did not wait for it
-	} else {
+	closed := cs.closed
+	if !closed {
 		cs.set[c] = struct{}{}
 	}
-	return c
+	cs.mu.Unlock()
+	if closed {
+		c.Close()
+	}
 }
 
-func (c *connection) Close() error {
-	c.of.mu.Lock()
-	delete(c.of.set, c)
-	c.of.mu.Unlock()
-	return c.Conn.Close()
+func (cs *connections) remove(c io.Closer) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	delete(cs.set, c)
 }
 
 func (cs *connections) close() {
@@ -146,9 +150,27 @@ func (cs *connections) close() {
 	cs.closed = true
 	all := slices.Collect(maps.Keys(cs.set))
 	cs.mu.Unlock()
-	for _, conn := range all {
-		conn.Close()
+	for _, c := range all {
+		c.Close()
 	}
+}
+
+// connection is one of HTTP/1.1 or HTTP/2.
+type connection struct {
+	net.Conn
+	of *connections
+}
+
+func (c *connection) Close() error {
+	c.of.remove(c)
+	return c.Conn.Close()
+}
+
+// quicConnection is one of HTTP/3.
+type quicConnection struct{ *quic.Conn }
+
+func (c quicConnection) Close() error {
+	return c.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeNoError), "")
 }
 
 // client is one of the crowd.

@@ -244,8 +244,8 @@ func (s *soak) phase(ctx context.Context, name string, length time.Duration, sui
 
 // calm waits until no stream is open, nothing changes any more, and what there is
 // suits the caller, or until it has waited for three minutes. Some things take their
-// time: where the packet is lost with which a client closes its HTTP/3 connection,
-// Caddy keeps the connection for half a minute.
+// time: if the packet that closes an HTTP/3 connection is lost, Caddy keeps the
+// connection for half a minute.
 func (s *soak) calm(suits func(sample) bool) (last sample, err error) {
 	same := 0
 	for deadline := time.Now().Add(3 * time.Minute); ; time.Sleep(500 * time.Millisecond) {
