@@ -300,7 +300,11 @@ func (c *testCaddy) setAddresses(config []byte) ([]byte, error) {
 		default:
 			return nil, fmt.Errorf("server %s listens on %v", name, listen)
 		}
-		server["listener_wrappers"] = []map[string]string{{"wrapper": "test_listener"}}
+		wrappers := []map[string]string{{"wrapper": "test_listener"}}
+		if aroundAccepted.Load() != nil {
+			wrappers = append(wrappers, map[string]string{"wrapper": "tls"}) // around the other one
+		}
+		server["listener_wrappers"] = wrappers
 	}
 	return json.Marshal(tree)
 }
@@ -332,6 +336,18 @@ type testListener struct {
 	once   sync.Once
 	closed chan struct{}
 }
+
+func (ln *testListener) Accept() (net.Conn, error) {
+	conn, err := ln.Listener.Accept()
+	if around := aroundAccepted.Load(); err == nil && around != nil {
+		conn = (*around)(conn)
+	}
+	return conn, err
+}
+
+// aroundAccepted is what a test puts around the connections that Caddy accepts, inside
+// TLS; nil: nothing.
+var aroundAccepted atomic.Pointer[func(net.Conn) net.Conn]
 
 func (ln *testListener) Close() error {
 	err := ln.Listener.Close()
@@ -451,6 +467,14 @@ func (c *testCaddy) client(proto string) *testClient {
 		Transport:     transport,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
+	return cl
+}
+
+// overTLS makes HTTP/1.1 of an h2 client, with TLS still.
+func (cl *testClient) overTLS() *testClient {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	cl.Transport.(*http.Transport).Protocols = protocols
 	return cl
 }
 

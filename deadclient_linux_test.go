@@ -18,14 +18,6 @@ func (cl *testClient) from(host *peertest.Host) *testClient {
 	return cl
 }
 
-// overTLS makes HTTP/1.1 of an h2 client, with TLS still.
-func (cl *testClient) overTLS() *testClient {
-	protocols := new(http.Protocols)
-	protocols.SetHTTP1(true)
-	cl.Transport.(*http.Transport).Protocols = protocols
-	return cl
-}
-
 func TestAClientThatVanishesEndsAsDeadClient(t *testing.T) {
 	if apart(t) {
 		return

@@ -149,7 +149,7 @@ func (s *stream) breakOff() {
 	}
 	if s.proto == http2 && now() >= s.due && s.isStuck() {
 		// The reset of the stream has not gone out either.
-		peer.Expire(peer.Accepted(s.ctx))
+		s.breakConnection()
 	}
 	s.cancel(errStreamEnded)
 	// Again in a while: a writer between two pieces may have set a deadline of
@@ -175,7 +175,19 @@ func (s *stream) breakWriteLocked() (done bool) {
 	}
 	s.broken = true
 	s.expireWritesLocked()
+	if s.proto == http1 {
+		s.breakConnection()
+	}
 	return true
+}
+
+// breakConnection lets nothing more out on the client's connection. What it has
+// taken of the last write can end inside a TLS record, and an alert after that would
+// be the rest of the record to the client.
+func (s *stream) breakConnection() {
+	conn := peer.Accepted(s.ctx)
+	peer.Expire(conn)
+	peer.HangUp(conn)
 }
 
 // abandon lets the client go without the handlers, which do not leave.
@@ -185,8 +197,8 @@ func (s *stream) abandon() {
 	case !moved:
 	case s.letGoLocked() != nil:
 		s.broken = true // its request goes on, and ends with an abort
-	case s.breakWriteLocked() && s.proto == http1:
-		peer.HangUp(peer.Accepted(s.ctx))
+	default:
+		s.breakWriteLocked()
 	}
 	s.facts.Unlock()
 	s.accountWithoutHandlers()

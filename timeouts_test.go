@@ -653,6 +653,66 @@ func TestAStreamOfAnHTTP2ConnectionThatIsStuckIsEnded(t *testing.T) {
 	}
 }
 
+// A connection can be cut inside a TLS record. Whatever TLS sends after that, an alert
+// such as close_notify, is the rest of the record to the client.
+func TestNothingFollowsATLSRecordThatIsCut(t *testing.T) {
+	if apart(t) {
+		return
+	}
+	checkLeaks(t)
+	var isCutting atomic.Bool
+	isCut := make(chan struct{})
+	around := func(conn net.Conn) net.Conn { return &cutting{conn, &isCutting, isCut} }
+	aroundAccepted.Store(&around)
+	defer aroundAccepted.Store(nil)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		sse 1h {
+			prelude off
+			write_timeout 300ms
+		}
+		reverse_proxy `+up.addr, withAdmin())
+	for path, client := range map[string]*testClient{"/h1": c.client("h2").overTLS(), "/h2": c.client("h2")} {
+		exchange, call := open(t, client, up, path)
+		call.start(eventStream)
+		stream := exchange.headers(t).follow()
+		call.send("data: 1\n\n")
+		stream.expect(t, "data: 1\n\n")
+		isCutting.Store(true)
+		call.send("data: 2\n\n")
+		<-isCut
+		call.send("data: 3\n\n") // over HTTP/2 nobody waits for the one before
+		if line := c.closedLine(t, path); line["reason"] != "write_timeout" {
+			t.Errorf("%s: %v", path, line)
+		}
+		if _, err := stream.rest(); err == nil || strings.Contains(err.Error(), "tls: ") {
+			t.Errorf("%s: the stream ends with %v", path, err)
+		}
+	}
+}
+
+// cutting is a connection that takes the next record but for its last bytes, and
+// nothing more until it is told to break off.
+type cutting struct {
+	net.Conn
+	next  *atomic.Bool
+	isCut chan struct{}
+}
+
+func (c *cutting) Write(p []byte) (int, error) {
+	if !c.next.CompareAndSwap(true, false) {
+		return c.Conn.Write(p)
+	}
+	n, err := c.Conn.Write(p[:len(p)-10])
+	for c.isCut <- struct{}{}; err == nil; time.Sleep(time.Millisecond) {
+		_, err = c.Conn.Write(nil)
+	}
+	return n, err
+}
+
+// NetConn returns the connection inside.
+func (c *cutting) NetConn() net.Conn { return c.Conn }
+
 // startFlooded runs a site with a write timeout in front of an upstream that
 // floods.
 func startFlooded(t testing.TB, writeTimeout string, options ...siteOption) *testCaddy {
