@@ -658,6 +658,27 @@ func TestALingeringRunGivesItsPlaceToANewStream(t *testing.T) {
 	call2.expectGone()
 }
 
+func TestAClientThatALimitRefusesIsNoneOfTheRun(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, strings.Replace(sharedSite(up, ""), "heartbeat off", "heartbeat off\nmax_streams_per_client 1", 1))
+	cl := c.client("h1")
+	first, call := open(t, cl, up, "/", asEventSource...)
+	call.start("text/event-stream")
+	one := first.headers(t).follow()
+	one.expectFirst(t, 0)
+	if res := cl.get(t, "/", asEventSource...); res.StatusCode != http.StatusTooManyRequests {
+		t.Errorf("%s, while the only place is taken", res.Status)
+	} else {
+		res.text()
+	}
+	call.end()
+	one.expectEnd(t)
+	if entry := c.waitForLog("run ended", 0); entry["clients"] != 1.0 {
+		t.Errorf("%v", entry)
+	}
+}
+
 func TestAfterAReloadClientsBeginANewRun(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
