@@ -144,6 +144,7 @@ func (x *exchange) startEarly() {
 			return // the upstream's answer will be refused, when it comes
 		}
 	}
+	x.idleTimeoutsOfHandlers() // before a heartbeat can use the server's
 	header := x.w.Header()
 	header["Content-Type"] = []string{eventStreamType}
 	x.startedEarly = true

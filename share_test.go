@@ -802,6 +802,32 @@ func TestASharedStreamMayStartEarly(t *testing.T) {
 	three.expectEnd(t)
 }
 
+// Its stream is there, and its heartbeats go on, while it asks the upstream by
+// itself.
+func TestAStreamThatHasStartedEarlyGetsHeartbeatsWhateverItsRunAnswers(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		sse 2ms {
+			early_start 10ms
+			share
+		}
+		reverse_proxy `+up.addr)
+	first, call := open(t, c.client("h1"), up, "/", asEventSource...)
+	one := first.headers(t).follow()
+	one.expect(t, beat)
+	call.start("text/plain")
+	call.end()
+	own := up.accept(t)
+	one.expect(t, strings.Repeat(beat, 20))
+	own.start("text/event-stream")
+	own.send(plainEvent(1))
+	own.end()
+	if got, err := one.rest(); strings.ReplaceAll(got, beat, "") != plainEvent(1) || err != io.EOF {
+		t.Errorf("got %q and %v", got, err)
+	}
+}
+
 func TestAClientStartsWithTheLastEvents(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
