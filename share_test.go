@@ -815,15 +815,45 @@ func TestAStreamThatHasStartedEarlyGetsHeartbeatsWhateverItsRunAnswers(t *testin
 		reverse_proxy `+up.addr)
 	first, call := open(t, c.client("h1"), up, "/", asEventSource...)
 	one := first.headers(t).follow()
-	one.expect(t, beat)
 	call.start("text/plain")
 	call.end()
 	own := up.accept(t)
-	one.expect(t, strings.Repeat(beat, 20))
+	heartbeats := func(unread string) int { return strings.Count(unread, beat) }
+	before, _ := one.wait(func(unread string) bool { return unread != "" })
+	if got, err := one.wait(func(unread string) bool { return heartbeats(unread) > heartbeats(before)+20 }); err != nil {
+		t.Errorf("got %q and %v", got, err)
+	}
 	own.start("text/event-stream")
 	own.send(plainEvent(1))
 	own.end()
 	if got, err := one.rest(); strings.ReplaceAll(got, beat, "") != plainEvent(1) || err != io.EOF {
+		t.Errorf("got %q and %v", got, err)
+	}
+}
+
+func TestAnAnswerWithoutATypeIsNoStreamAfterASharedEarlyStart(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		header X-Site yes
+		sse {
+			heartbeat off
+			early_start 50ms
+			share
+		}
+		reverse_proxy `+up.addr)
+	first, call := open(t, c.client("h1"), up, "/", asEventSource...)
+	one := first.headers(t).follow()
+	call.startWith(200)
+	call.end()
+	own := up.accept(t)
+	own.startWith(200)
+	own.end()
+	want := `event: error
+data: {"status":502,"message":"the upstream answered 200 OK, no type","error":{"type":"upstream_error","code":502,"message":"the upstream answered 200 OK, no type"}}
+
+`
+	if got, err := one.rest(); got != want || err != io.EOF {
 		t.Errorf("got %q and %v", got, err)
 	}
 }
