@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/http"
 	"net/url"
+	"reflect"
 	"runtime/debug"
 	"strings"
 
@@ -268,15 +269,22 @@ func (i *isolation) copy() *isolation {
 	return again
 }
 
-// handBack gives the client's request the variables that the handlers have set.
+// handBack gives the client's request the variables that the handlers have set. It
+// writes as little as it can: a dial that a proxy before sse gave up (forward_auth)
+// may read them, and the proxy after sse sets again what that one has set.
 func (i *isolation) handBack() {
 	if i.clientsVars == nil {
 		return
 	}
 	for name, value := range i.vars {
-		i.clientsVars[name] = value
+		if old, there := i.clientsVars[name]; !there || !isEqual(old, value) {
+			i.clientsVars[name] = value
+		}
 	}
 }
+
+// isEqual reports whether two values can be compared and are the same.
+func isEqual(a, b any) bool { return reflect.ValueOf(a).Comparable() && a == b }
 
 // survive notes a panic on a goroutine where no server would recover it, which
 // would end the process.

@@ -130,6 +130,55 @@ func TestADialThatNobodyWaitsForMayReadTheRequestForEver(t *testing.T) {
 	}
 }
 
+// A proxy before sse leaves such a dial, too, and the proxy after sse sets the
+// variable that it reads to what it is already.
+func TestWhatIsSetAgainIsNotWrittenToTheClientsVariables(t *testing.T) {
+	h := provision(t, &caddysse.Handler{EarlyStart: &caddysse.EarlyStart{Delay: caddy.Duration(time.Hour)}})
+	c := newClient(t)
+	r := caddyhttp.PrepareRequest(get("text/event-stream"), caddy.NewReplacer(), c, new(caddyhttp.Server))
+	address := struct{ of string }{"the client"}
+	caddyhttp.SetVar(r.Context(), "address", address)
+	done, looked := make(chan struct{}), make(chan struct{})
+	var reading sync.WaitGroup
+	reading.Go(func() {
+		for first := true; ; first = false {
+			caddyhttp.GetVar(r.Context(), "address")
+			if first {
+				close(looked)
+			}
+			select {
+			case <-done:
+				return
+			default:
+			}
+		}
+	})
+	<-looked
+	err := h.ServeHTTP(c, r, caddyhttp.HandlerFunc(func(w http.ResponseWriter, r *http.Request) error {
+		caddyhttp.SetVar(r.Context(), "address", address)
+		return stream(func(w http.ResponseWriter) { _, _ = io.WriteString(w, "data: 1\n\n") })(w, r)
+	}))
+	if err != nil {
+		t.Error(err)
+	}
+	close(done)
+	reading.Wait()
+}
+
+func TestAVariableThatCanNotBeComparedGetsOut(t *testing.T) {
+	h := provision(t, &caddysse.Handler{EarlyStart: &caddysse.EarlyStart{Delay: caddy.Duration(time.Hour)}})
+	c := newClient(t)
+	r := caddyhttp.PrepareRequest(get("text/event-stream"), caddy.NewReplacer(), c, new(caddyhttp.Server))
+	caddyhttp.SetVar(r.Context(), "list", []string{"outside"})
+	err := h.ServeHTTP(c, r, caddyhttp.HandlerFunc(func(w http.ResponseWriter, r *http.Request) error {
+		caddyhttp.SetVar(r.Context(), "list", []string{"inside"})
+		return stream(func(w http.ResponseWriter) { _, _ = io.WriteString(w, "data: 1\n\n") })(w, r)
+	}))
+	if got, _ := caddyhttp.GetVar(r.Context(), "list").([]string); err != nil || !slices.Equal(got, []string{"inside"}) {
+		t.Errorf("%v, %v", got, err)
+	}
+}
+
 // headed is a client that says when its headers are there.
 type headed struct {
 	*client

@@ -143,7 +143,9 @@ func checkConfig(flags caddycmd.Flags, url string) (config doctor.Config, err er
 		Insecure: flags.Bool("insecure"),
 		Getenv:   os.Getenv,
 	}
-	config.For, _ = flags.GetDuration("for")
+	if config.For, _ = flags.GetDuration("for"); config.For == 0 {
+		return config, fmt.Errorf("--for: a check takes at least %v", doctor.ShortestFor)
+	}
 	if !flags.Changed("token") {
 		config.Token = os.Getenv(tokenVariable)
 	}

@@ -141,6 +141,7 @@ func TestTheChecksExitStatusSaysWhatItHasFound(t *testing.T) {
 		{"an unknown flag", []string{"--tokn", "secret"}, 2, "", "--tokn"},
 		{"a flag without its value", []string{s.URL, "--for"}, 2, "", "--for"},
 		{"no duration", []string{s.URL, "--for", "long"}, 2, "", "--for"},
+		{"no time", []string{s.URL, "--for", "0s"}, 2, "", "--for"},
 		{"a version that is none", []string{s.URL, "--http", "9"}, 2, "", "--http"},
 		{"a header that is none", []string{s.URL, "-H", "secret"}, 2, "", "--header"},
 		{"a file that is not there", []string{s.URL, "-d", "@/does/not/exist"}, 2, "", "--data"},

@@ -144,7 +144,11 @@ func (x *exchange) startEarly() {
 			return // the upstream's answer will be refused, when it comes
 		}
 	}
+	x.idleTimeoutsOfHandlers() // before a heartbeat can use the server's
 	header := x.w.Header()
+	if x.attempt == nil {
+		x.rare.siteHeader = header.Clone() // it may come to an attempt yet
+	}
 	header["Content-Type"] = []string{eventStreamType}
 	x.startedEarly = true
 	if x.keeps() {
@@ -190,6 +194,14 @@ func (s *stream) answered(status int, header http.Header, upstream string) {
 	case isEncoded(header):
 		s.failEarly(status, "the upstream answered with an encoded body")
 	}
+}
+
+// siteHeader is what the site had set when the request came to sse.
+func (x *exchange) siteHeader() http.Header {
+	if x.startedEarly {
+		return x.rare.siteHeader
+	}
+	return x.w.Header()
 }
 
 func typeOf(header http.Header) string {

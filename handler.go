@@ -175,6 +175,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		}
 	}
 	if out.err = x.enter(); out.err != nil {
+		x.turnAway()
 		return nil
 	}
 	if x.joinRun(next) {

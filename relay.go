@@ -155,7 +155,7 @@ func (x *exchange) callRelayed(next caddyhttp.Handler) outcome {
 	x.rarely().relay = relay
 	x.rare.abandon = make(chan struct{})
 	defer relay.end()
-	w := &relayedResponse{relay: relay, rw: &x.response, header: x.w.Header().Clone()}
+	w := &relayedResponse{relay: relay, rw: &x.response, header: x.siteHeader().Clone()}
 	var handlers http.ResponseWriter = w
 	if x.keeps() {
 		handlers = x.rare.keeping.responseAround(w)

@@ -103,7 +103,7 @@ func (r *Resume) validate(resumable string, shares bool) error {
 		}
 	}
 	if r.Detached < -1 {
-		return fmt.Errorf("sse: resume: detached: %d is not a number of streams", r.Detached)
+		return fmt.Errorf("sse: resume: detached: %d is not a number of runs", r.Detached)
 	}
 	if err := validateHistory("resume", r.History, r.TotalHistory); err != nil {
 		return err

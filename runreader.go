@@ -45,6 +45,14 @@ func (r *run) addReaderLocked(reader *runReader) {
 	r.group().dropIdle(r)
 }
 
+// turnAway takes somebody off the run who does not become one of its clients.
+func (reader *runReader) turnAway() {
+	reader.run.mu.Lock()
+	reader.run.joined--
+	reader.run.mu.Unlock()
+	reader.leave()
+}
+
 // leave takes the client off the run.
 func (reader *runReader) leave() {
 	r := reader.run

@@ -658,6 +658,27 @@ func TestALingeringRunGivesItsPlaceToANewStream(t *testing.T) {
 	call2.expectGone()
 }
 
+func TestAClientThatALimitRefusesIsNoneOfTheRun(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, strings.Replace(sharedSite(up, ""), "heartbeat off", "heartbeat off\nmax_streams_per_client 1", 1))
+	cl := c.client("h1")
+	first, call := open(t, cl, up, "/", asEventSource...)
+	call.start("text/event-stream")
+	one := first.headers(t).follow()
+	one.expectFirst(t, 0)
+	if res := cl.get(t, "/", asEventSource...); res.StatusCode != http.StatusTooManyRequests {
+		t.Errorf("%s, while the only place is taken", res.Status)
+	} else {
+		res.text()
+	}
+	call.end()
+	one.expectEnd(t)
+	if entry := c.waitForLog("run ended", 0); entry["clients"] != 1.0 {
+		t.Errorf("%v", entry)
+	}
+}
+
 func TestAfterAReloadClientsBeginANewRun(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
@@ -779,6 +800,62 @@ func TestASharedStreamMayStartEarly(t *testing.T) {
 	three.expect(t, plainEvent(1))
 	own.end()
 	three.expectEnd(t)
+}
+
+// Its stream is there, and its heartbeats go on, while it asks the upstream by
+// itself.
+func TestAStreamThatHasStartedEarlyGetsHeartbeatsWhateverItsRunAnswers(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		sse 2ms {
+			early_start 10ms
+			share
+		}
+		reverse_proxy `+up.addr)
+	first, call := open(t, c.client("h1"), up, "/", asEventSource...)
+	one := first.headers(t).follow()
+	call.start("text/plain")
+	call.end()
+	own := up.accept(t)
+	heartbeats := func(unread string) int { return strings.Count(unread, beat) }
+	before, _ := one.wait(func(unread string) bool { return unread != "" })
+	if got, err := one.wait(func(unread string) bool { return heartbeats(unread) > heartbeats(before)+20 }); err != nil {
+		t.Errorf("got %q and %v", got, err)
+	}
+	own.start("text/event-stream")
+	own.send(plainEvent(1))
+	own.end()
+	if got, err := one.rest(); strings.ReplaceAll(got, beat, "") != plainEvent(1) || err != io.EOF {
+		t.Errorf("got %q and %v", got, err)
+	}
+}
+
+func TestAnAnswerWithoutATypeIsNoStreamAfterASharedEarlyStart(t *testing.T) {
+	checkLeaks(t)
+	up := newUpstream(t)
+	c := startCaddy(t, `
+		header X-Site yes
+		sse {
+			heartbeat off
+			early_start 50ms
+			share
+		}
+		reverse_proxy `+up.addr)
+	first, call := open(t, c.client("h1"), up, "/", asEventSource...)
+	one := first.headers(t).follow()
+	call.startWith(200)
+	call.end()
+	own := up.accept(t)
+	own.startWith(200)
+	own.end()
+	want := `event: error
+data: {"status":502,"message":"the upstream answered 200 OK, no type","error":{"type":"upstream_error","code":502,"message":"the upstream answered 200 OK, no type"}}
+
+`
+	if got, err := one.rest(); got != want || err != io.EOF {
+		t.Errorf("got %q and %v", got, err)
+	}
 }
 
 func TestAClientStartsWithTheLastEvents(t *testing.T) {

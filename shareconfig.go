@@ -93,10 +93,11 @@ func (s *Share) validate(resumable string) error {
 
 // validateHistory looks at the sizes of journals.
 func validateHistory(setting string, history, total int) error {
-	for _, size := range []int{history, total} {
-		if size < 0 {
-			return fmt.Errorf("sse: %s: history: %d is not a positive size", setting, size)
-		}
+	if history < 0 {
+		return fmt.Errorf("sse: %s: history: %d is not a positive size", setting, history)
+	}
+	if total < 0 {
+		return fmt.Errorf("sse: %s: history: the total %d is not a positive size", setting, total)
 	}
 	if history > math.MaxInt32 {
 		return fmt.Errorf("sse: %s: history: %d bytes are more than a run can keep", setting, history)

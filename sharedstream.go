@@ -99,6 +99,13 @@ func (x *exchange) findRun() {
 	x.rare.reader = x.h.sharing.find(x.rare.share.sum)
 }
 
+// turnAway takes a client that a limit refuses off the run.
+func (x *exchange) turnAway() {
+	if x.rare != nil && x.rare.reader != nil {
+		x.rare.reader.turnAway()
+	}
+}
+
 // joinRun enters it, and begins it where there is none. It returns false where
 // the request asks the upstream by itself.
 func (x *exchange) joinRun(next caddyhttp.Handler) bool {
