@@ -316,11 +316,12 @@ func (f *follower) follow(ctx context.Context, s *stream) runEnd {
 	}
 }
 
-// awaitWhy waits for the other node to tell why the run is gone. It returns
-// false where the client's stream has ended for that reason.
+// awaitWhy waits for the other node to tell why the run is gone, unless it has
+// told. It returns false where the client's stream has ended for that reason.
 func (f *follower) awaitWhy(ctx context.Context) bool {
 	select {
 	case <-time.After(dropPatience):
+	case <-f.over.Done():
 	case <-ctx.Done():
 	}
 	return ctx.Err() == nil && !f.isEnded()

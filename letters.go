@@ -232,6 +232,7 @@ func (r *run) isReadElsewhere(d *depot, m message) {
 		(&distant{d: d, node: m.From, id: m.Reader}).end(r, why)
 	case r.kept.mirror.lost.Load():
 		d.post(m.From, message{Op: runUnknown, Run: m.Run, Reader: m.Reader})
+		r.kept.mirror.sayAgain()
 		m.Stay = r.h.resuming.window
 		r.leftElsewhere(m)
 	case reader == nil:
