@@ -128,8 +128,12 @@ func (m *mirror) rollback() {
 
 // event lets the store have event n.
 func (m *mirror) event(n uint64) {
+	head := uint64(m.tokenAt+1) << 1
+	if m.run.feed.useless.Load() {
+		head |= uselessMark
+	}
 	data := make([]byte, 0, len(m.block)+binary.MaxVarintLen32)
-	data = binary.AppendUvarint(data, uint64(m.tokenAt+1))
+	data = binary.AppendUvarint(data, head)
 	data = append(data, m.block...)
 	m.block, m.started = m.block[:0], 0
 	m.tokenAt = -1
@@ -151,19 +155,25 @@ func (m *mirror) event(n uint64) {
 	}
 }
 
+// uselessMark is the lowest bit of what an event in a store begins with: it is none
+// of the upstream's, but tells that the upstream's answer is useless. The other bits
+// are one more than the place of the run's token; 0: it has none.
+const uselessMark = 1
+
 // eventText is an event as clients get it: with the run's token in its id.
-func eventText(dst, data []byte, token string) ([]byte, error) {
-	at, n := binary.Uvarint(data)
+func eventText(dst, data []byte, token string) (text []byte, useless bool, err error) {
+	head, n := binary.Uvarint(data)
+	at := head >> 1
 	if n <= 0 || at > uint64(len(data)-n)+1 {
-		return dst, errors.New("an event in the store is damaged")
+		return dst, false, errors.New("an event in the store is damaged")
 	}
-	data = data[n:]
+	data, useless = data[n:], head&uselessMark != 0
 	if at == 0 {
-		return append(dst, data...), nil
+		return append(dst, data...), useless, nil
 	}
 	dst = append(dst, data[:at-1]...)
 	dst = append(dst, token...)
-	return append(dst, data[at-1:]...), nil
+	return append(dst, data[at-1:]...), useless, nil
 }
 
 // finish says how the run ended: what the store has stays for its window.
