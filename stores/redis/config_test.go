@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -24,6 +25,7 @@ import (
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
 	_ "github.com/caddy-sse/caddy-sse"
+	"github.com/caddy-sse/caddy-sse/store"
 )
 
 func adapt(settings string) (Redis, error) {
@@ -140,6 +142,7 @@ func TestAServerMayWantAPasswordAndTLS(t *testing.T) {
 	_, port, _ := net.SplitHostPort(freeAddress(t))
 	s.do(t, "CONFIG", "SET", "tls-cert-file", certificate, "tls-key-file", key, "tls-ca-cert-file", certificate, "tls-auth-clients", "no", "tls-port", port)
 
+	var opens int
 	for what, r := range map[string]*Redis{
 		"a user":        {Address: []string{s.address}, Username: "caddy", Password: "secret"},
 		"over TLS":      {Address: []string{"localhost:" + port}, Username: "caddy", Password: "secret", TLS: &TLS{CA: certificate}},
@@ -171,18 +174,20 @@ func TestAServerMayWantAPasswordAndTLS(t *testing.T) {
 		if n := <-got; n != 1 {
 			t.Errorf("%s: read %d events", what, n)
 		}
+		opens++
+		node := store.Node(strconv.Itoa(opens))
 		for _, err := range []error{
-			opened.Renew(t.Context(), "n", time.Second), opened.Renew(t.Context(), "n", 0),
-			opened.Send(t.Context(), "n", []byte("m")), opened.Touch(t.Context(), ttl, run),
+			opened.Renew(t.Context(), node, time.Second), opened.Renew(t.Context(), node, 0),
+			opened.Send(t.Context(), node, []byte("m")), opened.Touch(t.Context(), ttl, run),
 		} {
 			if err != nil {
 				t.Errorf("%s: %v", what, err)
 			}
 		}
-		if messages, err := opened.Receive(t.Context(), "n", 0); err != nil || len(messages) != 1 {
+		if messages, err := opened.Receive(t.Context(), node, 0); err != nil || len(messages) != 1 {
 			t.Errorf("%s: received %q, %v", what, messages, err)
 		}
-		if _, err := opened.Lives(t.Context(), "n"); err != nil {
+		if _, err := opened.Lives(t.Context(), node); err != nil {
 			t.Errorf("%s: %v", what, err)
 		}
 		opened.Close()
@@ -199,7 +204,7 @@ func TestAServerMayWantAPasswordAndTLS(t *testing.T) {
 }
 
 // documentedRules are those of docs/several-nodes.md.
-const documentedRules = "~sse:* &sse:* -@all +@connection +evalsha +script|load +hget +hset +hmget +del +xadd +xtrim +xrange +pexpire +set +exists +publish +subscribe +unsubscribe +rpush +ltrim +lpop"
+const documentedRules = "~sse:* &sse:* -@all +@connection +evalsha +script|load +hget +hset +hmget +del +xadd +xtrim +xrange +pexpire +set +exists +publish +subscribe +unsubscribe"
 
 func TestTheRulesOfTheDocsAreThoseThatAreTested(t *testing.T) {
 	text, err := os.ReadFile("../../docs/several-nodes.md")

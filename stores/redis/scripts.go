@@ -138,14 +138,32 @@ end
 return 1
 `)
 
-// sendScript leaves messages for a node. Key: the list. Arguments: channel,
+// sendScript leaves messages for a node. Key: the stream of them. Arguments: channel,
 // milliseconds to stay, how many may wait, messages.
 var sendScript = newScript(`
 for i = 4, #ARGV do
-	redis.call('RPUSH', KEYS[1], ARGV[i])
+	redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[3], '*', 'm', ARGV[i])
 end
-redis.call('LTRIM', KEYS[1], -tonumber(ARGV[3]), -1)
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 redis.call('PUBLISH', ARGV[1], '')
 return 1
+`)
+
+// receiveScript removes the messages for a node before the last one that has come,
+// and returns the ids and texts of those after it. That one stays. Where it is not
+// there, all others are new: the server has forgotten the older ones, and may have
+// another clock now. A call whose answer was lost can be made again. Key: the stream.
+// Arguments: the id of the last one that has come, how many to return.
+var receiveScript = newScript(`
+local from = '-'
+if #redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1]) > 0 then
+	redis.call('XTRIM', KEYS[1], 'MINID', ARGV[1])
+	from = '(' .. ARGV[1]
+end
+local found = {}
+for _, entry in ipairs(redis.call('XRANGE', KEYS[1], from, '+', 'COUNT', ARGV[2])) do
+	found[#found + 1] = entry[1]
+	found[#found + 1] = entry[2][2]
+end
+return found
 `)
