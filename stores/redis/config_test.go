@@ -73,6 +73,7 @@ func TestWhatTheCaddyfileCannotMeanIsAnError(t *testing.T) {
 		"address":                     "argument",
 		"address localhost":           "one port",
 		"address localhost:1-3":       "one port",
+		"address udp/localhost:6379":  "TCP",
 		"db":                          "argument",
 		"db two":                      "no number of a database",
 		"db -1":                       "no number of a database",
@@ -128,6 +129,27 @@ func TestPlaceholdersAreReplacedAndEverySettingCounts(t *testing.T) {
 		if err := provision(t, bad); err == nil {
 			t.Errorf("%+v is no error", bad)
 		}
+	}
+}
+
+func TestACertificateThatHasBeenRenewedIsUsedAfterAReload(t *testing.T) {
+	dir := t.TempDir()
+	certificate, key := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	makeCertificate(t, certificate, key)
+	identity := func() string {
+		r := &Redis{TLS: &TLS{CA: certificate, Certificate: certificate, Key: key}}
+		if err := provision(t, r); err != nil {
+			t.Fatal(err)
+		}
+		return r.Identity()
+	}
+	before := identity()
+	if identity() != before {
+		t.Error("a reload opens another store, though nothing has changed")
+	}
+	makeCertificate(t, certificate, key)
+	if identity() == before {
+		t.Error("a reload keeps the store with the old certificate")
 	}
 }
 

@@ -179,6 +179,24 @@ func TestAServerThatHasLostEverythingDoesNotKnowTheRun(t *testing.T) {
 	}
 }
 
+func TestAWriteThatLacksWhatComesBeforeItLeavesNothing(t *testing.T) {
+	s := startServer(t)
+	opened := s.open(t)
+	defer opened.Close()
+	for what, w := range map[string]store.Write{
+		"events before it": {Events: someEvents(3, 4)},
+		"an event":         {After: 2},
+	} {
+		w.Run, w.Begin, w.TTL = newKey(), []byte("begin"), ttl
+		if err := errors.Join(opened.Write(within(t, patience), []store.Write{w})...); !errors.Is(err, store.ErrUnknown) {
+			t.Errorf("without %s: %v", what, err)
+		}
+		if keys := s.do(t, "KEYS", "*"+w.Run.String()+"*"); keys != "[]" {
+			t.Errorf("without %s there is %s", what, keys)
+		}
+	}
+}
+
 func TestACallOfAServerThatHangsEndsInTime(t *testing.T) {
 	s := startServer(t)
 	opened := s.open(t)

@@ -23,30 +23,24 @@ func newScript(text string) script {
 // writeScript changes a run. Keys: hash, stream. Arguments: channel, milliseconds
 // to stay, oldest event to keep, what it begins with or nothing, end or nothing,
 // how many bytes a notice may have, the event that there must be, then numbers and
-// data of events. It returns 0 where there is no such run, or not all of it. Its notice has the number of the
-// first new event, and of each its length and data, or nothing.
+// data of events. It returns 0, and changes nothing, where there is no such run, or
+// not all of it. Its notice has the number of the first new event, and of each its
+// length and data, or nothing.
 var writeScript = newScript(`
 local last = redis.call('HGET', KEYS[1], 'l')
-if not last then
-	if ARGV[4] == '' then
-		return 0
-	end
-	redis.call('DEL', KEYS[2])
-	redis.call('HSET', KEYS[1], 'l', 0, 'b', ARGV[4])
-	last = 0
-end
-last = tonumber(last)
-if last < tonumber(ARGV[7]) then
+local before = tonumber(last or 0)
+if not last and ARGV[4] == '' or before < tonumber(ARGV[7]) or ARGV[8] and tonumber(ARGV[8]) > before + 1 then
 	return 0
 end
-local before = last
+if not last then
+	redis.call('DEL', KEYS[2])
+	redis.call('HSET', KEYS[1], 'l', 0, 'b', ARGV[4])
+end
+last = before
 local told, room = {}, tonumber(ARGV[6])
 for i = 8, #ARGV, 2 do
 	local n = tonumber(ARGV[i])
 	if n > last then
-		if n > last + 1 then
-			return 0
-		end
 		redis.call('XADD', KEYS[2], ARGV[i] .. '-0', 'd', ARGV[i + 1])
 		room = room - #ARGV[i + 1]
 		if room >= 0 then

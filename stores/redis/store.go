@@ -133,8 +133,10 @@ func (s *redisStore) writeAll(ctx context.Context, writes []store.Write) (errs [
 		case failures[run] != nil: // what comes after it is not whole
 		case isRefused:
 			failures[run] = refused
-		case reply != int64(1):
+		case reply == int64(0):
 			failures[run] = store.ErrUnknown
+		case reply != int64(1):
+			failures[run] = errReply
 		}
 		if failures[run] != nil {
 			if errs == nil {
@@ -267,6 +269,9 @@ func (s *redisStore) Renew(ctx context.Context, node store.Node, lease time.Dura
 // Lives implements [store.Store].
 func (s *redisStore) Lives(ctx context.Context, node store.Node) (bool, error) {
 	n, err := s.connection.one(ctx, "EXISTS", s.leaseOf(node))
+	if err == nil && n != int64(0) && n != int64(1) {
+		err = errReply
+	}
 	return n == int64(1), err
 }
 
