@@ -5,6 +5,7 @@ import (
 	"io"
 	"strings"
 	"testing"
+	"time"
 
 	caddysse "github.com/caddy-sse/caddy-sse"
 	"github.com/caddy-sse/caddy-sse/store/storetest"
@@ -177,4 +178,31 @@ func TestALossThatTheStoreCouldNotBeToldOfIsToldToWhoComesBack(t *testing.T) {
 	other.end()
 	call.end()
 	one.rest()
+}
+
+// A store that has lost everything has lost the leases of the nodes, too, until they
+// renew them. No connection breaks.
+func TestANodeIsNotDeadBecauseTheStoreHasLostItsLease(t *testing.T) {
+	if apart(t) {
+		return
+	}
+	checkLeaks(t)
+	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1m", "")
+	time.Sleep(shortLease) // what nodes know of the store's return is of no use any more
+	for range 3 {
+		n.Flush()
+		res, one, call, token := n.begin(t, "a", "/")
+		call.send(plainEvents(1, 2))
+		one.expect(t, events(token, 1, 2))
+		n.waitForEvents(t, 2)
+		res.leave()
+		two := n.back(t, "b", "/", token+".1").follow()
+		two.expect(t, eventOf(token, 2))
+		call.send(plainEvent(3))
+		two.expect(t, eventOf(token, 3))
+		call.end()
+		two.expectEnd(t)
+		time.Sleep(shortLease / 4)
+	}
+	n.up.expectNoCall(t)
 }

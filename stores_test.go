@@ -585,3 +585,18 @@ func TestKeysHoldAHashAndNothingHoldsTheToken(t *testing.T) {
 	res.leave()
 	call.end()
 }
+
+func TestAWindowMayBeAsLongAsCanBe(t *testing.T) {
+	checkLeaks(t)
+	n := startNodes(t, "2562047h47m16s", "")
+	res, one, call, token := n.begin(t, "a", "/")
+	call.send(plainEvents(1, 2))
+	one.expect(t, events(token, 1, 2))
+	n.waitForEvents(t, 2)
+	res.leave()
+	two := n.back(t, "b", "/", token+".1").follow()
+	two.expect(t, eventOf(token, 2))
+	call.end()
+	two.expectEnd(t)
+	n.Flush() // else it stays for 292 years
+}
