@@ -155,6 +155,8 @@ func (c *conn) greet(r *Redis) error {
 	for _, command := range commands {
 		reply, err := readReply(c.in)
 		switch {
+		case err != nil && failure != nil:
+			return fmt.Errorf("%w: %w", failure, err)
 		case err != nil && refused != "": // why it takes no connection
 			return fmt.Errorf("%w: %w", refused, err)
 		case err != nil:

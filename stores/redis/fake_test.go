@@ -357,19 +357,22 @@ func TestAnAnswerOfAnotherKindSaysNothingOfRunsAndNodes(t *testing.T) {
 func TestWhyAServerTakesNoConnectionIsTold(t *testing.T) {
 	t.Parallel()
 	for _, why := range []string{"ERR max number of clients reached", "DENIED Redis is running in protected mode"} {
-		said := false
-		f := startFake(t, func([]string) string {
-			if said = !said; said {
+		for _, r := range []*Redis{{}, {Password: "secret"}} {
+			said := false
+			f := startFake(t, func([]string) string {
+				if said {
+					return ""
+				}
+				said = true
 				return "-" + why + "\r\n"
+			})
+			c, err := r.dial(t.Context(), f.address)
+			if err == nil {
+				c.fail(errClosed)
 			}
-			return ""
-		})
-		c, err := new(Redis).dial(t.Context(), f.address)
-		if err == nil {
-			c.fail(errClosed)
-		}
-		if err == nil || !strings.Contains(err.Error(), why) {
-			t.Errorf("%q: %v", why, err)
+			if err == nil || !strings.Contains(err.Error(), why) {
+				t.Errorf("%q: %v", why, err)
+			}
 		}
 	}
 }

@@ -56,7 +56,8 @@ type Redis struct {
 	files   [sha256.Size]byte // a hash of what the files of TLS hold
 }
 
-// TLS is how connections are encrypted.
+// TLS is how connections are encrypted. Files are read when the configuration is
+// loaded.
 type TLS struct {
 	// A file of certificates (PEM) by which the server's is checked. Default: the
 	// system's.
@@ -153,7 +154,7 @@ func (r *Redis) prepareTLS() error {
 func network(address string) (caddy.NetworkAddress, error) {
 	parsed, err := caddy.ParseNetworkAddress(address)
 	if err == nil && !parsed.IsUnixNetwork() && !strings.HasPrefix(parsed.Network, "tcp") {
-		err = errors.New("Redis is there over TCP and Unix sockets")
+		err = errors.New("it has to be TCP or a Unix socket")
 	}
 	if err == nil && !parsed.IsUnixNetwork() && (parsed.PortRangeSize() != 1 || parsed.StartPort == 0) {
 		err = errors.New("one port is needed, such as " + defaultAddress)
