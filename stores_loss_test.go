@@ -164,10 +164,11 @@ func TestALossThatTheStoreCouldNotBeToldOfIsToldToWhoComesBack(t *testing.T) {
 	n.SetFull(true)
 	call.send(plainEvent(2))
 	one.expect(t, eventOf(token, 2))
-	eventually(t, "what waits for the store is given up", func() bool {
+	eventually(t, "the event waits for the store", func() bool {
 		waiting, _ := caddysse.WaitingForStores()
-		return waiting == 0
+		return waiting == 1
 	})
+	eventually(t, "the event is given up, and so is telling the store", caddysse.StoresAreIdle)
 	n.SetFull(false)
 	two := n.back(t, "b", "/", token+".1", "Accept: text/event-stream", notEventSource).follow()
 	two.expectAbort(t)
