@@ -62,6 +62,7 @@ type depot struct {
 	healed               atomic.Int64 // likewise, after it was away; 0: it has not been
 	renew                chan struct{}
 	leasing              chan struct{} // holds one while the lease is renewed
+	renewed              instant       // when it was last; leasing
 	leaves               bool          // it is not any more; leasing
 	writePace, renewPace pace          // how long these take
 	warned               atomic.Int64  // unix nanoseconds of the last warning
@@ -243,10 +244,7 @@ func (d *depot) call(ctx context.Context, op storeOp, patience time.Duration, f 
 // failed takes note that the store is away.
 func (d *depot) failed(op storeOp, err error, names []string) {
 	if !d.away.Swap(true) {
-		select {
-		case d.renew <- struct{}{}:
-		default:
-		}
+		d.renewSoon()
 	}
 	d.tell(op, err, names)
 }
@@ -327,12 +325,18 @@ func (d *depot) renewLease() error {
 	if d.leaves {
 		return nil
 	}
+	if d.renewed > 0 && now()-d.renewed < instant(d.lease) && !d.away.Load() { // else it may be over
+		if lives, err := d.lives(d.node); err == nil && !lives {
+			d.leasesAreLost()
+		}
+	}
 	d.renewPace.begin()
 	defer d.renewPace.end(d.lease)
 	err := d.call(d.ctx, storeRenew, max(storePatience, d.lease/4), func(ctx context.Context) error {
 		return d.store.Renew(ctx, d.node, d.lease)
 	})
 	if err == nil {
+		d.renewed = now()
 		d.answers()
 	}
 	return err
@@ -358,8 +362,8 @@ func (d *depot) touchRuns() {
 	}
 }
 
-// isDead reports whether a node has no lease. After the store was away, a node
-// that lives may not have renewed it yet.
+// isDead reports whether a node has no lease. After the store was away, or has lost
+// leases, a node that lives may not have renewed it yet.
 func (d *depot) isDead(node store.Node) bool {
 	if node == d.node {
 		return true // the run was here, and is here no more
@@ -368,12 +372,39 @@ func (d *depot) isDead(node store.Node) bool {
 	if back == 0 || d.away.Load() || now()-back < instant(d.lease/2) {
 		return false
 	}
-	var lives bool
-	err := d.call(d.ctx, storeLives, storePatience, func(ctx context.Context) (err error) {
+	lives, err := d.lives(node)
+	if err != nil || lives {
+		return false
+	}
+	if lives, err = d.lives(d.node); err == nil && !lives {
+		d.leasesAreLost()
+	}
+	return err == nil && lives
+}
+
+// lives asks the store whether a node has a lease.
+func (d *depot) lives(node store.Node) (lives bool, err error) {
+	err = d.call(d.ctx, storeLives, storePatience, func(ctx context.Context) (err error) {
 		lives, err = d.store.Lives(ctx, node)
 		return err
 	})
-	return err == nil && !lives
+	return lives, err
+}
+
+// leasesAreLost takes note that the store lacks the lease of this node. It has been
+// flushed, or a replica that never had it has taken its place: it lacks those of
+// others, too.
+func (d *depot) leasesAreLost() {
+	d.back.Store(int64(now()))
+	d.renewSoon()
+}
+
+// renewSoon has the lease be renewed.
+func (d *depot) renewSoon() {
+	select {
+	case d.renew <- struct{}{}:
+	default:
+	}
 }
 
 // pace is how long the store takes for calls of one kind that follow each other.

@@ -132,6 +132,19 @@ func WaitingForStores() (waiting, written int) {
 	return waiting, written
 }
 
+// StoresAreIdle reports whether nothing is being written to a store, or is about to be.
+func StoresAreIdle() bool {
+	idle := true
+	depots.Range(func(_, value any) bool {
+		d := value.(*depot)
+		d.mu.Lock()
+		idle = idle && len(d.dirty) == 0 && !d.writing
+		d.mu.Unlock()
+		return true
+	})
+	return idle
+}
+
 // SetStoreLease lets nodes be dead sooner, until undo is called.
 func SetStoreLease(lease time.Duration) (undo func()) {
 	before := storeLease

@@ -44,6 +44,7 @@ type feedSource interface {
 	outcome() runEnd
 	tries() int64          // how often the upstream was asked again
 	hasUpstreamsIDs() bool // the upstream's own, so that none are added
+	hasNothing() bool      // that is the upstream's
 }
 
 // fedReport is what is told of it.
@@ -90,7 +91,7 @@ func (s *stream) greet(text []byte) error {
 }
 
 // hasNothing reports whether nothing of what the run has is the upstream's.
-func (f *fed) hasNothing() bool { return f != nil && f.feed != nil && f.feed.useless.Load() }
+func (f *fed) hasNothing() bool { return f != nil && f.source.hasNothing() }
 
 // lastID is the id of the last event that the client of a shared run has been
 // sent; ok is false where it has been sent none. It wants the stream's facts to be

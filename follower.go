@@ -106,6 +106,8 @@ type follower struct {
 	over context.Context // ends when no more comes than the store has
 	done context.CancelFunc
 
+	useless atomic.Bool // all that there is tells that the upstream's answer is
+
 	mu     sync.Mutex
 	stream *stream
 	why    reason // of an early end that was asked for before there was a stream
@@ -213,6 +215,9 @@ func (f *follower) tries() int64 { return 0 }
 // hasUpstreamsIDs implements feedSource: what a store has got ids here.
 func (f *follower) hasUpstreamsIDs() bool { return false }
 
+// hasNothing implements feedSource.
+func (f *follower) hasNothing() bool { return f.useless.Load() }
+
 const (
 	// followPiece is about how much of a run is read at a time.
 	followPiece = 64 << 10
@@ -283,8 +288,12 @@ func (f *follower) follow(ctx context.Context, s *stream) runEnd {
 				events = events[:i]
 				break
 			}
-			if piece, err = eventText(piece, event.Data, f.token); err != nil {
+			var useless bool
+			if piece, useless, err = eventText(piece, event.Data, f.token); err != nil {
 				return f.ended(runEnd{reason: upstreamError, err: err})
+			}
+			if useless {
+				f.useless.Store(true)
 			}
 			ends = append(ends, len(piece))
 		}
@@ -316,11 +325,12 @@ func (f *follower) follow(ctx context.Context, s *stream) runEnd {
 	}
 }
 
-// awaitWhy waits for the other node to tell why the run is gone. It returns
-// false where the client's stream has ended for that reason.
+// awaitWhy waits for the other node to tell why the run is gone, unless it has
+// told. It returns false where the client's stream has ended for that reason.
 func (f *follower) awaitWhy(ctx context.Context) bool {
 	select {
 	case <-time.After(dropPatience):
+	case <-f.over.Done():
 	case <-ctx.Done():
 	}
 	return ctx.Err() == nil && !f.isEnded()

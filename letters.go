@@ -60,6 +60,11 @@ func (d *depot) post(to store.Node, m message) {
 	}
 	d.outbox = append(d.outbox, letter{to, m})
 	d.mu.Unlock()
+	d.sendPosted()
+}
+
+// sendPosted has the sender call.
+func (d *depot) sendPosted() {
 	select {
 	case d.posts <- struct{}{}:
 	default:
@@ -87,7 +92,7 @@ func (d *depot) send(ctx context.Context, to store.Node, name string, messages .
 }
 
 // keepSending sends what has been posted. What can't be sent is lost: it will be
-// said again.
+// said again. But who stops a run says so once, so that is kept until it is sent.
 func (d *depot) keepSending() {
 	for {
 		select {
@@ -107,11 +112,22 @@ func (d *depot) keepSending() {
 			}
 			byNode[l.to] = append(byNode[l.to], l.message)
 		}
+		var stops []letter
 		for _, node := range nodes {
-			_ = d.send(d.ctx, node, "", byNode[node]...)
+			if d.send(d.ctx, node, "", byNode[node]...) == nil {
+				continue
+			}
+			for _, m := range byNode[node] {
+				if m.Op == clientStops {
+					stops = append(stops, letter{node, m})
+				}
+			}
+		}
+		if len(stops) > 0 {
+			time.AfterFunc(storePause, d.sendPosted)
 		}
 		d.mu.Lock()
-		d.sending = false
+		d.outbox, d.sending = append(stops, d.outbox...), false
 		d.tellIdleLocked()
 		d.mu.Unlock()
 	}
@@ -232,6 +248,7 @@ func (r *run) isReadElsewhere(d *depot, m message) {
 		(&distant{d: d, node: m.From, id: m.Reader}).end(r, why)
 	case r.kept.mirror.lost.Load():
 		d.post(m.From, message{Op: runUnknown, Run: m.Run, Reader: m.Reader})
+		r.kept.mirror.sayAgain()
 		m.Stay = r.h.resuming.window
 		r.leftElsewhere(m)
 	case reader == nil:

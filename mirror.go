@@ -78,7 +78,7 @@ func (d *depot) newMirror(r *run, begin []byte, release func()) *mirror {
 		d:       d,
 		run:     r,
 		key:     keyOf(r.token()),
-		ttl:     rs.window + 2*d.lease,
+		ttl:     sum(rs.window, d.lease, d.lease),
 		limit:   max(4*rs.history, leastPending),
 		release: release,
 		tokenAt: -1,
@@ -128,8 +128,12 @@ func (m *mirror) rollback() {
 
 // event lets the store have event n.
 func (m *mirror) event(n uint64) {
+	head := uint64(m.tokenAt+1) << 1
+	if m.run.feed.useless.Load() {
+		head |= uselessMark
+	}
 	data := make([]byte, 0, len(m.block)+binary.MaxVarintLen32)
-	data = binary.AppendUvarint(data, uint64(m.tokenAt+1))
+	data = binary.AppendUvarint(data, head)
 	data = append(data, m.block...)
 	m.block, m.started = m.block[:0], 0
 	m.tokenAt = -1
@@ -151,19 +155,25 @@ func (m *mirror) event(n uint64) {
 	}
 }
 
+// uselessMark is the lowest bit of what an event in a store begins with: it is none
+// of the upstream's, but tells that the upstream's answer is useless. The other bits
+// are one more than the place of the run's token; 0: it has none.
+const uselessMark = 1
+
 // eventText is an event as clients get it: with the run's token in its id.
-func eventText(dst, data []byte, token string) ([]byte, error) {
-	at, n := binary.Uvarint(data)
+func eventText(dst, data []byte, token string) (text []byte, useless bool, err error) {
+	head, n := binary.Uvarint(data)
+	at := head >> 1
 	if n <= 0 || at > uint64(len(data)-n)+1 {
-		return dst, errors.New("an event in the store is damaged")
+		return dst, false, errors.New("an event in the store is damaged")
 	}
-	data = data[n:]
+	data, useless = data[n:], head&uselessMark != 0
 	if at == 0 {
-		return append(dst, data...), nil
+		return append(dst, data...), useless, nil
 	}
 	dst = append(dst, data[:at-1]...)
 	dst = append(dst, token...)
-	return append(dst, data[at-1:]...), nil
+	return append(dst, data[at-1:]...), useless, nil
 }
 
 // finish says how the run ended: what the store has stays for its window.
@@ -215,11 +225,11 @@ func (m *mirror) stays() (ttl time.Duration, key store.Key, ok bool) {
 }
 
 // sayAgain has the store get the end once more: a client of another node still
-// reads, so the store may have lost it.
+// reads, so the store may have lost it, or has not taken it.
 func (m *mirror) sayAgain() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.stage == mirrorEnded && m.end == nil && m.said != nil {
+	if m.stage <= mirrorEnded && m.end == nil && m.said != nil {
 		m.end = m.said
 		m.queueLocked()
 	}
@@ -231,20 +241,33 @@ func (m *mirror) lose() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.loseLocked()
+	m.queueLocked()
 }
 
+// loseLocked leaves it to the caller to have the writer call. On other nodes the run
+// is over now: its upstream may say nothing for long, and whoever reads there
+// has to know that there will be more than the store gets.
 func (m *mirror) loseLocked() {
 	if m.lost.Swap(true) {
 		return
 	}
-	kept := 0
-	for _, event := range m.waiting[m.taken:] {
-		kept += len(event.Data)
+	m.dropWaitingLocked(m.taken)
+	if m.stage == mirrorOpen {
+		m.end = marshalEnd(runEnd{reason: upstreamError}, true)
+	} else {
+		m.end = withLoss(m.end)
 	}
-	m.waiting = slices.Clip(m.waiting[:m.taken])
-	m.size -= kept
-	m.d.pending.Add(-int64(kept))
-	m.end = withLoss(m.end) // the run may have ended before
+}
+
+// dropWaitingLocked drops what waits after the first n events.
+func (m *mirror) dropWaitingLocked(n int) {
+	dropped := 0
+	for _, event := range m.waiting[n:] {
+		dropped += len(event.Data)
+	}
+	m.waiting = slices.Clip(m.waiting[:n])
+	m.size -= dropped
+	m.d.pending.Add(-int64(dropped))
 }
 
 // loseIfLate gives up a run for which the store has not taken anything for too
@@ -268,6 +291,7 @@ func (m *mirror) take() (w store.Write, ok bool) {
 		w.Drop = true
 		return w, true
 	case m.lost.Load() && m.begin != nil:
+		m.dropWaitingLocked(0)
 		return w, false
 	}
 	for size := 0; m.taken < len(m.waiting) && size < largestWrite; m.taken++ {
@@ -314,10 +338,11 @@ func (m *mirror) settle(w store.Write, err error) {
 	late := time.Duration(now() - m.since)
 	switch {
 	case errors.Is(err, store.ErrUnknown):
-		known := !m.lost.Load()
 		m.loseLocked()
+		m.dropWaitingLocked(0)
 		m.begin = nil
-		if m.stage == mirrorDropped && !w.Drop || m.end != nil && known { // it may have a part
+		mayHavePart := w.After > 0 || len(w.Events) > 0
+		if m.stage == mirrorDropped && !w.Drop || m.end != nil && mayHavePart {
 			m.queueLocked()
 			return
 		}
@@ -328,7 +353,8 @@ func (m *mirror) settle(w store.Write, err error) {
 		return
 	case m.stage == mirrorOpen && late > m.d.lease:
 		m.loseLocked()
-		return // the store is told when the run is over
+		m.said, m.end = m.end, nil // it is said when somebody reads, or the run is over
+		return
 	case m.stage >= mirrorLeft && late > 2*m.d.lease:
 		m.doneLocked() // what is there goes by itself
 		return

@@ -410,6 +410,9 @@ func (r *run) tries() int64 { return r.tried.Load() }
 // hasUpstreamsIDs implements feedSource.
 func (r *run) hasUpstreamsIDs() bool { return r.feed.ownIDs.Load() }
 
+// hasNothing implements feedSource.
+func (r *run) hasNothing() bool { return r.feed.useless.Load() }
+
 // outcome is how the run ended, for a client that has got all of it.
 func (r *run) outcome() runEnd {
 	r.mu.Lock()

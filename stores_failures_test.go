@@ -487,6 +487,34 @@ func (n *cluster) comeBackAtRandom(t testing.TB, f *follower, path, token string
 	}
 }
 
+// The client comes back no more, and the run would go on for its window.
+func TestAStreamThatIsEndedByAnAdminWhileTheStoreIsAwayEndsItsRunElsewhere(t *testing.T) {
+	checkLeaks(t)
+	n := startNodes(t, "1m", "")
+	_, one, call, token := n.begin(t, "a", "/")
+	call.send(plainEvent(1))
+	one.expect(t, eventOf(token, 1))
+	two := n.back(t, "b", "/", token+".0").follow()
+	two.expect(t, eventOf(token, 1))
+	one.expectEnd(t)
+	n.waitForRun("open", 1)
+	n.SetAway(true)
+	n.adminJSON(t, "DELETE", "/sse/streams?all=true", 202)
+	two.expectEnd(t)
+	n.waitForFailures(t, "send", 1)
+	n.SetAway(false)
+	call.expectGone()
+	n.waitForRuns(t, 0)
+}
+
+// waitForFailures waits until calls of the store of a kind have failed so often.
+func (n *cluster) waitForFailures(t testing.TB, op string, want float64) {
+	t.Helper()
+	eventually(t, "a failure is counted", func() bool {
+		return n.scrape(t).values[fmt.Sprintf("caddy_sse_store_errors_total{name=%q,op=%q}", n.handlerName(), op)] >= want
+	})
+}
+
 func TestFailuresOfAStoreAreCounted(t *testing.T) {
 	checkLeaks(t)
 	n := startNodes(t, "1m", "")

@@ -2,7 +2,10 @@ package caddysse_test
 
 import (
 	"fmt"
+	"io"
+	"strings"
 	"testing"
+	"time"
 
 	caddysse "github.com/caddy-sse/caddy-sse"
 	"github.com/caddy-sse/caddy-sse/store/storetest"
@@ -104,4 +107,103 @@ func TestAStreamIsNotWholeWhereTheStoreHasLostItsLastEvents(t *testing.T) {
 		n.expectLossTold(t, token, last-1)
 		n.Flush()
 	}
+}
+
+// The upstream says nothing more, and no node has its lease renewed meanwhile, so
+// that nothing else tells the client.
+func TestAClientElsewhereThatHasAllOfAStreamIsToldOfALossAtOnce(t *testing.T) {
+	checkLeaks(t)
+	n := startNodesOn(t, storetest.NewMemory(), 30*patience, "1m", "")
+	for what, lose := range map[string]func(call *upstreamCall){
+		"a replica that lacks an event": func(call *upstreamCall) {
+			n.LoseNewest(1)
+			call.send(plainEvent(4)) // follows what is not there
+		},
+		"a replica that lacks all events": func(call *upstreamCall) {
+			n.LoseNewest(3)
+			call.send(plainEvent(4))
+		},
+		"a store that is empty": func(*upstreamCall) { n.Flush() },
+	} {
+		_, one, call, token := n.begin(t, "a", "/")
+		call.send(plainEvents(1, 3))
+		one.expect(t, events(token, 1, 3))
+		two := n.back(t, "b", "/", token+".2").follow()
+		two.expect(t, eventOf(token, 3))
+		one.expectEnd(t)
+		n.waitForRun("open", 1)
+		lose(call)
+		if _, err := two.rest(); err == io.EOF || err == errNothingMore {
+			t.Errorf("%s: the stream elsewhere: %v", what, err)
+		}
+		e, other := open(t, n.cl, n.up, "/", append(comingBack(asEventSource, token+".3"), "X-Node: b")...)
+		other.start("text/event-stream")
+		e.headers(t).follow().expectUnknown(t, 0)
+		other.end()
+		// The node that has it has its events, as long as its upstream says nothing.
+		back := n.back(t, "a", "/", token+".2").follow()
+		call.end()
+		if got, err := back.rest(); !strings.HasPrefix(got, eventOf(token, 3)) || err != io.EOF {
+			t.Errorf("%s: the stream where it began: %q, %v", what, got, err)
+		}
+		n.Flush() // the other one alone is waited for
+	}
+}
+
+// The store could not be told of the loss while it was full.
+func TestALossThatTheStoreCouldNotBeToldOfIsToldToWhoComesBack(t *testing.T) {
+	if apart(t) {
+		return
+	}
+	checkLeaks(t)
+	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1m", "")
+	_, one, call, token := n.begin(t, "a", "/")
+	call.send(plainEvent(1))
+	one.expect(t, eventOf(token, 1))
+	n.waitForEvents(t, 1)
+	n.SetFull(true)
+	call.send(plainEvent(2))
+	one.expect(t, eventOf(token, 2))
+	eventually(t, "the event waits for the store", func() bool {
+		waiting, _ := caddysse.WaitingForStores()
+		return waiting == 1
+	})
+	eventually(t, "the event is given up, and so is telling the store", caddysse.StoresAreIdle)
+	n.SetFull(false)
+	two := n.back(t, "b", "/", token+".1", "Accept: text/event-stream", notEventSource).follow()
+	two.expectAbort(t)
+	n.waitForEnds(t)
+	e, other := open(t, n.cl, n.up, "/", append(comingBack(asEventSource, token+".1"), "X-Node: b")...)
+	other.start("text/event-stream")
+	e.headers(t).follow().expectUnknown(t, 0)
+	other.end()
+	call.end()
+	one.rest()
+}
+
+// A store that has lost everything has lost the leases of the nodes, too, until they
+// renew them. No connection breaks.
+func TestANodeIsNotDeadBecauseTheStoreHasLostItsLease(t *testing.T) {
+	if apart(t) {
+		return
+	}
+	checkLeaks(t)
+	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1m", "")
+	time.Sleep(shortLease) // what nodes know of the store's return is of no use any more
+	for range 3 {
+		n.Flush()
+		res, one, call, token := n.begin(t, "a", "/")
+		call.send(plainEvents(1, 2))
+		one.expect(t, events(token, 1, 2))
+		n.waitForEvents(t, 2)
+		res.leave()
+		two := n.back(t, "b", "/", token+".1").follow()
+		two.expect(t, eventOf(token, 2))
+		call.send(plainEvent(3))
+		two.expect(t, eventOf(token, 3))
+		call.end()
+		two.expectEnd(t)
+		time.Sleep(shortLease / 4)
+	}
+	n.up.expectNoCall(t)
 }

@@ -2,6 +2,7 @@ package caddysse_test
 
 import (
 	"fmt"
+	"io"
 	"strings"
 	"sync"
 	"testing"
@@ -310,6 +311,33 @@ func TestWhoComesBackTakesOverOnWhateverNode(t *testing.T) {
 	six.expectEnd(t)
 }
 
+func TestAnErrorOfAnEarlyStartIsNoEventOfTheUpstreamOnWhateverNode(t *testing.T) {
+	checkLeaks(t)
+	n := startNodes(t, "1m", "")
+	n.reload(strings.ReplaceAll(n.site, "heartbeat off", "heartbeat off\nearly_start 1ms any"))
+	e, call := open(t, n.cl, n.up, "/", append(asEventSource, "X-Node: a")...)
+	one := e.headers(t).follow()
+	token := one.expectFirst(t, 0)
+	waiting := n.back(t, "b", "/", token+".0").follow()
+	one.expectEnd(t)
+	n.waitForRun("open", 1)
+	call.startWith(503)
+	call.end()
+	for i := range 2 {
+		f := waiting
+		if i > 0 { // it has lost the event, or has not heeded it
+			f = n.back(t, "b", "/", token+".0").follow()
+		}
+		if got, err := f.rest(); !strings.HasPrefix(got, "event: error\ndata: {\"status\":502,") || err != io.EOF {
+			t.Errorf("%q, %v", got, err)
+		}
+		line := n.waitForLog("stream closed", 1+i)
+		if line["resumed"] != true || line["events"] != 0.0 || line["bytes"] != 0.0 || line["time_to_first_event"] != nil {
+			t.Errorf("%v", line)
+		}
+	}
+}
+
 func TestAnotherNodeKnowsWhoseARunIs(t *testing.T) {
 	if apart(t) {
 		return
@@ -556,4 +584,19 @@ func TestKeysHoldAHashAndNothingHoldsTheToken(t *testing.T) {
 	}
 	res.leave()
 	call.end()
+}
+
+func TestAWindowMayBeAsLongAsCanBe(t *testing.T) {
+	checkLeaks(t)
+	n := startNodes(t, "2562047h47m16s", "")
+	res, one, call, token := n.begin(t, "a", "/")
+	call.send(plainEvents(1, 2))
+	one.expect(t, events(token, 1, 2))
+	n.waitForEvents(t, 2)
+	res.leave()
+	two := n.back(t, "b", "/", token+".1").follow()
+	two.expect(t, eventOf(token, 2))
+	call.end()
+	two.expectEnd(t)
+	n.Flush() // else it stays for 292 years
 }

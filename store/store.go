@@ -95,8 +95,9 @@ type Store interface {
 
 	// Receive returns the messages for a node that it has not returned yet, in the
 	// order in which they were sent, and waits where there are none, for no longer
-	// than wait. A message that the store has lost does no harm for long; one must
-	// not come twice.
+	// than wait. What a call that failed was about to return comes with the next
+	// one, and none twice. A message that the store itself has lost, because its
+	// server has failed, does no harm for long.
 	Receive(ctx context.Context, node Node, wait time.Duration) ([][]byte, error)
 
 	// Close gives back what the Store holds. Calls that are under way fail. What

@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -24,6 +25,7 @@ import (
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
 	_ "github.com/caddy-sse/caddy-sse"
+	"github.com/caddy-sse/caddy-sse/store"
 )
 
 func adapt(settings string) (Redis, error) {
@@ -71,6 +73,7 @@ func TestWhatTheCaddyfileCannotMeanIsAnError(t *testing.T) {
 		"address":                     "argument",
 		"address localhost":           "one port",
 		"address localhost:1-3":       "one port",
+		"address udp/localhost:6379":  "TCP",
 		"db":                          "argument",
 		"db two":                      "no number of a database",
 		"db -1":                       "no number of a database",
@@ -129,6 +132,27 @@ func TestPlaceholdersAreReplacedAndEverySettingCounts(t *testing.T) {
 	}
 }
 
+func TestACertificateThatHasBeenRenewedIsUsedAfterAReload(t *testing.T) {
+	dir := t.TempDir()
+	certificate, key := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	makeCertificate(t, certificate, key)
+	identity := func() string {
+		r := &Redis{TLS: &TLS{CA: certificate, Certificate: certificate, Key: key}}
+		if err := provision(t, r); err != nil {
+			t.Fatal(err)
+		}
+		return r.Identity()
+	}
+	before := identity()
+	if identity() != before {
+		t.Error("a reload opens another store, though nothing has changed")
+	}
+	makeCertificate(t, certificate, key)
+	if identity() == before {
+		t.Error("a reload keeps the store with the old certificate")
+	}
+}
+
 func TestAServerMayWantAPasswordAndTLS(t *testing.T) {
 	dir := t.TempDir()
 	certificate, key := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
@@ -140,6 +164,7 @@ func TestAServerMayWantAPasswordAndTLS(t *testing.T) {
 	_, port, _ := net.SplitHostPort(freeAddress(t))
 	s.do(t, "CONFIG", "SET", "tls-cert-file", certificate, "tls-key-file", key, "tls-ca-cert-file", certificate, "tls-auth-clients", "no", "tls-port", port)
 
+	var opens int
 	for what, r := range map[string]*Redis{
 		"a user":        {Address: []string{s.address}, Username: "caddy", Password: "secret"},
 		"over TLS":      {Address: []string{"localhost:" + port}, Username: "caddy", Password: "secret", TLS: &TLS{CA: certificate}},
@@ -171,18 +196,20 @@ func TestAServerMayWantAPasswordAndTLS(t *testing.T) {
 		if n := <-got; n != 1 {
 			t.Errorf("%s: read %d events", what, n)
 		}
+		opens++
+		node := store.Node(strconv.Itoa(opens))
 		for _, err := range []error{
-			opened.Renew(t.Context(), "n", time.Second), opened.Renew(t.Context(), "n", 0),
-			opened.Send(t.Context(), "n", []byte("m")), opened.Touch(t.Context(), ttl, run),
+			opened.Renew(t.Context(), node, time.Second), opened.Renew(t.Context(), node, 0),
+			opened.Send(t.Context(), node, []byte("m")), opened.Touch(t.Context(), ttl, run),
 		} {
 			if err != nil {
 				t.Errorf("%s: %v", what, err)
 			}
 		}
-		if messages, err := opened.Receive(t.Context(), "n", 0); err != nil || len(messages) != 1 {
+		if messages, err := opened.Receive(t.Context(), node, 0); err != nil || len(messages) != 1 {
 			t.Errorf("%s: received %q, %v", what, messages, err)
 		}
-		if _, err := opened.Lives(t.Context(), "n"); err != nil {
+		if _, err := opened.Lives(t.Context(), node); err != nil {
 			t.Errorf("%s: %v", what, err)
 		}
 		opened.Close()
@@ -199,7 +226,7 @@ func TestAServerMayWantAPasswordAndTLS(t *testing.T) {
 }
 
 // documentedRules are those of docs/several-nodes.md.
-const documentedRules = "~sse:* &sse:* -@all +@connection +evalsha +script|load +hget +hset +hmget +del +xadd +xtrim +xrange +pexpire +set +exists +publish +subscribe +unsubscribe +rpush +ltrim +lpop"
+const documentedRules = "~sse:* &sse:* -@all +@connection +evalsha +script|load +hget +hset +hmget +del +xadd +xtrim +xrange +pexpire +set +exists +publish +subscribe +unsubscribe"
 
 func TestTheRulesOfTheDocsAreThoseThatAreTested(t *testing.T) {
 	text, err := os.ReadFile("../../docs/several-nodes.md")

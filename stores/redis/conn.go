@@ -3,6 +3,7 @@ package redis
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -17,6 +18,11 @@ const (
 	// sendPiece is how much is written at a time: a server has connPatience for
 	// each.
 	sendPiece = 64 << 10
+
+	// mostPending is how many calls may wait for their replies, those of callers
+	// that have left among them: a server that answers now and then is not given
+	// up.
+	mostPending = 100_000
 )
 
 // conn is one connection, over which many goroutines call at a time: what they
@@ -47,8 +53,9 @@ type call struct {
 var (
 	errBroken = errors.New("redis: the connection broke")
 
-	// errBehind is what callers get while the server does not read.
-	errBehind = errors.New("redis: the server does not read what it is sent")
+	// errBehind is what callers get while the server reads too little, or answers
+	// too little.
+	errBehind = errors.New("redis: the server does not keep up with what it is sent")
 )
 
 func newConn(c net.Conn) *conn {
@@ -71,7 +78,11 @@ func (c *conn) fail(err error) {
 	c.err, c.lived = err, time.Since(c.made)
 	c.out = nil
 	close(c.broken)
-	_ = c.net.Close()
+	if secured, ok := c.net.(*tls.Conn); ok {
+		_ = secured.NetConn().Close() // its own Close waits 5 s for a server that does not read
+	} else {
+		_ = c.net.Close()
+	}
 }
 
 func (c *conn) failure() error {
@@ -107,7 +118,7 @@ func (c *conn) post(k *call, commands [][]string) error {
 	switch {
 	case c.err != nil:
 		return c.err
-	case len(c.out) > mostUnsent:
+	case len(c.out) > mostUnsent, len(c.pending) >= mostPending:
 		return errBehind
 	}
 	for _, command := range commands {

@@ -151,12 +151,18 @@ func (c *conn) greet(r *Redis) error {
 		return err
 	}
 	var failure error
+	var refused replyError
 	for _, command := range commands {
 		reply, err := readReply(c.in)
-		if err != nil {
+		switch {
+		case err != nil && failure != nil:
+			return fmt.Errorf("%w: %w", failure, err)
+		case err != nil && refused != "": // why it takes no connection
+			return fmt.Errorf("%w: %w", refused, err)
+		case err != nil:
 			return err
 		}
-		refused, _ := reply.(replyError)
+		refused, _ = reply.(replyError)
 		switch {
 		case failure != nil: // the first one says what is wrong
 		case command[0] == "HELLO":
@@ -269,8 +275,9 @@ func (c *connection) do(ctx context.Context, commands ...[]string) ([]any, error
 	}
 	replies, err := conn.do(ctx, commands...)
 	for _, reply := range replies {
-		// A server that has become a replica will stay one: another has to be found.
-		if refused, ok := reply.(replyError); ok && refused.isOf("READONLY", "MASTERDOWN") {
+		// A server that has become a replica, or gets all its data from another one,
+		// will be one for long: another has to be found.
+		if refused, ok := reply.(replyError); ok && refused.isOf("READONLY", "MASTERDOWN", "LOADING") {
 			c.mu.Lock()
 			c.shy = conn.address
 			c.mu.Unlock()

@@ -179,6 +179,52 @@ func TestAServerThatHasLostEverythingDoesNotKnowTheRun(t *testing.T) {
 	}
 }
 
+// Nobody publishes that a run is gone when a server is flushed, or a run's time is
+// over.
+func TestAReaderOfARunThatTheServerHasLostIsTold(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	opened := s.open(t)
+	defer opened.Close()
+	run := newKey()
+	if err := write(t, opened, run, 1); err != nil {
+		t.Fatal(err)
+	}
+	read := make(chan error, 1)
+	go func() {
+		_, _, err := opened.Read(t.Context(), run, 1, 1, patience)
+		read <- err
+	}()
+	eventually(t, "it waits", func() error {
+		if channels := s.do(t, "PUBSUB", "CHANNELS"); !strings.Contains(channels, run.String()) {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	s.do(t, "FLUSHALL")
+	if err := <-read; !errors.Is(err, store.ErrUnknown) {
+		t.Errorf("it is told %v", err)
+	}
+}
+
+func TestAWriteThatLacksWhatComesBeforeItLeavesNothing(t *testing.T) {
+	s := startServer(t)
+	opened := s.open(t)
+	defer opened.Close()
+	for what, w := range map[string]store.Write{
+		"events before it": {Events: someEvents(3, 4)},
+		"an event":         {After: 2},
+	} {
+		w.Run, w.Begin, w.TTL = newKey(), []byte("begin"), ttl
+		if err := errors.Join(opened.Write(within(t, patience), []store.Write{w})...); !errors.Is(err, store.ErrUnknown) {
+			t.Errorf("without %s: %v", what, err)
+		}
+		if keys := s.do(t, "KEYS", "*"+w.Run.String()+"*"); keys != "[]" {
+			t.Errorf("without %s there is %s", what, keys)
+		}
+	}
+}
+
 func TestACallOfAServerThatHangsEndsInTime(t *testing.T) {
 	s := startServer(t)
 	opened := s.open(t)

@@ -319,6 +319,64 @@ func TestWhatIsNoAnswerBreaksTheConnectionAndNotTheStore(t *testing.T) {
 	}
 }
 
+func TestAServerThatLoadsItsDataAgainIsLeftForTheOtherOne(t *testing.T) {
+	t.Parallel()
+	loading := func([]string) string { return "-LOADING Redis is loading the dataset in memory\r\n" }
+	first, second := startFake(t, fine), startFake(t, replica)
+	opened := openAt(t, first.address, second.address)
+	run := newKey()
+	if err := write(t, opened, run, 1); err != nil {
+		t.Fatal(err)
+	}
+	first.turn(loading) // it has become a replica, and gets all from the other one
+	second.turn(fine)
+	eventually(t, "a write to the other one", func() error { return write(t, opened, run, 2) })
+}
+
+func TestAnAnswerOfAnotherKindSaysNothingOfRunsAndNodes(t *testing.T) {
+	t.Parallel()
+	for _, answer := range []string{"+OK\r\n", "$-1\r\n", ":7\r\n", "*0\r\n", "$1\r\n0\r\n"} {
+		f := startFake(t, func(command []string) string {
+			if command[0] == "EVALSHA" || command[0] == "EXISTS" {
+				return answer
+			}
+			return fine(command)
+		})
+		opened := openAt(t, f.address)
+		if err := write(t, opened, newKey(), 1); err == nil || errors.Is(err, store.ErrUnknown) {
+			t.Errorf("%q: a write: %v", answer, err)
+		}
+		if lives, err := opened.Lives(within(t, patience), "node"); err == nil {
+			t.Errorf("%q: a node lives: %v", answer, lives)
+		}
+	}
+}
+
+// A server that has no place for one more says so to who has not asked yet, and
+// closes the connection.
+func TestWhyAServerTakesNoConnectionIsTold(t *testing.T) {
+	t.Parallel()
+	for _, why := range []string{"ERR max number of clients reached", "DENIED Redis is running in protected mode"} {
+		for _, r := range []*Redis{{}, {Password: "secret"}} {
+			said := false
+			f := startFake(t, func([]string) string {
+				if said {
+					return ""
+				}
+				said = true
+				return "-" + why + "\r\n"
+			})
+			c, err := r.dial(t.Context(), f.address)
+			if err == nil {
+				c.fail(errClosed)
+			}
+			if err == nil || !strings.Contains(err.Error(), why) {
+				t.Errorf("%q: %v", why, err)
+			}
+		}
+	}
+}
+
 func TestAServerThatNeverAnswersIsLeftForTheOtherOne(t *testing.T) {
 	t.Parallel()
 	first, second := startFake(t, nil), startFake(t, fine)

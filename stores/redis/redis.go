@@ -4,6 +4,7 @@
 package redis
 
 import (
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
@@ -51,10 +52,12 @@ type Redis struct {
 	// Encrypts connections. Default: they are not.
 	TLS *TLS `json:"tls,omitempty"`
 
-	secured *tls.Config // nil: connections are not encrypted
+	secured *tls.Config       // nil: connections are not encrypted
+	files   [sha256.Size]byte // a hash of what the files of TLS hold
 }
 
-// TLS is how connections are encrypted.
+// TLS is how connections are encrypted. Files are read when the configuration is
+// loaded.
 type TLS struct {
 	// A file of certificates (PEM) by which the server's is checked. Default: the
 	// system's.
@@ -116,39 +119,43 @@ func (r *Redis) prepare() error {
 	if r.TLS == nil {
 		return nil
 	}
-	config, err := r.TLS.config()
-	if err != nil {
-		return err
-	}
-	r.secured = config
-	return nil
+	return r.prepareTLS()
 }
 
-func (t *TLS) config() (*tls.Config, error) {
+func (r *Redis) prepareTLS() error {
+	t, sum := r.TLS, sha256.New()
 	config := &tls.Config{ServerName: t.ServerName, MinVersion: tls.VersionTLS12}
 	if t.CA != "" {
 		text, err := os.ReadFile(t.CA)
 		if err != nil {
-			return nil, fmt.Errorf("redis: tls: ca: %w", err)
+			return fmt.Errorf("redis: tls: ca: %w", err)
 		}
 		config.RootCAs = x509.NewCertPool()
 		if !config.RootCAs.AppendCertsFromPEM(text) {
-			return nil, fmt.Errorf("redis: tls: ca: %s has no certificate", t.CA)
+			return fmt.Errorf("redis: tls: ca: %s has no certificate", t.CA)
 		}
+		sum.Write(text)
 	}
 	if t.Certificate != "" || t.Key != "" {
 		pair, err := tls.LoadX509KeyPair(t.Certificate, t.Key)
 		if err != nil {
-			return nil, fmt.Errorf("redis: tls: certificate: %w", err)
+			return fmt.Errorf("redis: tls: certificate: %w", err)
 		}
 		config.Certificates = []tls.Certificate{pair}
+		for _, certificate := range pair.Certificate {
+			sum.Write(certificate)
+		}
 	}
-	return config, nil
+	r.secured, r.files = config, [sha256.Size]byte(sum.Sum(nil))
+	return nil
 }
 
 // network reads an address.
 func network(address string) (caddy.NetworkAddress, error) {
 	parsed, err := caddy.ParseNetworkAddress(address)
+	if err == nil && !parsed.IsUnixNetwork() && !strings.HasPrefix(parsed.Network, "tcp") {
+		err = errors.New("it has to be TCP or a Unix socket")
+	}
 	if err == nil && !parsed.IsUnixNetwork() && (parsed.PortRangeSize() != 1 || parsed.StartPort == 0) {
 		err = errors.New("one port is needed, such as " + defaultAddress)
 	}
@@ -158,13 +165,14 @@ func network(address string) (caddy.NetworkAddress, error) {
 	return parsed, nil
 }
 
-// Identity implements [store.Opener].
+// Identity implements [store.Opener]. Certificates that have been renewed make
+// another one.
 func (r *Redis) Identity() string {
 	text, err := json.Marshal(r)
 	if err != nil {
 		panic(err) // plain fields
 	}
-	return string(text)
+	return fmt.Sprintf("%s %x", text, r.files)
 }
 
 // Open implements [store.Opener]. It dials nobody.

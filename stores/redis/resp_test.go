@@ -3,8 +3,11 @@ package redis
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"errors"
+	"io"
 	"net"
+	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
@@ -160,6 +163,59 @@ func TestACallOfAServerThatDoesNotReadHeedsItsContext(t *testing.T) {
 		<-c.broken
 		if took := time.Since(began); took != connPatience {
 			t.Errorf("it was given up after %v: %v", took, c.failure())
+		}
+	})
+}
+
+func TestAServerThatAnswersTooSlowlyDoesNotOweMoreAndMore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, server := pipe(t)
+		go func() { _, _ = io.Copy(io.Discard, server) }()
+		over, cancel := context.WithCancel(t.Context())
+		cancel()
+		var err error
+		for range mostPending + 1 {
+			if _, err = c.do(over, []string{"PING"}); errors.Is(err, errBehind) {
+				break
+			}
+		}
+		if !errors.Is(err, errBehind) || len(c.pending) != mostPending {
+			t.Errorf("it owes %d answers: %v", len(c.pending), err)
+		}
+		// It answers one, and gets one more.
+		if _, err := server.Write([]byte("+PONG\r\n")); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if _, err := c.do(over, []string{"PING"}); !errors.Is(err, context.Canceled) {
+			t.Errorf("then: %v", err)
+		}
+	})
+}
+
+func TestAConnectionIsGivenUpAtOnceThoughItsServerReadsNothing(t *testing.T) {
+	dir := t.TempDir()
+	certificate, key := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	makeCertificate(t, certificate, key)
+	pair, err := tls.LoadX509KeyPair(certificate, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		near, far := net.Pipe()
+		defer far.Close()
+		go func() {
+			_ = tls.Server(far, &tls.Config{Certificates: []tls.Certificate{pair}, SessionTicketsDisabled: true}).Handshake()
+		}()
+		secured := tls.Client(near, &tls.Config{InsecureSkipVerify: true})
+		if err := secured.Handshake(); err != nil {
+			t.Fatal(err)
+		}
+		c := newConn(secured)
+		began := time.Now()
+		c.fail(errClosed) // all that calls waits for it
+		if took := time.Since(began); took > 0 {
+			t.Errorf("it took %v", took)
 		}
 	})
 }

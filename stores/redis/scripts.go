@@ -23,30 +23,24 @@ func newScript(text string) script {
 // writeScript changes a run. Keys: hash, stream. Arguments: channel, milliseconds
 // to stay, oldest event to keep, what it begins with or nothing, end or nothing,
 // how many bytes a notice may have, the event that there must be, then numbers and
-// data of events. It returns 0 where there is no such run, or not all of it. Its notice has the number of the
-// first new event, and of each its length and data, or nothing.
+// data of events. It returns 0, and changes nothing, where there is no such run, or
+// not all of it. Its notice has the number of the first new event, and of each its
+// length and data, or nothing.
 var writeScript = newScript(`
 local last = redis.call('HGET', KEYS[1], 'l')
-if not last then
-	if ARGV[4] == '' then
-		return 0
-	end
-	redis.call('DEL', KEYS[2])
-	redis.call('HSET', KEYS[1], 'l', 0, 'b', ARGV[4])
-	last = 0
-end
-last = tonumber(last)
-if last < tonumber(ARGV[7]) then
+local before = tonumber(last or 0)
+if not last and ARGV[4] == '' or before < tonumber(ARGV[7]) or ARGV[8] and tonumber(ARGV[8]) > before + 1 then
 	return 0
 end
-local before = last
+if not last then
+	redis.call('DEL', KEYS[2])
+	redis.call('HSET', KEYS[1], 'l', 0, 'b', ARGV[4])
+end
+last = before
 local told, room = {}, tonumber(ARGV[6])
 for i = 8, #ARGV, 2 do
 	local n = tonumber(ARGV[i])
 	if n > last then
-		if n > last + 1 then
-			return 0
-		end
 		redis.call('XADD', KEYS[2], ARGV[i] .. '-0', 'd', ARGV[i + 1])
 		room = room - #ARGV[i + 1]
 		if room >= 0 then
@@ -138,14 +132,32 @@ end
 return 1
 `)
 
-// sendScript leaves messages for a node. Key: the list. Arguments: channel,
+// sendScript leaves messages for a node. Key: the stream of them. Arguments: channel,
 // milliseconds to stay, how many may wait, messages.
 var sendScript = newScript(`
 for i = 4, #ARGV do
-	redis.call('RPUSH', KEYS[1], ARGV[i])
+	redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[3], '*', 'm', ARGV[i])
 end
-redis.call('LTRIM', KEYS[1], -tonumber(ARGV[3]), -1)
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 redis.call('PUBLISH', ARGV[1], '')
 return 1
+`)
+
+// receiveScript removes the messages for a node before the last one that has come,
+// and returns the ids and texts of those after it. That one stays. Where it is not
+// there, all others are new: the server has forgotten the older ones, and may have
+// another clock now. A call whose answer was lost can be made again. Key: the stream.
+// Arguments: the id of the last one that has come, how many to return.
+var receiveScript = newScript(`
+local from = '-'
+if #redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1]) > 0 then
+	redis.call('XTRIM', KEYS[1], 'MINID', ARGV[1])
+	from = '(' .. ARGV[1]
+end
+local found = {}
+for _, entry in ipairs(redis.call('XRANGE', KEYS[1], from, '+', 'COUNT', ARGV[2])) do
+	found[#found + 1] = entry[1]
+	found[#found + 1] = entry[2][2]
+end
+return found
 `)

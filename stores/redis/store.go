@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/caddy-sse/caddy-sse/store"
@@ -29,10 +30,13 @@ type redisStore struct {
 	connection *connection
 	notices    *notices
 	prefix     string
+
+	mu       sync.Mutex
+	lastCame map[store.Node]string // the id of the last message that has come
 }
 
 func newRedisStore(r *Redis) *redisStore {
-	s := &redisStore{connection: newConnection(r), prefix: r.Prefix}
+	s := &redisStore{connection: newConnection(r), prefix: r.Prefix, lastCame: make(map[store.Node]string)}
 	s.notices = newNotices(s.connection)
 	return s
 }
@@ -129,8 +133,10 @@ func (s *redisStore) writeAll(ctx context.Context, writes []store.Write) (errs [
 		case failures[run] != nil: // what comes after it is not whole
 		case isRefused:
 			failures[run] = refused
-		case reply != int64(1):
+		case reply == int64(0):
 			failures[run] = store.ErrUnknown
+		case reply != int64(1):
+			failures[run] = errReply
 		}
 		if failures[run] != nil {
 			if errs == nil {
@@ -263,6 +269,9 @@ func (s *redisStore) Renew(ctx context.Context, node store.Node, lease time.Dura
 // Lives implements [store.Store].
 func (s *redisStore) Lives(ctx context.Context, node store.Node) (bool, error) {
 	n, err := s.connection.one(ctx, "EXISTS", s.leaseOf(node))
+	if err == nil && n != int64(0) && n != int64(1) {
+		err = errReply
+	}
 	return n == int64(1), err
 }
 
@@ -277,18 +286,26 @@ func (s *redisStore) Send(ctx context.Context, to store.Node, messages ...[]byte
 	return err
 }
 
-// Receive implements [store.Store].
+// Receive implements [store.Store]. The server has the messages until the next call
+// says that they have come.
 func (s *redisStore) Receive(ctx context.Context, node store.Node, wait time.Duration) (messages [][]byte, err error) {
 	look := func(bool) (done bool, err error) {
-		reply, err := s.connection.one(ctx, "LPOP", s.inboxOf(node), strconv.Itoa(someMessages))
-		if err != nil || reply == nil {
+		reply, err := s.run(ctx, receiveScript, []string{s.inboxOf(node)}, s.cameLast(node), strconv.Itoa(someMessages))
+		if err != nil {
 			return false, err
 		}
-		all, err := texts(reply)
-		for _, text := range all {
-			messages = append(messages, []byte(text))
+		found, err := texts(reply)
+		if err != nil || len(found)%2 != 0 {
+			return false, errReply
 		}
-		return true, err
+		for i := 0; i < len(found); i += 2 {
+			messages = append(messages, []byte(found[i+1]))
+		}
+		if len(found) == 0 {
+			return false, nil
+		}
+		s.came(node, found[len(found)-2])
+		return true, nil
 	}
 	if wait <= 0 {
 		_, err = look(false)
@@ -296,6 +313,22 @@ func (s *redisStore) Receive(ctx context.Context, node store.Node, wait time.Dur
 		err = s.notices.wait(ctx, s.inboxOf(node), wait, look)
 	}
 	return messages, err
+}
+
+// cameLast is the id of the last message for a node that Receive has returned.
+func (s *redisStore) cameLast(node store.Node) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if id, some := s.lastCame[node]; some {
+		return id
+	}
+	return "0-0" // which no message has
+}
+
+func (s *redisStore) came(node store.Node, id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lastCame[node] = id
 }
 
 // Interface guards
