@@ -22,8 +22,8 @@ func init() {
 	caddy.RegisterModule(adminAPI{})
 }
 
-// adminAPI answers, on Caddy's admin listener and under its protections, who is
-// connected, and ends streams.
+// adminAPI lists streams and ends them, on Caddy's admin listener and under its
+// protections.
 type adminAPI struct {
 	watches *watches // on this listener
 }
@@ -36,9 +36,9 @@ func (adminAPI) CaddyModule() caddy.ModuleInfo {
 	}
 }
 
-// Provision does what must be done for each configuration, whether it has a
-// handler or not: counters of handlers that are gone must not vanish, and their
-// streams must hear of the exit.
+// Provision does what is needed for every configuration, even one without a
+// handler: counters of removed handlers must not vanish, and their streams must
+// be told of the exit.
 func (adminAPI) Provision(ctx caddy.Context) error {
 	events, err := ctx.App("events")
 	if err != nil {
@@ -115,7 +115,7 @@ func newStreamJSON(r report) streamJSON {
 	}
 }
 
-// seconds rounds to milliseconds, which is as exact as anybody reads it.
+// seconds rounds to milliseconds: no reader needs more.
 func seconds(d time.Duration) float64 {
 	return math.Round(d.Seconds()*1000) / 1000
 }
@@ -138,7 +138,7 @@ type handlerJSON struct {
 	figuresJSON
 }
 
-// figuresJSON is what has gone by.
+// figuresJSON counts what has passed through streams.
 type figuresJSON struct {
 	Open       int               `json:"open"`
 	Opened     uint64            `json:"opened"`
@@ -325,8 +325,8 @@ func newFilter(values map[string]string) (f filter, err error) {
 	return f, nil
 }
 
-// parseQuery accepts known keys only, each given once and with a value: a misspelt
-// filter that was ignored would end every stream.
+// parseQuery accepts only known keys, each given once and with a value: if a
+// misspelt filter were ignored, a DELETE would end every stream.
 func parseQuery(from *url.URL, known ...string) (map[string]string, error) {
 	query, err := url.ParseQuery(from.RawQuery) // URL.Query drops what it can't read
 	if err != nil {

@@ -19,10 +19,11 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/doctor"
 )
 
-// tokenVariable is where the token of a probe is if no flag says it.
+// tokenVariable is the environment variable with the token of a probe, if no flag
+// gives it.
 const tokenVariable = "SSE_PROBE_TOKEN"
 
-// What `caddy sse check` exits with, beside 0.
+// The exit statuses of `caddy sse check`, other than 0.
 const (
 	exitFindings = 1
 	exitUnknown  = 2
@@ -75,17 +76,17 @@ where the command line is wrong or the answer is no stream.`,
 	return cmd
 }
 
-// wrongUsage tells what is wrong with the command line.
+// wrongUsage reports an error in the command line.
 func wrongUsage(cmd *cobra.Command, err error) error {
 	fmt.Fprintf(cmd.ErrOrStderr(), "sse check: %v; caddy sse check --help says more\n", err)
 	return exitWith(cmd, exitUnknown)
 }
 
-// errExit makes caddycmd.Main exit with 1. It is not shown.
+// errExit makes caddycmd.Main exit with status 1. It is not shown.
 var errExit = errors.New("sse check: exit status 1")
 
-// exitWith makes the process exit with a status. That of Caddy's own error for
-// it is 0 for 1 without an error.
+// exitWith makes the process exit with a status. Caddy's own way would exit with
+// 0 for status 1 without an error.
 func exitWith(cmd *cobra.Command, status int) error {
 	if status == exitFindings {
 		return errExit
@@ -181,7 +182,7 @@ func checkHeader(fields []string) (http.Header, error) {
 	return header, nil
 }
 
-// checkData returns the body, of a file perhaps.
+// checkData returns the body, which may be in a file.
 func checkData(data string) ([]byte, error) {
 	name, isFile := strings.CutPrefix(data, "@")
 	if !isFile {

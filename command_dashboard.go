@@ -22,8 +22,8 @@ import (
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 )
 
-// dashboardCalls are the calls that are passed on to the admin API, below /sse/,
-// and no others.
+// dashboardCalls are the only calls that are forwarded to the admin API, below
+// /sse/.
 var dashboardCalls = []string{
 	"GET watch",
 	"GET streams",
@@ -95,8 +95,8 @@ func serveDashboardUntil(ctx context.Context, flags caddycmd.Flags) error {
 	return nil
 }
 
-// listenOnLoopback listens on a TCP address that only this machine reaches:
-// whoever sees the page can end streams.
+// listenOnLoopback listens on a TCP address that only this machine can reach:
+// anyone who sees the page can end streams.
 func listenOnLoopback(listen string) (net.Listener, error) {
 	address, err := listenAddress(listen, 0)
 	if err != nil {
@@ -113,7 +113,8 @@ func listenOnLoopback(listen string) (net.Listener, error) {
 	return listener, nil
 }
 
-// isLoopback reports whether a host is one by which this machine alone is called.
+// isLoopback reports whether a host name means this machine for this machine
+// only.
 func isLoopback(host string) bool {
 	if strings.EqualFold(host, "localhost") {
 		return true
@@ -122,14 +123,14 @@ func isLoopback(host string) bool {
 	return err == nil && ip.Unmap().IsLoopback()
 }
 
-// randomPath is a path that nobody guesses.
+// randomPath is a path that can't be guessed.
 func randomPath() string {
 	var random [16]byte
 	rand.Read(random[:]) // which never fails
 	return base64.RawURLEncoding.EncodeToString(random[:])
 }
 
-// dashboardProxy serves the page and passes its calls on.
+// dashboardProxy serves the page and forwards its calls.
 type dashboardProxy struct {
 	admin adminClient
 	mux   *http.ServeMux
@@ -147,8 +148,8 @@ func newDashboardProxy(admin adminClient, secret string) http.Handler {
 	return http.NewCrossOriginProtection().Handler(p)
 }
 
-// ServeHTTP implements http.Handler. It answers to no name that somebody else's
-// DNS could have given to this machine.
+// ServeHTTP implements http.Handler. It does not answer to host names that
+// someone else's DNS could have pointed at this machine.
 func (p *dashboardProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	host, _, err := net.SplitHostPort(r.Host)
 	if err != nil {
@@ -161,10 +162,10 @@ func (p *dashboardProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	p.mux.ServeHTTP(w, r)
 }
 
-// idCharacters are those of ids: none of them means anything in a URI.
+// idCharacters are the characters of ids. None of them has a meaning in a URI.
 const idCharacters = "-_0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-// pass passes a call on and its answer back, as it comes.
+// pass forwards a call, and returns its answer as it comes.
 func (p *dashboardProxy) pass(w http.ResponseWriter, r *http.Request, path string) {
 	id := r.PathValue("id")
 	if strings.Trim(id, idCharacters) != "" {
@@ -194,7 +195,7 @@ func (p *dashboardProxy) pass(w http.ResponseWriter, r *http.Request, path strin
 			return
 		}
 		if err != nil {
-			panic(http.ErrAbortHandler) // the browser should not take it for the end
+			panic(http.ErrAbortHandler) // the browser must not treat it as the end
 		}
 	}
 }

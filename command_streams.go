@@ -78,8 +78,8 @@ func printStreams(out io.Writer, answer []byte) error {
 	return err
 }
 
-// cell makes text fit for a table. The admin API has cleaned it; whether it was
-// the admin API that answered is not known here.
+// cell makes text fit for a table. The admin API has cleaned it, but it may not
+// have been the admin API that answered.
 func cell(text string, limit int) string {
 	cleaned := printable(text, len(text)*3)
 	switch runes := []rune(cleaned); {
@@ -91,7 +91,7 @@ func cell(text string, limit int) string {
 	return cleaned
 }
 
-// age is a duration as exact as somebody looks at it.
+// age formats a duration with as much precision as a reader needs.
 func age(seconds float64) string {
 	d := time.Duration(seconds * float64(time.Second))
 	if d < 10*time.Second {
@@ -147,8 +147,8 @@ func runClose(flags caddycmd.Flags) (int, error) {
 	return caddy.ExitCodeSuccess, nil
 }
 
-// closeURI is the call that ends what the command line says. Saying it twice is
-// an error: one of the two would be ignored.
+// closeURI is the call that ends what the command line says. Giving both an id
+// and a filter is an error: one of the two would be ignored.
 func closeURI(flags caddycmd.Flags) (string, error) {
 	ids, byClient, all := flags.Args(), flags.Changed("client-ip"), flags.Bool("all")
 	given := len(ids)
@@ -177,7 +177,7 @@ func closeURI(flags caddycmd.Flags) (string, error) {
 	return streamsPath + "/" + url.PathEscape(ids[0]), nil
 }
 
-// callAdmin calls the admin API that the flags say.
+// callAdmin calls the admin API at the address that the flags give.
 func callAdmin(flags caddycmd.Flags, method, uri string) ([]byte, error) {
 	client, err := findAdmin(flags)
 	if err != nil {
