@@ -8,8 +8,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// registerMetrics puts the collector on the registry of a configuration, once
-// for all its handlers.
+// registerMetrics registers the collector with the registry of a configuration,
+// once for all its handlers.
 func registerMetrics(registry *prometheus.Registry) error {
 	err := registry.Register(collector)
 	if _, again := errors.AsType[prometheus.AlreadyRegisteredError](err); err != nil && !again {
@@ -18,8 +18,8 @@ func registerMetrics(registry *prometheus.Registry) error {
 	return nil
 }
 
-// metrics collects what the registry of streams knows, and what is observed
-// once a stream. Nothing here is touched by a write.
+// metrics collects the figures of the registry of streams, and values that are
+// observed once per stream. No write touches anything here.
 type metrics struct {
 	streams, opened, closed, events, bytes, heartbeats, deferred *prometheus.Desc
 
@@ -147,9 +147,10 @@ func (m *metrics) collectRuns(g *group, out chan<- prometheus.Metric) {
 	gauge(m.journalBytes, t.journals)
 }
 
-// expect makes every series that a handler can add to, at 0: a query for the
-// increase of a counter does not see the first of a series that begins with it.
-// The statuses of early starts that fail are not known before.
+// expect creates every series that a handler can add to, with the value 0: a
+// query for the increase of a counter does not see the first event of a series
+// that begins with it. The statuses of failed early starts are not known in
+// advance.
 func (m *metrics) expect(name string, reconnectOn []int, retries bool) {
 	for _, met := range []limit{limitTotal, limitPerClient} {
 		m.refused.WithLabelValues(name, string(met))
@@ -180,18 +181,18 @@ func (m *metrics) expectStore(name string) {
 	}
 }
 
-// observeOpened takes the time that the headers took.
+// observeOpened observes how long the headers took.
 func (m *metrics) observeOpened(s *stream) {
 	m.timeToHeaders.WithLabelValues(s.h.Name).Observe(s.opened.Seconds())
 }
 
-// observeClosed takes the age of a stream that has ended.
+// observeClosed observes the age of a stream that has ended.
 func (m *metrics) observeClosed(r report) {
 	m.duration.WithLabelValues(r.name).Observe(r.duration.Seconds())
 }
 
-// observeFirstEvent takes the time that the first event took, when the client has
-// it: an alert on it can't wait for the end of the stream.
+// observeFirstEvent observes how long the first event took, as soon as the client
+// has it: an alert on this can't wait for the end of the stream.
 func (m *metrics) observeFirstEvent(s *stream) {
 	m.timeToFirstEvent.WithLabelValues(s.h.Name).Observe(s.firstEvent.Seconds())
 }
