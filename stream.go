@@ -336,9 +336,8 @@ func (s *stream) resumesLocked() bool {
 	return s.kind.resumable && s.body == eventStreamBody
 }
 
-// unlock gives mu back. An end that was asked for meanwhile could not get it
-// unlock unlocks mu. An early end that was requested while mu was locked depends
-// on this check.
+// unlock unlocks mu. An early end that was requested in the meantime could not lock
+// mu, and relies on this check.
 func (s *stream) unlock() {
 	s.mu.Unlock()
 	if s.isEnding() {
