@@ -22,17 +22,17 @@ const (
 	clumped         = "clumped"
 )
 
-// Finding is one thing that happens to streams on the way.
+// Finding is one fault that streams meet on the way.
 type Finding struct {
 	Code     string   `json:"code"`
 	Seen     string   `json:"seen"`     // in numbers
 	Means    string   `json:"means"`    // for a stream
-	Set      []string `json:"set"`      // here, and in the usual hops
-	Docs     string   `json:"docs"`     // where it says more
+	Set      []string `json:"set"`      // in this module, and in common proxies
+	Docs     string   `json:"docs"`     // where to read more
 	Evidence any      `json:"evidence"` // one of the types below
 }
 
-// What findings are founded on. Durations are in seconds.
+// The evidence for findings. Durations are in seconds.
 type (
 	HeadersHeld struct {
 		HeldSeconds float64 `json:"held_seconds"`
@@ -55,7 +55,7 @@ type (
 	}
 	IdleTimeout struct {
 		Seconds float64 `json:"seconds"`
-		Clean   bool    `json:"clean"` // it looked like a whole answer
+		Clean   bool    `json:"clean"` // it looked like a complete answer
 	}
 	TotalCap struct {
 		Seconds float64 `json:"seconds"`
@@ -83,7 +83,7 @@ type (
 	}
 )
 
-// Where docs/deployment.md says more.
+// Sections of docs/deployment.md.
 const (
 	docs         = "docs/deployment.md"
 	docsKills    = docs + "#the-four-things-that-kill-a-stream-on-the-way"
@@ -246,12 +246,13 @@ func quoted(text string) string {
 	return strconv.Quote(text)
 }
 
-// heartbeatBelow is a heartbeat that a timer of so many seconds does not catch.
+// heartbeatBelow is a heartbeat that is short enough for a timer of this many
+// seconds.
 func heartbeatBelow(seconds float64) string {
 	return below(min(seconds, 20))
 }
 
-// below is about three quarters, in whole seconds where there are any.
+// below is about three quarters, in whole seconds if possible.
 func below(seconds float64) string {
 	d := time.Duration(seconds * 0.75 * float64(time.Second))
 	if d >= 2*time.Second {
