@@ -1,9 +1,9 @@
-// Package doctor finds out what is between a client and an event stream: who
-// holds headers or events back, who cuts streams, and who changes requests. It
-// is what `caddy sse check` does.
+// Package doctor finds out what is between a client and an event stream: what
+// holds headers or events back, what cuts streams, and what changes requests. It
+// is `caddy sse check`.
 //
 // Measuring (measure.go, plan.go) and concluding (conclude.go, ends.go,
-// listen.go) are apart: conclusions are pure functions of traces.
+// listen.go) are separate: conclusions are pure functions of traces.
 package doctor
 
 import (
