@@ -21,7 +21,7 @@ import (
 
 // adminHelp says how commands that call the admin API find it.
 const adminHelp = `
-It asks the admin API, which must be enabled. --address says where that
+It uses the admin API, which must be enabled. --address is where the admin API
 listens: localhost:2019, :2019, http://127.0.0.1:2019 or unix//path/to/socket.
 Without it, the address is the one in the configuration file (--config and
 --adapter, as for "caddy reload"), by default in ./Caddyfile if there is one,

@@ -39,13 +39,13 @@ func dashboardCommand() *cobra.Command {
 		Use:   "dashboard [--listen <address>]",
 		Short: "Shows the streams in a browser",
 		Long: `
-Serves a page that shows live what goes on in a running Caddy: streams that are
-open, opened and ended, events and bytes a second, the longest gaps, and the list
-of streams with a button that ends one. It prints the address of the page.
+Serves a page that shows live what happens in a running Caddy: how many streams
+are open, opened and ended, events and bytes per second, the longest gaps, and a
+list of streams with a button to end a stream. It prints the address of the page.
 
-The page is on the loopback interface, at a path that nobody else knows. It is
-given nothing of the admin API but that. To see it from another machine, forward
-the port: ssh -L 8081:127.0.0.1:8081 and --listen 127.0.0.1:8081.
+The page is on the loopback interface, under a random path, and can use only this
+part of the admin API. To see it from another machine, forward the port:
+ssh -L 8081:127.0.0.1:8081 and --listen 127.0.0.1:8081.
 
 --listen is the address of the page; port 0 is any free one.
 ` + adminHelp,

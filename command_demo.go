@@ -32,12 +32,12 @@ func demoCommand() *cobra.Command {
 		Use:   "demo [--listen <address>]",
 		Short: "Shows in a browser what the sse handler does",
 		Long: `
-Starts Caddy twice on one path: with the sse handler and without it. In front is
-a hop with an idle timer of ` + demoIdle.String() + `, as load balancers and CDNs have one. At the other end
-is an upstream that does everything wrong on purpose: long silences, no
-heartbeats, no cache headers, events cut in half. A page shows both side by side,
-and has a button that restarts the upstream. Another one pulls the plug between
-browser and Caddy, for two streams of which one has resume.
+Starts a Caddy that proxies the same upstream twice: with the sse handler and
+without it. In front of Caddy is a proxy with an idle timer of ` + demoIdle.String() + `, like that of a
+load balancer or a CDN. The upstream does everything wrong on purpose: long
+silences, no heartbeats, no cache headers, events cut in half. A page shows both
+streams side by side, with a button that restarts the upstream. Another button
+pulls the plug between the browser and Caddy, for two streams, one with resume.
 
 It needs no other program, no configuration and no internet, and leaves no
 configuration behind.
@@ -46,7 +46,7 @@ configuration behind.
 is ` + defaultDemoAddress + `, or another port if that one is taken.
 
 While it runs, Caddy's admin API is at its usual address, or at another port if
-something else is there already.`,
+that address is in use.`,
 		Example: `  caddy sse demo
   caddy sse demo --listen 127.0.0.1:0`,
 		Args: cobra.NoArgs,

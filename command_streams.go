@@ -19,13 +19,13 @@ import (
 func listCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list [--json]",
-		Short: "Lists the streams that are open",
+		Short: "Lists the open streams",
 		Long: `
-Lists the streams that are open in a running Caddy: who is connected, since
-when (AGE), when its upstream sent something last (IDLE), and what went by.
+Lists the open streams of a running Caddy: who is connected, for how long (AGE),
+how long the upstream has been silent (IDLE), and how much was sent.
 ` + adminHelp + `
 
---json prints the answer of the admin API, GET ` + streamsPath + `, as it is.`,
+--json prints the unchanged answer of the admin API to GET ` + streamsPath + `.`,
 		Example: `  caddy sse list
   caddy sse list --json`,
 		Args: cobra.NoArgs,
@@ -112,11 +112,10 @@ func closeCommand() *cobra.Command {
 		Use:   "close <id> | --client-ip <address> | --all",
 		Short: "Ends streams",
 		Long: `
-Ends one stream, those of one client or all of them in a running Caddy, each
-after the event that is on its way to the client. "caddy sse list" shows the
-ids.
+Ends one stream, the streams of one client, or all streams of a running Caddy.
+Each ends after its current event. "caddy sse list" shows the ids.
 
-An EventSource that was ended comes back: to keep a client out, block it too.
+An EventSource reconnects after that. To keep a client out, block it as well.
 ` + adminHelp,
 		Example: `  caddy sse close 5b3ff9c5-8b9a-4b6d-9d3e-6a1f7f6f2f0e
   caddy sse close --client-ip 203.0.113.7

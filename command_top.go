@@ -28,14 +28,14 @@ func topCommand() *cobra.Command {
 		Use:   "top [--interval <duration>] [--sort <key>] [--name <name>] [--client-ip <address>] [--path <prefix>]",
 		Short: "Shows the streams in a terminal, live",
 		Long: `
-Shows live in a terminal what goes on in a running Caddy: streams that are open,
-opened and ended, events and bytes a second, and the first streams in an order.
-It stays through reloads of Caddy. q or Ctrl-C ends it.
+Shows in a terminal what happens in a running Caddy: how many streams are open,
+opened and ended, events and bytes per second, and the first streams in sorted
+order. It keeps running when Caddy reloads. q or Ctrl-C ends it.
 
---sort is a key of a stream, as "caddy sse list --json" has them: largest, longest
-and newest first, text from A to Z. A - in front turns that round.
---name, --client-ip and --path (its beginning) choose streams. The figures are of
-all the streams of --name.
+--sort is a key of a stream in "caddy sse list --json": largest, longest and
+newest first, text from A to Z. A leading - reverses the order.
+--name, --client-ip and --path (a prefix) select streams for the list. Of these,
+only --name also applies to the totals.
 ` + adminHelp,
 		Example: `  caddy sse top
   caddy sse top --sort idle_seconds --path /chat/
