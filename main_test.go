@@ -16,14 +16,14 @@ import (
 
 // patience bounds every wait for something that has to happen; nothing waits
 // for it where all is well.
-const patience = 20 * time.Second
+const patience = time.Minute
 
 // eventually waits for a condition that nothing says anything of.
 func eventually(t testing.TB, what string, reached func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(3 * patience); !reached(); time.Sleep(2 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); !reached(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within %v: %s", 3*patience, what)
+			t.Fatalf("not within %v: %s", patience, what)
 		}
 	}
 }

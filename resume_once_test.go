@@ -191,7 +191,7 @@ func TestEveryEventComesOnceWhateverBreaks(t *testing.T) {
 		}
 		reverse_proxy ` + up.addr
 	c := startCaddy(t, site, withLogLevel("ERROR"))
-	ctx, cancel := context.WithTimeout(t.Context(), 10*patience)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
 	defer cancel()
 	failed := make(chan error, clients)
 	var all sync.WaitGroup

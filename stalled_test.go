@@ -79,9 +79,9 @@ func TestStalledClientsDelayNobodyElse(t *testing.T) {
 	with := p99Latency(t, c, clients-clients/3)
 
 	t.Logf("%d clients, a third of them stalled: p99 %v without these, %v with them", clients, without, with)
-	// Figures scatter with whatever else the machine does. Who waited for a stalled
-	// client would wait for minutes.
-	if limit := without*3/2 + time.Second; with > limit && !raceEnabled {
+	// The figures vary with what else the machine does. A stream that waited for a
+	// stalled client would wait for minutes.
+	if limit := without*3/2 + 10*time.Second; with > limit {
 		t.Errorf("p99 %v with stalled clients, %v without them", with, without)
 	}
 	if _, listed := c.admin("GET", "/sse/streams?path=/flood&limit=0"); !strings.Contains(listed, fmt.Sprintf(`"total":%d`, len(stalled))) {

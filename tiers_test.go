@@ -226,7 +226,7 @@ func throughTwoTiers(t *testing.T, outer, inner string, shared bool) {
 			}
 		}`, withAdmin(), withLogLevel("ERROR"))
 	way.leadTo(c.addr)
-	ctx, stop := context.WithTimeout(t.Context(), 4*patience)
+	ctx, stop := context.WithTimeout(t.Context(), 2*patience)
 	defer stop()
 
 	var there, all sync.WaitGroup
@@ -403,7 +403,7 @@ func TestAnUpstreamThatIsAwayForAWhileIsSharedAgain(t *testing.T) {
 		}
 		reverse_proxy `+up.addr, withAdmin(), withLogLevel("ERROR"))
 	var all sync.WaitGroup
-	ctx, stop := context.WithTimeout(t.Context(), 2*patience)
+	ctx, stop := context.WithTimeout(t.Context(), patience)
 	defer stop()
 	failed := make(chan error, 4*clients)
 	var there sync.WaitGroup // with the first event

@@ -149,9 +149,9 @@ func TestAConnectionWhoseHostVanishesIsDead(t *testing.T) {
 		if end.fate != Dead {
 			t.Errorf("%s: it is %s, want dead", name, end.fate)
 		}
-		// The last thing to be acknowledged came at most a second before, the
-		// first thing not to be at most 1.5 s after.
-		if took < deadTimeout-time.Second || took > deadTimeout+1500*time.Millisecond+deadGrace {
+		// The last thing to be acknowledged came at most a second before, the first
+		// thing not to be at most 1.5 s after. The rest is for a busy machine.
+		if took < deadTimeout-time.Second || took > deadTimeout+1500*time.Millisecond+deadGrace+10*time.Second {
 			t.Errorf("%s: it ended after %v", name, took)
 		}
 	}

@@ -14,7 +14,7 @@ import (
 )
 
 // patience bounds every wait for something that has to happen.
-const patience = 20 * time.Second
+const patience = time.Minute
 
 // needUserTimeout skips a test on a platform where nothing can be watched.
 func needUserTimeout(t *testing.T) {

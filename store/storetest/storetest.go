@@ -17,10 +17,10 @@ import (
 
 const (
 	// patience bounds every wait for something that must happen.
-	patience = 20 * time.Second
+	patience = time.Minute
 
 	// ttl is for runs that stay.
-	ttl = time.Minute
+	ttl = 10 * time.Minute
 
 	// soon is for what must be over within a test.
 	soon = 500 * time.Millisecond

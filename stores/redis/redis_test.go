@@ -19,7 +19,7 @@ import (
 )
 
 // patience bounds every wait for something that has to happen.
-const patience = 20 * time.Second
+const patience = time.Minute
 
 // server is a Redis of a test.
 type server struct {
