@@ -1,9 +1,6 @@
 package eventstream
 
-import (
-	"slices"
-	"time"
-)
+import "time"
 
 // Splicer decides which bytes the client of an event stream gets: those of the
 // upstream's body, and those that are inserted. It has no lock, no clock and no
@@ -115,62 +112,6 @@ func (s *Splicer) scanToEnd(p []byte) (boundary, n int, certain bool) {
 	}
 	s.scan.Scan(p[boundary : boundary+1])
 	return boundary, boundary + 1, false
-}
-
-// AppendWithIDs is [Splicer.Splice] for an upstream that sends no ids: each block
-// that dispatches an event gets an id line as its last line. It appends what the
-// client gets to dst. id is called once for each such block, and appends the
-// value of the field, which must not contain a line end or a NUL.
-//
-// From the upstream's first id field on, no id is added, not even in the block
-// with that field: see [Splicer.HasOwnIDs].
-func (s *Splicer) AppendWithIDs(f *Frames, dst, p []byte, id func(dst []byte) []byte) []byte {
-	start := len(dst)
-	// The scanner searches all that it gets for line ends, and is called again for
-	// each block: without a limit, the work for a long p would be quadratic.
-	const limit = 1 << 10
-	for len(p) > 0 {
-		events := s.scan.Events()
-		n := s.scan.ScanToBoundary(p[:min(len(p), limit)])
-		dst = s.appendScanned(dst, p[:n], n, s.scan.Events() > events, id)
-		p = p[n:]
-	}
-	return s.followAppended(f, dst, start)
-}
-
-// AppendWithIDsToEnd is to [Splicer.AppendWithIDs] what [Splicer.SpliceToEnd]
-// is to [Splicer.Splice].
-func (s *Splicer) AppendWithIDsToEnd(f *Frames, dst, p []byte, id func(dst []byte) []byte) (out []byte, n int, done bool) {
-	start, events := len(dst), s.scan.Events()
-	boundary, n, done := s.scanToEnd(p)
-	dst = s.appendScanned(dst, p[:n], boundary, s.scan.Events() > events, id)
-	dst = s.followAppended(f, dst, start)
-	return dst, n, done || s.MayEnd()
-}
-
-// appendScanned appends p, which has been scanned. If it contains an event, that
-// was dispatched by the byte before boundary, the line end that makes a line
-// blank, and the id line goes before this byte.
-//
-// The id line uses the last line ending of which the scanner is certain, which
-// can't merge with the bytes around it: it is a CR only if the line before ended
-// in a CR and the next byte is another one.
-func (s *Splicer) appendScanned(dst, p []byte, boundary int, event bool, id func(dst []byte) []byte) []byte {
-	if !event || s.HasOwnIDs() || s.Opaque() {
-		return append(dst, p...)
-	}
-	dst = append(dst, p[:boundary-1]...)
-	dst = append(dst, "id: "...)
-	dst = id(dst)
-	dst = append(dst, s.scan.LineEnding().Text()...)
-	return append(dst, p[boundary-1:]...)
-}
-
-// followAppended does for what was appended after start what follow does for the
-// upstream's bytes. follow looks at nothing after the first id line.
-func (s *Splicer) followAppended(f *Frames, dst []byte, start int) []byte {
-	lead, body := s.follow(f, dst[start:])
-	return slices.Replace(dst, start, len(dst)-len(body), lead...)
 }
 
 // follow returns what the client gets for p, which has been scanned.

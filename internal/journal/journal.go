@@ -409,14 +409,6 @@ func (j *Journal) Figures() Figures {
 	return f
 }
 
-// LastID returns the id in force after the last block: the upstream's, empty if
-// there is none.
-func (j *Journal) LastID() string {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return j.last.id
-}
-
 // chunkAtLocked is the chunk that holds the byte at an offset, or the first one
 // after it; nil if that byte is still to come.
 func (j *Journal) chunkAtLocked(offset int64) *chunk {
