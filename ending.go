@@ -149,7 +149,7 @@ func (s *stream) breakOff() {
 	if !s.breakWriteLocked() {
 		return
 	}
-	if s.proto == http2 && s.stuck() {
+	if s.proto == http2 && now() >= s.due && s.isStuck() {
 		// The reset of the stream has not gone out either.
 		peer.Expire(peer.Accepted(s.ctx))
 	}
@@ -160,11 +160,11 @@ func (s *stream) breakOff() {
 	s.h.agenda.hasten(s, s.due)
 }
 
-// stuck reports whether a write has made no progress for the write timeout and
-// the time that it takes to break it off.
-func (s *stream) stuck() bool {
+// isStuck reports whether a write has made no progress for the time that it takes
+// to break it off.
+func (s *stream) isStuck() bool {
 	moved := time.Duration(s.moved.Load())
-	return s.h.writeTimeout > 0 && moved > 0 && s.age()-moved >= sum(s.h.writeTimeout, endPatience)
+	return moved > 0 && s.age()-moved >= endPatience
 }
 
 // breakWriteLocked makes a write that blocks return, unless the handlers have

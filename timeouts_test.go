@@ -592,41 +592,64 @@ func (c *stoppable) Read(p []byte) (int, error) {
 }
 
 // A reset of an HTTP/2 stream can't go out when the connection takes nothing.
-func TestAClientWhoseHTTP2ConnectionIsStuckIsEnded(t *testing.T) {
+func TestAStreamOfAnHTTP2ConnectionThatIsStuckIsEnded(t *testing.T) {
 	if apart(t) {
 		return
 	}
 	checkLeaks(t)
-	c := startFlooded(t, "700ms", withAdmin())
-	cl := c.client("h2")
-	stop, closed := make(chan struct{}), make(chan struct{})
-	defer close(closed)
-	transport := cl.Transport.(*http.Transport)
-	transport.DialTLSContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
-		conn, err := new(net.Dialer).DialContext(ctx, network, addr)
-		if err != nil {
-			return nil, err
-		}
-		config := transport.TLSClientConfig.Clone()
-		config.NextProtos = []string{"h2"}
-		secured := tls.Client(&stoppable{conn, stop, closed}, config)
-		return secured, secured.HandshakeContext(ctx)
-	}
-	for _, path := range []string{"/1", "/2"} {
-		body := cl.get(t, path, acceptStream).Body
-		go io.Copy(io.Discard, body)
-	}
-	close(stop)
-	reasons := make(map[string]int)
-	for _, path := range []string{"/1", "/2"} {
-		line := c.closedLine(t, path)
-		reasons[line["reason"].(string)]++
-		if took := seconds(line["duration"]); took > 15*time.Second {
-			t.Errorf("it took %v", took)
-		}
-	}
-	if reasons["write_timeout"] == 0 || reasons["write_timeout"]+reasons["client_closed"] != 2 {
-		t.Errorf("the streams ended as %v", reasons)
+	for _, test := range []struct{ writeTimeout, reason string }{
+		{"700ms", "write_timeout"},
+		{"off", "admin"},
+	} {
+		t.Run("write_timeout "+test.writeTimeout, func(t *testing.T) {
+			up := newUpstream(t)
+			c := startCaddy(t, `
+				sse 1h {
+					prelude off
+					write_timeout `+test.writeTimeout+`
+				}
+				reverse_proxy `+up.addr, withAdmin())
+			cl := c.client("h2")
+			stop, closed := make(chan struct{}), make(chan struct{})
+			defer close(closed)
+			transport := cl.Transport.(*http.Transport)
+			transport.DialTLSContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+				conn, err := new(net.Dialer).DialContext(ctx, network, addr)
+				if err != nil {
+					return nil, err
+				}
+				config := transport.TLSClientConfig.Clone()
+				config.NextProtos = []string{"h2"}
+				secured := tls.Client(&stoppable{conn, stop, closed}, config)
+				return secured, secured.HandshakeContext(ctx)
+			}
+			var calls []*upstreamCall
+			for _, path := range []string{"/1", "/2"} {
+				exchange, call := open(t, cl, up, path)
+				call.start(eventStream)
+				body := exchange.headers(t).Body
+				go io.Copy(io.Discard, body)
+				calls = append(calls, call)
+			}
+			close(stop)
+			for _, call := range calls {
+				call.floodUntilStuck()
+			}
+			if test.writeTimeout == "off" {
+				c.admin("DELETE", "/sse/streams?all=true")
+			}
+			reasons := make(map[string]int)
+			for _, path := range []string{"/1", "/2"} {
+				line := c.closedLine(t, path)
+				reasons[line["reason"].(string)]++
+				if took := seconds(line["duration"]); took > 15*time.Second {
+					t.Errorf("it took %v", took)
+				}
+			}
+			if reasons[test.reason] == 0 || reasons[test.reason]+reasons["client_closed"] != 2 {
+				t.Errorf("the streams ended as %v", reasons)
+			}
+		})
 	}
 }
 
