@@ -172,36 +172,42 @@ func (adminAPI) serveStreams(w http.ResponseWriter, r *http.Request) error {
 
 // serveStream shows one stream or ends it.
 func (adminAPI) serveStream(w http.ResponseWriter, r *http.Request) error {
-	return serveOne(w, r, streamsPath, "live stream", live.stream,
-		func(s *stream) any { return newStreamJSON(s.report()) },
-		func(s *stream) bool { return s.end(endedByAdmin) })
+	return endpoint[stream]{
+		path: streamsPath, kind: "live stream", find: live.stream,
+		show: func(s *stream) any { return newStreamJSON(s.report()) },
+		end:  func(s *stream) bool { return s.end(endedByAdmin) },
+	}.serve(w, r)
 }
 
-// serveOne shows the stream or run whose id follows path, or ends it.
-func serveOne[T stream | run](
-	w http.ResponseWriter, r *http.Request, path, kind string,
-	find func(uuid.UUID) *T, show func(*T) any, end func(*T) bool,
-) error {
+// endpoint shows and ends single streams or runs, by the id that follows its path.
+type endpoint[T stream | run] struct {
+	path, kind string
+	find       func(uuid.UUID) *T
+	show       func(*T) any
+	end        func(*T) bool
+}
+
+func (e endpoint[T]) serve(w http.ResponseWriter, r *http.Request) error {
 	if r.Method != http.MethodGet && r.Method != http.MethodDelete {
 		return methodNotAllowed(w, r, "GET, DELETE")
 	}
 	if _, err := parseQuery(r.URL); err != nil {
 		return badRequest(err)
 	}
-	text := strings.TrimPrefix(r.URL.Path, path+"/")
+	text := strings.TrimPrefix(r.URL.Path, e.path+"/")
 	id, err := uuid.Parse(text)
-	one := find(id)
+	one := e.find(id)
 	if err != nil || one == nil {
 		return caddy.APIError{
 			HTTPStatus: http.StatusNotFound,
-			Message:    fmt.Sprintf("no %s has the id %q", kind, printable(text, 64)),
+			Message:    fmt.Sprintf("no %s has the id %q", e.kind, printable(text, 64)),
 		}
 	}
 	if r.Method == http.MethodGet {
-		return writeJSON(w, http.StatusOK, show(one))
+		return writeJSON(w, http.StatusOK, e.show(one))
 	}
 	var ending endingJSON
-	if end(one) {
+	if e.end(one) {
 		ending.Ending = 1
 	}
 	return writeJSON(w, http.StatusAccepted, ending)

@@ -192,7 +192,7 @@ func (x *exchange) catchUp(reader *runReader, id string) (runEnd, bool) {
 	found := reader.awaitID(arrives, id)
 	stop()
 	if found {
-		x.isFound()
+		x.noteFound()
 		return runEnd{}, true
 	}
 	giveUp := time.NewTimer(catchUpWithin - catchUpAfter)
@@ -216,7 +216,7 @@ func (x *exchange) catchUp(reader *runReader, id string) (runEnd, bool) {
 			return runEnd{}, false
 		}
 		if reader.join(journal.AfterID(id)) {
-			x.isFound()
+			x.noteFound()
 			return runEnd{}, true
 		}
 	}
@@ -246,8 +246,8 @@ func (reader *runReader) awaitID(ctx context.Context, id string) bool {
 	}
 }
 
-// isFound records that the client's id was found.
-func (x *exchange) isFound() {
+// noteFound records that the client's id was found.
+func (x *exchange) noteFound() {
 	s := x.stream
 	s.goesOnIn(x.rare.reader.run.feed)
 	s.facts.Lock()
@@ -333,7 +333,7 @@ func (x *exchange) meets(reader *runReader, c *journal.Cursor) bool {
 	if !at.Exact || !reader.join(journal.AfterID(at.ID)) {
 		return false
 	}
-	x.isFound()
+	x.noteFound()
 	return true
 }
 

@@ -18,10 +18,10 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// nobody is the client address of requests for a shared stream (TEST-NET-1, RFC
+// noClient is the client address of requests for a shared stream (TEST-NET-1, RFC
 // 5737): it is in no private range, and belongs to no one. With an empty address,
 // reverse_proxy would send the upstream no X-Forwarded headers.
-var nobody = &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1)}
+var noClient = &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1)}
 
 // shareNames are the header fields and placeholders whose values must be the same
 // for requests to share a stream, in addition to what must always be the same.
@@ -179,7 +179,7 @@ func (n shareNames) request(ctx context.Context, k shareKey, lastEventID string,
 		ProtoMajor: 1,
 		ProtoMinor: 1,
 		Host:       k.host,
-		RemoteAddr: nobody.String(),
+		RemoteAddr: noClient.String(),
 		Body:       http.NoBody,
 		Header: http.Header{
 			"Accept":          {eventStreamType},
@@ -205,14 +205,14 @@ func (n shareNames) request(ctx context.Context, k shareKey, lastEventID string,
 	}
 
 	// Placeholders read it, and fail if it is missing.
-	ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(nobody))
+	ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(noClient))
 	repl := caddy.NewReplacer()
 	r = caddyhttp.PrepareRequest(r.WithContext(ctx), repl, w, server)
 	rewritten := k.rewritten
 	r.URL, r.RequestURI = &rewritten, k.rewrittenURI
 
 	ctx = r.Context()
-	caddyhttp.SetVar(ctx, caddyhttp.ClientIPVarKey, nobody.IP.String())
+	caddyhttp.SetVar(ctx, caddyhttp.ClientIPVarKey, noClient.IP.String())
 	if k.root != "" {
 		caddyhttp.SetVar(ctx, "root", k.root)
 	}
