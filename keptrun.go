@@ -87,37 +87,70 @@ func (k *keeping) ask(ctx context.Context, lastEventID string, w runWriter) erro
 // beginRun makes a run of the request's stream, which is about to open. If that
 // is not possible, the stream continues as without resume.
 func (x *exchange) beginRun(status int, header http.Header) {
-	rs, k := x.h.resuming, x.rare.keeping
+	k := x.rare.keeping
 	k.response.mu.Lock()
 	defer k.response.mu.Unlock()
 	if k.response.left {
 		return // they have just sent their whole answer
 	}
-	var release func() // of the store
+	var r *run
+	f, release := x.openKept(func() { go r.giveWay() })
+	if f == nil {
+		return
+	}
+	r = x.makeKept(f, release, status, header)
+	reader := &runReader{run: r}
+	reader.join(journal.After(0))
+	r.readers[reader] = struct{}{}
+	r.joined, r.kept.newest = 1, reader
+	r.head(runAnswer{kind: answerStream, status: status, upstream: x.attempt.upstream()})
+	x.h.group.addRun(r)
+	r.endAfter(x.h.resuming.runFor, maxDuration)
+
+	p := placing{brought: x.rare.brought != ""}
+	if x.rare.unknown {
+		p.lost = lostUnknown
+	}
+	greeting := x.greeting(reader, p)
+	r.kept.told = greeting.event != ""
+	x.rare.reader = reader
+	x.rare.fed = x.newFed(r, greeting)
+	feed := &x.rare.feed
+	feed.ctx, feed.cancel = context.WithCancelCause(x.r.Context())
+	x.role = streaming
+	k.response.run, k.response.feed, k.response.answered = r, f, !x.startedEarly
+}
+
+// openKept opens the feed of the request's run, and takes hold of the store, if
+// there is one, until release is called. f is nil if the stream can't be kept.
+func (x *exchange) openKept(evicted func()) (f *feed, release func()) {
+	rs := x.h.resuming
 	if d := rs.depot; d != nil {
 		if !d.takesRuns() {
-			return
+			return nil, nil
 		}
 		if release = d.hold(x.h.Name); release == nil {
-			return
+			return nil, nil
 		}
 	}
-	var r *run
-	f := openFeed(rs.budget, journal.KeepUnsent, rs.history, x.upstreamsID(), func() { go r.giveWay() })
+	f = openFeed(rs.budget, journal.KeepUnsent, rs.history, x.upstreamsID(), evicted)
 	switch {
 	case f == nil:
 		x.h.notKept()
-	case !k.unlink(): // the client has left
+	case !x.rare.keeping.unlink(): // the client has left
 		f.journal.Discard()
 		f = nil
 	}
-	if f == nil {
-		if release != nil {
-			release()
-		}
-		return
+	if f == nil && release != nil {
+		release()
 	}
-	r = x.h.makeRun(resumedRun, f, k.ctx, k.cancel)
+	return f, release
+}
+
+// makeKept makes the request's run.
+func (x *exchange) makeKept(f *feed, release func(), status int, header http.Header) *run {
+	rs, k := x.h.resuming, x.rare.keeping
+	r := x.h.makeRun(resumedRun, f, k.ctx, k.cancel)
 	r.kept = &keptRun{place: x.keptPlace(), client: x.clientID(), keeping: k, stay: rs.window}
 	r.kept.added, r.kept.replaced = k.difference(header)
 	r.host, r.path = printable(x.r.Host, 255), printable(originalPath(x.r), 1024)
@@ -139,26 +172,7 @@ func (x *exchange) beginRun(status int, header http.Header) {
 			r.kept.mirror.forget()
 		}
 	}
-	reader := &runReader{run: r}
-	reader.join(journal.After(0))
-	r.readers[reader] = struct{}{}
-	r.joined, r.kept.newest = 1, reader
-	r.head(runAnswer{kind: answerStream, status: status, upstream: x.attempt.upstream()})
-	x.h.group.addRun(r)
-	r.endAfter(rs.runFor, maxDuration)
-
-	p := placing{brought: x.rare.brought != "", lost: ""}
-	if x.rare.unknown {
-		p.lost = lostUnknown
-	}
-	greeting := x.greeting(reader, p)
-	r.kept.told = greeting.event != ""
-	x.rare.reader = reader
-	x.rare.fed = x.newFed(r, greeting)
-	feed := &x.rare.feed
-	feed.ctx, feed.cancel = context.WithCancelCause(x.r.Context())
-	x.role = streaming
-	k.response.run, k.response.feed, k.response.answered = r, f, !x.startedEarly
+	return r
 }
 
 // causeNoRoom is why a stream can't be kept.
