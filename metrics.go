@@ -59,26 +59,26 @@ func newMetrics() *metrics {
 		streams:    desc("streams", "Streams that are open.", "proto"),
 		opened:     desc("streams_opened_total", "Streams that have been opened.", "proto"),
 		closed:     desc("streams_closed_total", "Streams that have ended, by the reason of the end.", "reason"),
-		events:     desc("events_total", "Events that went by, heartbeats not counted."),
-		bytes:      desc("bytes_total", "Bytes of upstreams' bodies that went by, heartbeats not counted."),
+		events:     desc("events_total", "Events from upstreams, without heartbeats."),
+		bytes:      desc("bytes_total", "Bytes of upstreams' bodies, without heartbeats."),
 		heartbeats: desc("heartbeats_total", "Heartbeats that were sent, preludes included."),
 		deferred:   desc("heartbeats_deferred_total", "Heartbeats that were due where the format allows none."),
 
-		runs: desc("runs", "Upstream streams that are kept apart from clients: with a client, without one, shared, "+
-			"or ended and kept for clients that have not come back.", "state"),
+		runs: desc("runs", "Upstream streams of resume and share, by state: with a client, without one, shared, "+
+			"or ended and kept for clients that may come back.", "state"),
 		resumes:      desc("resumes_total", "Clients that came back with an event ID, by result.", "result"),
-		journalBytes: desc("journal_bytes", "What the journals of runs hold, overhead included."),
+		journalBytes: desc("journal_bytes", "Bytes in the journals of resume and share, overhead included."),
 
-		refused:            counter("streams_refused_total", "Requests that met a limit, by the limit.", "limit"),
-		unprotected:        counter("streams_unprotected_total", "Streams whose body is not text, so that no heartbeat can go in, by cause.", "cause"),
+		refused:            counter("streams_refused_total", "Requests that were refused by a limit, by limit.", "limit"),
+		unprotected:        counter("streams_unprotected_total", "Streams without heartbeats, as their body is not text, or without resume, as the journals are full, by cause.", "cause"),
 		reconnects:         counter("reconnects_answered_total", "Errors that were answered with a reconnection time, by the error's status.", "status"),
 		earlyStartFailures: counter("early_start_failures_total", "Early starts whose upstream then sent no stream, by its status.", "status"),
 		retries:            counter("upstream_retries_total", "Tries to reach an upstream that broke off, by result.", "result"),
 
-		storeErrors: counter("store_errors_total", "What a store of resume was asked for and has not done, by what that was.", "op"),
+		storeErrors: counter("store_errors_total", "Failed operations of a store of resume, by operation.", "op"),
 		storeDuration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    metricsPrefix + "store_duration_seconds",
-			Help:    "How long a store of resume took for what it was asked for, waits for something new left out.",
+			Help:    "Time that operations of a store of resume took, without those that wait for something new.",
 			Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5},
 		}, []string{"name", "op"}),
 
