@@ -199,8 +199,8 @@ func startDemo(ctx context.Context, listener net.Listener, admin string, parts d
 	if err != nil {
 		return fmt.Errorf("sse demo: %w", err)
 	}
-	behind := app.(*caddyhttp.App).Servers[demoServer].Listeners()[0].Addr().String()
-	hop := demo.Hop(&url.URL{Scheme: "http", Host: behind}, demoIdle, endings)
+	caddyAddr := app.(*caddyhttp.App).Servers[demoServer].Listeners()[0].Addr().String()
+	hop := demo.Hop(&url.URL{Scheme: "http", Host: caddyAddr}, demoIdle, endings)
 	ways := http.NewServeMux()
 	ways.Handle("/", hop)
 	ways.Handle("/plug/", parts.Plug.Through(hop))

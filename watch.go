@@ -43,9 +43,9 @@ func newWatches() *watches {
 	return ws
 }
 
-// heed makes the watches end together with their server, which only a request
-// knows.
-func (ws *watches) heed(r *http.Request) {
+// endWithServer makes the watches end together with their server, which only a
+// request knows.
+func (ws *watches) endWithServer(r *http.Request) {
 	server, ok := r.Context().Value(http.ServerContextKey).(*http.Server)
 	if !ok {
 		return
@@ -77,7 +77,7 @@ func (ws *watches) serve(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return badRequest(err)
 	}
-	ws.heed(r)
+	ws.endWithServer(r)
 	watch := &watch{w: w, control: http.NewResponseController(w)}
 	// The listener's read timeout is meant for requests; when it expired, the
 	// request of a stream would seem cancelled.

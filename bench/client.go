@@ -193,7 +193,7 @@ var errBodyEnd = errors.New("the body is complete")
 // stream whose lines end in LF.
 type body struct {
 	left    int  // bytes of this chunk
-	trailer int  // bytes of CRLF behind a chunk that are still to come
+	trailer int  // bytes of CRLF after a chunk that are still to come
 	last    bool // the chunk of size 0 came
 	size    []byte
 	block   []byte // the beginning of one

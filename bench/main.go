@@ -102,10 +102,10 @@ func run() error {
 	reload := flag.Int("reload-streams", 0, "streams that are open at a reload, instead of 5000")
 	shared := flag.Int("shared-streams", 0, "clients of one stream, instead of 5000")
 	only := flag.String("only", strings.Join(scenarioNames(), ","), "scenarios")
-	names := flag.String("systems", "plain,sse,nginx,haproxy", "systems; control is plain once more, and its ratio to plain what chance does")
+	names := flag.String("systems", "plain,sse,nginx,haproxy", "systems; control is plain Caddy again, and its ratio to plain shows the effect of chance")
 	binary := flag.String("caddy", "", "a Caddy binary with the module, instead of one that is built from the checkout")
 	output := flag.String("json", "bench.json", "file for the results")
-	profiles := flag.String("profile", "", "folder for CPU profiles of both Caddys, taken behind the scenarios")
+	profiles := flag.String("profile", "", "folder for CPU profiles of both Caddys, taken after the scenarios")
 	limit := flag.Duration("timeout", time.Hour, "give up after this time")
 	flag.Parse()
 
