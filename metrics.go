@@ -60,7 +60,7 @@ func newMetrics() *metrics {
 		opened:     desc("streams_opened_total", "Streams that have been opened.", "proto"),
 		closed:     desc("streams_closed_total", "Streams that have ended, by the reason of the end.", "reason"),
 		events:     desc("events_total", "Events from upstreams, without heartbeats."),
-		bytes:      desc("bytes_total", "Bytes of upstreams' bodies, without heartbeats."),
+		bytes:      desc("bytes_total", "Bytes of upstreams' bodies, with the IDs that were added, without heartbeats."),
 		heartbeats: desc("heartbeats_total", "Heartbeats that were sent, preludes included."),
 		deferred:   desc("heartbeats_deferred_total", "Heartbeats that were due where the format allows none."),
 
