@@ -278,8 +278,8 @@ func (i *isolation) handBack() {
 	}
 }
 
-// survive logs a panic on a goroutine where no server would recover it; it would
-// end the process.
+// survive notes a panic on a goroutine where no server would recover it, which
+// would end the process.
 func (h *Handler) survive(panicked any, stack []byte) {
 	h.logger.Error("panic beside a request", zap.Any("panic", panicked), zap.ByteString("stack", stack))
 }

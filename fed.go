@@ -43,8 +43,8 @@ type fed struct {
 // another node's run.
 type feedSource interface {
 	outcome() runEnd
-	tries() int64          // how many tries of upstream_retry there were
-	hasUpstreamsIDs() bool // so that none are added
+	tries() int64          // how often the upstream was asked again
+	hasUpstreamsIDs() bool // the upstream's own, so that none are added
 }
 
 // fedReport is what is reported about it.
@@ -90,7 +90,7 @@ func (s *stream) greet(text []byte) error {
 	return s.sendLocked(s.age(), s.splicer.Block(&s.frames.Frames, nil, text), nil)
 }
 
-// hasNothing reports whether nothing in the run's journal is from the upstream.
+// hasNothing reports whether nothing of what the run has is the upstream's.
 func (f *fed) hasNothing() bool { return f != nil && f.feed != nil && f.feed.useless.Load() }
 
 // lastID is the id of the last event that the client of a shared run has been

@@ -412,7 +412,7 @@ func (r *run) tries() int64 { return r.tried.Load() }
 // hasUpstreamsIDs implements feedSource.
 func (r *run) hasUpstreamsIDs() bool { return r.feed.ownIDs.Load() }
 
-// outcome is how the run ended, for a client that has received all of it.
+// outcome is how the run ended, for a client that has got all of it.
 func (r *run) outcome() runEnd {
 	r.mu.Lock()
 	defer r.mu.Unlock()

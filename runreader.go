@@ -45,7 +45,7 @@ func (r *run) addReaderLocked(reader *runReader) {
 	r.group().dropIdle(r)
 }
 
-// leave removes the client from the run.
+// leave takes the client off the run.
 func (reader *runReader) leave() {
 	r := reader.run
 	reader.mu.Lock()

@@ -99,8 +99,8 @@ func (x *exchange) findRun() {
 	x.rare.reader = x.h.sharing.find(x.rare.share.sum)
 }
 
-// joinRun enters the run, and starts it if there is none. It returns false if the
-// request must ask the upstream itself.
+// joinRun enters it, and begins it where there is none. It returns false where
+// the request asks the upstream by itself.
 func (x *exchange) joinRun(next caddyhttp.Handler) bool {
 	if x.rare == nil || x.rare.share == nil {
 		return false
