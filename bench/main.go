@@ -142,7 +142,7 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	// A proxy needs two descriptors for a stream.
+	// A proxy needs two descriptors per stream.
 	for _, n := range append(pointers(s.Quiet), &s.BurstStreams, &s.ReloadStreams, &s.Streams, &s.SharedStreams) {
 		if most := (files - 200) / 2; *n > most {
 			fmt.Printf("%d streams instead of %d: a process may have %d open files here\n", most, *n, files)
@@ -159,7 +159,7 @@ func run() error {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	// The lowest user that a program may give itself has to get into it.
+	// An unprivileged user that a program switches to must be able to read it.
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return err
 	}
@@ -186,7 +186,7 @@ func run() error {
 	if err == nil && *profiles != "" {
 		err = b.profile(*profiles)
 	}
-	// What was measured before an error is shown all the same.
+	// What was measured before an error is still shown.
 	b.report.Seconds = time.Since(b.report.Started).Seconds()
 	b.report.print(os.Stdout)
 	return errors.Join(err, b.report.write(*output))
@@ -212,13 +212,13 @@ func pointers(numbers []int) []*int {
 	return all
 }
 
-// turns are the systems of a round, each round another one first.
+// turns are the systems of a round, starting with a different one in each.
 func (b *bench) turns(round int) []int {
 	order := make([]int, len(b.systems))
 	for i := range order {
 		order[i] = (i + round) % len(order)
 	}
-	// Neighbours swap sides, too: what follows a heavy one is at no disadvantage.
+	// Neighbours also swap, so that no system always comes after a heavy one.
 	if round/len(order)%2 == 1 {
 		slices.Reverse(order)
 	}
