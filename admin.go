@@ -22,8 +22,8 @@ func init() {
 	caddy.RegisterModule(adminAPI{})
 }
 
-// adminAPI answers, on Caddy's admin listener and under its protections, who is
-// connected, and ends streams.
+// adminAPI lists streams and ends them, on Caddy's admin listener and under its
+// protections.
 type adminAPI struct {
 	watches *watches // on this listener
 }
@@ -36,9 +36,9 @@ func (adminAPI) CaddyModule() caddy.ModuleInfo {
 	}
 }
 
-// Provision does what must be done for each configuration, whether it has a
-// handler or not: counters of handlers that are gone must not vanish, and their
-// streams must hear of the exit.
+// Provision does what is needed for every configuration, even one without a
+// handler: counters of removed handlers must not vanish, and their streams must
+// be told of the exit.
 func (adminAPI) Provision(ctx caddy.Context) error {
 	events, err := ctx.App("events")
 	if err != nil {
@@ -115,7 +115,7 @@ func newStreamJSON(r report) streamJSON {
 	}
 }
 
-// seconds rounds to milliseconds, which is as exact as anybody reads it.
+// seconds rounds to milliseconds: no reader needs more.
 func seconds(d time.Duration) float64 {
 	return math.Round(d.Seconds()*1000) / 1000
 }
@@ -138,7 +138,7 @@ type handlerJSON struct {
 	figuresJSON
 }
 
-// figuresJSON is what has gone by.
+// figuresJSON counts what has passed through streams.
 type figuresJSON struct {
 	Open       int               `json:"open"`
 	Opened     uint64            `json:"opened"`
@@ -172,36 +172,42 @@ func (adminAPI) serveStreams(w http.ResponseWriter, r *http.Request) error {
 
 // serveStream shows one stream or ends it.
 func (adminAPI) serveStream(w http.ResponseWriter, r *http.Request) error {
-	return serveOne(w, r, streamsPath, "live stream", live.stream,
-		func(s *stream) any { return newStreamJSON(s.report()) },
-		func(s *stream) bool { return s.end(endedByAdmin) })
+	return endpoint[stream]{
+		path: streamsPath, kind: "live stream", find: live.stream,
+		show: func(s *stream) any { return newStreamJSON(s.report()) },
+		end:  func(s *stream) bool { return s.end(endedByAdmin) },
+	}.serve(w, r)
 }
 
-// serveOne shows the stream or run whose id follows path, or ends it.
-func serveOne[T stream | run](
-	w http.ResponseWriter, r *http.Request, path, kind string,
-	find func(uuid.UUID) *T, show func(*T) any, end func(*T) bool,
-) error {
+// endpoint shows and ends single streams or runs, by the id that follows its path.
+type endpoint[T stream | run] struct {
+	path, kind string
+	find       func(uuid.UUID) *T
+	show       func(*T) any
+	end        func(*T) bool
+}
+
+func (e endpoint[T]) serve(w http.ResponseWriter, r *http.Request) error {
 	if r.Method != http.MethodGet && r.Method != http.MethodDelete {
 		return methodNotAllowed(w, r, "GET, DELETE")
 	}
 	if _, err := parseQuery(r.URL); err != nil {
 		return badRequest(err)
 	}
-	text := strings.TrimPrefix(r.URL.Path, path+"/")
+	text := strings.TrimPrefix(r.URL.Path, e.path+"/")
 	id, err := uuid.Parse(text)
-	one := find(id)
+	one := e.find(id)
 	if err != nil || one == nil {
 		return caddy.APIError{
 			HTTPStatus: http.StatusNotFound,
-			Message:    fmt.Sprintf("no %s has the id %q", kind, printable(text, 64)),
+			Message:    fmt.Sprintf("no %s has the id %q", e.kind, printable(text, 64)),
 		}
 	}
 	if r.Method == http.MethodGet {
-		return writeJSON(w, http.StatusOK, show(one))
+		return writeJSON(w, http.StatusOK, e.show(one))
 	}
 	var ending endingJSON
-	if end(one) {
+	if e.end(one) {
 		ending.Ending = 1
 	}
 	return writeJSON(w, http.StatusAccepted, ending)
@@ -325,8 +331,8 @@ func newFilter(values map[string]string) (f filter, err error) {
 	return f, nil
 }
 
-// parseQuery accepts known keys only, each given once and with a value: a misspelt
-// filter that was ignored would end every stream.
+// parseQuery accepts only known keys, each given once and with a value: if a
+// misspelt filter were ignored, a DELETE would end every stream.
 func parseQuery(from *url.URL, known ...string) (map[string]string, error) {
 	query, err := url.ParseQuery(from.RawQuery) // URL.Query drops what it can't read
 	if err != nil {

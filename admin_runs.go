@@ -99,7 +99,9 @@ func (adminAPI) serveRuns(w http.ResponseWriter, r *http.Request) error {
 
 // serveRun shows one run or ends it.
 func (adminAPI) serveRun(w http.ResponseWriter, r *http.Request) error {
-	return serveOne(w, r, runsPath, "run", live.run,
-		func(r *run) any { return newRunJSON(r.figures()) },
-		func(r *run) bool { return r.stop(endedByAdmin) })
+	return endpoint[run]{
+		path: runsPath, kind: "run", find: live.run,
+		show: func(r *run) any { return newRunJSON(r.figures()) },
+		end:  func(r *run) bool { return r.stop(endedByAdmin) },
+	}.serve(w, r)
 }

@@ -6,39 +6,40 @@ import (
 	"time"
 )
 
-// agenda calls on each stream when its time has come. It is one timer for all
-// streams of a handler: a timer of its own would be a tenth of what a quiet
-// stream may weigh.
+// agenda calls each stream's tick when its time has come. It has one timer for
+// all streams of a handler: a timer per stream would be a tenth of the memory
+// that a quiet stream may use.
 type agenda struct {
 	mu      sync.Mutex
 	entries entries
-	added   entry       // what setLocked adds; here, as a variable of its own would be allocated
+	added   entry       // what setLocked adds; a local variable would be allocated
 	timer   *time.Timer // nil until there is an entry
 	armed   instant     // when the timer fires; 0: it does not
 	crew    crew
 
-	// pulse is how often the timer fires at least while there is an entry, so
-	// that times in which the process did not run are noticed; 0: nobody asks.
+	// pulse is the longest time between two calls of the timer while there is an
+	// entry, so that times in which the process did not run are noticed; 0: not
+	// needed.
 	pulse time.Duration
 	stops []stop // the latest ones
 
 	resumed instant // when the timer last fired as late as it does after a stop; 0: it has not
 }
 
-// entry says when a stream is to be called on.
+// entry says when a stream's tick is due.
 type entry struct {
 	at instant
 	s  *stream
 }
 
-// set has the stream called on at a moment, instead of any other.
+// set schedules the stream's tick, instead of any earlier schedule.
 func (a *agenda) set(s *stream, at instant) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.setLocked(s, at)
 }
 
-// hasten has the stream called on at a moment, unless it is sooner anyway.
+// hasten schedules the stream's tick, unless it is due sooner anyway.
 func (a *agenda) hasten(s *stream, at instant) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -72,8 +73,8 @@ func (a *agenda) drop(s *stream) {
 	}
 }
 
-// armLocked lets the timer fire for the first entry. It may fire early for one
-// that is gone, never late.
+// armLocked lets the timer fire for the first entry. It may fire too early if
+// that entry has been dropped, never too late.
 func (a *agenda) armLocked() {
 	if len(a.entries) == 0 {
 		return
@@ -95,7 +96,7 @@ func (a *agenda) armLocked() {
 	}
 }
 
-// fire calls on every stream whose time has come.
+// fire calls the tick of every stream whose time has come.
 func (a *agenda) fire() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -110,28 +111,27 @@ func (a *agenda) fire() {
 	a.armLocked()
 }
 
-// stop is a time in which the process did not run: it was stopped, or had no
-// processor.
+// stop is a time in which the process did not run: it was stopped, or got no CPU
+// time.
 type stop struct{ from, to instant }
 
 const (
-	// How often an agenda looks at least, where it looks at all: a stop is noticed
-	// if it is longer than that.
+	// minPulse is the shortest pulse: a stop is noticed if it is longer than that.
 	minPulse = 50 * time.Millisecond
 	maxPulse = time.Second
 
 	// stopSlack is how late a timer may fire on a machine that is just busy.
 	stopSlack = 100 * time.Millisecond
 
-	// keptStops is how many stops are remembered. More of them in one silence of
-	// an upstream are not worth the memory.
+	// keptStops is how many stops are remembered. More of them during one silence
+	// of an upstream are not worth the memory.
 	keptStops = 8
 
-	// resumePatience is how long a write has to get further after a stop.
+	// resumePatience is how long a write has to make progress after a stop.
 	resumePatience = 500 * time.Millisecond
 )
 
-// noteStopLocked remembers that a timer that was due fired late.
+// noteStopLocked records that a timer that was due fired late.
 func (a *agenda) noteStopLocked(due, at instant) {
 	if time.Duration(at-due) < stopSlack {
 		return
@@ -158,9 +158,9 @@ func (a *agenda) stoppedSince(moment instant) (stopped time.Duration) {
 	return stopped
 }
 
-// writeGrace returns how long a write may still take, whatever its time limit
-// says, as the process was stopped: the client may have taken all there was, but
-// timers fire before sockets are looked at.
+// writeGrace returns how much longer a write may take, whatever its time limit
+// says, because the process was stopped: the client may have taken all there was,
+// but timers fire before sockets are read.
 func (a *agenda) writeGrace() time.Duration {
 	a.mu.Lock()
 	defer a.mu.Unlock()

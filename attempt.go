@@ -17,25 +17,25 @@ import (
 )
 
 // attempt is one call of the handlers after sse: the request that they get, and
-// the way to end it. It does not know who gets what they answer, nor whether
-// there will be another.
+// the way to end it. It knows neither who receives the answer nor whether there
+// will be another attempt.
 //
-// The request is the attempt's own. reverse_proxy may still be dialing for a
-// request that it has given up, and reads the request's fields, its headers and
-// its Replacer without a lock. So nothing that the handlers have is written to
-// from outside, and nothing that the client's request has is given to handlers
-// that may still run when it is over.
+// The request belongs to the attempt alone. reverse_proxy may still be dialing
+// for a request that it has given up, and reads the request's fields, headers and
+// Replacer without a lock. So nothing that the handlers have is modified from
+// outside, and nothing that belongs to the client's request is given to handlers
+// that may still run after the request is over.
 //
-//   - The header map says Accept-Encoding: identity where frames may be needed.
+//   - The header map has Accept-Encoding: identity if frames may be needed.
 //   - The context ends with the client's request, or when cancel is called.
 //   - The Replacer knows the attempt's request, so that placeholders see what
-//     handlers after sse have rewritten. What handlers set in it, such as
-//     {http.reverse_proxy.upstream.hostport}, the client's Replacer knows too
-//     (see exchange.placeholder), so that logs and error routes see it. The
-//     attempt's asks the client's for what it does not know itself.
-//   - Variables are the client's own, so that what is set inside is seen
-//     outside. An isolated attempt has copies, which are handed back when its
-//     handlers have answered or left (see isolation.handBack).
+//     handlers after sse have rewritten. The client's Replacer also knows what
+//     handlers set in it, such as {http.reverse_proxy.upstream.hostport} (see
+//     exchange.placeholder), so that logs and error routes see it. The attempt's
+//     Replacer asks the client's for what it does not know itself.
+//   - Variables are the client's own, so that handlers before sse see what
+//     handlers after it set. An isolated attempt has copies, which are handed
+//     back when its handlers have answered or left (see isolation.handBack).
 type attempt struct {
 	request *http.Request
 	cancel  context.CancelCauseFunc
@@ -45,9 +45,9 @@ type attempt struct {
 // outcome is how an attempt ended.
 type outcome struct {
 	err      error  // what the handlers left with
-	panicked any    // what they panicked with; http.ErrAbortHandler: a side broke off
-	left     bool   // they have left; if not, nobody waits for them any more
-	run      runEnd // how the run ended that fed the stream, if one did
+	panicked any    // what they panicked with; http.ErrAbortHandler: one side broke off
+	left     bool   // they have returned; if not, no one waits for them any more
+	run      runEnd // how the run ended that fed the stream, if there was one
 }
 
 // attemptContext is the context of an attempt's request.
@@ -103,8 +103,8 @@ func (x *exchange) newAttempt(w http.ResponseWriter) *attempt {
 	return x.newAttemptOf(x.r, ctx, w, newIsolation(x.r))
 }
 
-// newAttemptOf makes an attempt of a request, which is copied where the attempt
-// is isolated.
+// newAttemptOf makes an attempt for a request, which is copied if the attempt is
+// isolated.
 func (x *exchange) newAttemptOf(r *http.Request, ctx context.Context, w http.ResponseWriter, isolated *isolation) *attempt {
 	a := new(attempt)
 	c := &a.context
@@ -114,8 +114,8 @@ func (x *exchange) newAttemptOf(r *http.Request, ctx context.Context, w http.Res
 	a.request = new(http.Request)
 	*a.request = *detached
 	if w == nil {
-		// It does what PrepareRequest does, without making a context of which
-		// every value would be replaced.
+		// It does what PrepareRequest does, without making a context of which every
+		// value would then be replaced.
 		c.replacer = caddyhttp.NewTestReplacer(a.request)
 	} else {
 		c.replacer = caddy.NewReplacer()
@@ -123,7 +123,7 @@ func (x *exchange) newAttemptOf(r *http.Request, ctx context.Context, w http.Res
 	}
 	c.set = *c.replacer
 	c.replacer.Map(x.clientsPlaceholder)
-	// The Replacer has the pointer to the request, so it stays the same.
+	// The Replacer points to the request, so the pointer must not change.
 	*a.request = *r.WithContext(c)
 	if c.isolated != nil {
 		a.request.URL = new(*r.URL)
@@ -142,8 +142,8 @@ func (x *exchange) newAttemptOf(r *http.Request, ctx context.Context, w http.Res
 // detached is a request with a context that has no values.
 var detached = &http.Request{URL: new(url.URL)}
 
-// identity asks for a body that is text (RFC 9110, section 12.5.3): frames can
-// go into nothing else.
+// identity asks for a body that is text (RFC 9110, section 12.5.3): frames can be
+// added to nothing else.
 var identity = []string{"identity"}
 
 // call lets the handlers answer on a goroutine of their own.
@@ -151,7 +151,7 @@ func (a *attempt) call(next caddyhttp.Handler, w http.ResponseWriter) (out outco
 	defer func() {
 		out.left = true
 		if out.panicked = recover(); out.panicked != nil && !isAbort(out.panicked) {
-			// It goes on in the request's goroutine, which has another stack.
+			// The panic continues on the request's goroutine, which has another stack.
 			a.context.x.h.survive(out.panicked, debug.Stack())
 		}
 	}()
@@ -162,7 +162,7 @@ func (a *attempt) call(next caddyhttp.Handler, w http.ResponseWriter) (out outco
 // upstream returns the upstream that reverse_proxy has chosen, if it has.
 func (a *attempt) upstream() string {
 	upstream, _ := a.context.set.GetString(upstreamPlaceholder)
-	return printable(upstream, 255) // its placeholders may say what the client said
+	return printable(upstream, 255) // its placeholders may contain what the client sent
 }
 
 const (
@@ -172,7 +172,7 @@ const (
 )
 
 // clientsPlaceholder gives handlers after sse what handlers before it have set.
-// Of the request they know as much themselves.
+// What belongs to the request they can read from their own request.
 func (x *exchange) clientsPlaceholder(key string) (any, bool) {
 	if x.replacer == nil || strings.HasPrefix(key, "http.request.") || strings.HasPrefix(key, "http.vars.") ||
 		strings.HasPrefix(key, "http.sse.") {
@@ -181,8 +181,8 @@ func (x *exchange) clientsPlaceholder(key string) (any, bool) {
 	return x.outer.Get(key)
 }
 
-// placeholder gives handlers before sse what handlers after it have set, and
-// what is known of the stream.
+// placeholder gives handlers before sse what handlers after it have set, and what
+// is known of the stream.
 func (x *exchange) placeholder(key string) (any, bool) {
 	if strings.HasPrefix(key, "http.sse.") {
 		if x.told == nil {
@@ -190,20 +190,20 @@ func (x *exchange) placeholder(key string) (any, bool) {
 		}
 		return x.told.placeholder(key)
 	}
-	// Handlers of an attempt that is over may ask, too.
+	// Handlers of an attempt that is over may call it, too.
 	a := x.shown.Load()
 	if a == nil || strings.HasPrefix(key, "http.request.") {
 		return nil, false
 	}
 	c := &a.context
 	if x.relayed() && !x.rare.relay.waits.Load() || x.tries() != nil {
-		return c.set.Get(key) // handlers may be at work, and just add a way to find something (map)
+		return c.set.Get(key) // handlers may be running, and only add another provider (map)
 	}
 	return c.replacer.Get(key)
 }
 
-// handOut lets the client's side know what the handlers have set so far. It runs
-// while they wait, or after they have left.
+// handOut makes what the handlers have set so far visible on the client's side.
+// It runs while they wait, or after they have returned.
 func (x *exchange) handOut() {
 	if x.replacer == nil || x.attempt == nil || x.handlersGoOn() {
 		return
@@ -212,18 +212,18 @@ func (x *exchange) handOut() {
 		x.attempt.context.isolated.handBack()
 	}
 	if _, proxied := x.attempt.context.set.Get(upstreamPlaceholder); proxied {
-		// What a proxy before sse (forward_auth) left would hide it.
+		// Values from a proxy before sse (forward_auth) would hide it.
 		hiding := proxyPlaceholders
 		if t := x.tries(); t != nil && !t.over {
-			// The next try may need the rest, such as the name of a user.
+			// The next try may need the others, such as a user's name.
 			hiding = upstreamPlaceholders
 		}
 		x.replacer.DeleteByPrefix(hiding)
 	}
 }
 
-// isolation is what an attempt on a goroutine of its own has copies of, as the
-// hooks of handlers around sse use the client's at the same time.
+// isolation holds copies for an attempt on a goroutine of its own, because hooks
+// of handlers before sse use the client's originals at the same time.
 type isolation struct {
 	vars, clientsVars map[string]any
 	groups            map[string]struct{}
@@ -259,8 +259,8 @@ func (i *isolation) value(key caddy.CtxKey) any {
 	return nil
 }
 
-// copy is the same for another attempt. It is not handed back: handlers of the
-// first attempt may still read the client's variables.
+// copy returns the same for another attempt. It is not handed back: handlers of
+// the first attempt may still read the client's variables.
 func (i *isolation) copy() *isolation {
 	again := &isolation{vars: maps.Clone(i.vars), groups: maps.Clone(i.groups), original: i.original}
 	if i.original.URL != nil {
@@ -292,8 +292,8 @@ func (h *Handler) survive(panicked any, stack []byte) {
 	h.logger.Error("panic beside a request", zap.Any("panic", panicked), zap.ByteString("stack", stack))
 }
 
-// isAbort reports whether a handler has left by saying that a side broke off
-// (net/http.ErrAbortHandler).
+// isAbort reports whether a handler has panicked with net/http.ErrAbortHandler,
+// which says that one side broke off.
 func isAbort(panicked any) bool {
 	err, ok := panicked.(error)
 	return ok && errors.Is(err, http.ErrAbortHandler)

@@ -9,41 +9,42 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/peer"
 )
 
-// A run of one client has two goroutines: its handlers', which appends to the
-// journal, and that of the client's request, which reads it. To wake the second one
-// for each event costs more than the event. So a client that has all that there is
-// leaves its turn to the handlers' goroutine, which then writes what has come by
-// itself, where that can't take long: a client that does not read holds up nobody.
+// A run with one client has two goroutines: the one of its handlers, which
+// appends to the journal, and the one of the client's request, which reads it.
+// Waking the second one for each event costs more than the event itself. So when
+// the client has received everything, its goroutine leaves the turn to the
+// handlers' goroutine, which then also writes new events to the client, as long
+// as that can't block: a client that does not read must not delay the handlers.
 
-// baton says who reads for a run's client.
+// baton says which goroutine writes to the client of a run.
 type baton struct {
-	mu      sync.Mutex // whose turn it is holds it
+	mu      sync.Mutex // held by the goroutine whose turn it is
 	stream  *stream    // nil: the client's own goroutine reads
 	backlog *peer.Backlog
 
-	// At an age at which the client heard something last, how much could be written
-	// before the kernel is asked again.
+	// heard is the age at which the client was last sent something, and spare is how
+	// much could be written then before the kernel must be asked again.
 	heard time.Duration
 	spare int
 }
 
-// What the kernel takes at once, whatever its buffers.
+// How much the kernel takes at once, whatever its buffers.
 const (
 	atOnce   = 8 << 10  // bytes of a write
 	onItsWay = 16 << 10 // bytes that the client has not acknowledged
 
-	aroundWrite = 128 // bytes that a write is larger on its way, at most
+	aroundWrite = 128 // bytes that framing may add to a write, at most
 )
 
-// followInTurns passes on what the client of a run of its own gets, until the
-// stream or the journal ends. The error is the journal's, io.EOF for a clean end
-// of the upstream; nil where the stream is over.
+// followInTurns passes on what the client of a resumed run gets, until the stream
+// or the journal ends. The error is the journal's, io.EOF for a clean end of the
+// upstream; nil if the stream is over.
 func (reader *runReader) followInTurns(ctx context.Context, s *stream) error {
 	b, c := &reader.baton, reader.cursor
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if s.proto == http1 {
-		// Over HTTP/2 and HTTP/3 a client has a window of its own.
+		// Over HTTP/2 and HTTP/3 a client has its own flow-control window.
 		b.backlog = peer.NewBacklog(peer.Accepted(s.ctx))
 	}
 	attached := &reader.run.feed.attached
@@ -68,8 +69,8 @@ func (reader *runReader) followInTurns(ctx context.Context, s *stream) error {
 	}
 }
 
-// rest leaves the turn to others until there is something that they do not do. It
-// returns false where the stream is over.
+// rest leaves the turn to the handlers until there is something that they do not
+// write. It returns false if the stream is over.
 func (b *baton) rest(ctx context.Context, s *stream, more <-chan struct{}) (goesOn bool) {
 	b.stream = s
 	b.mu.Unlock()
@@ -83,9 +84,9 @@ func (b *baton) rest(ctx context.Context, s *stream, more <-chan struct{}) (goes
 	return goesOn
 }
 
-// publishHere lets the client have what its journal has been given, and writes it
-// from here where the client has all that came before and takes some more at once.
-// It returns false where it has done nothing.
+// publishHere makes what was appended to the journal visible to the client. It
+// also writes it, on the calling goroutine, if the client has everything before
+// and can take more at once. It returns false if it has done neither.
 func (reader *runReader) publishHere(j *journal.Journal) bool {
 	b, c := &reader.baton, reader.cursor
 	if !b.mu.TryLock() {
@@ -113,9 +114,9 @@ func (reader *runReader) publishHere(j *journal.Journal) bool {
 	return true
 }
 
-// takesAtOnceLocked reports whether the client takes some more without making
-// anybody wait. It asks the kernel again only where what has been written since may
-// be too much. It wants the stream to be locked.
+// takesAtOnceLocked reports whether a write to the client would not block. It
+// asks the kernel again only if what has been written since the last time may be
+// too much. The stream must be locked.
 func (b *baton) takesAtOnceLocked() bool {
 	if b.spare > 0 && b.heard == b.stream.lastHeard {
 		return true
@@ -129,8 +130,8 @@ func (b *baton) takesAtOnceLocked() bool {
 	return b.spare >= 0
 }
 
-// deliverLocked writes what there is, and reports whether that was all. The rest is
-// left to the client's own goroutine. It wants the stream to be locked.
+// deliverLocked writes what there is, and reports whether that was all. The rest
+// is left to the client's own goroutine. The stream must be locked.
 func (b *baton) deliverLocked(c *journal.Cursor) (all bool) {
 	for sent := 0; ; {
 		p, err := c.Next()
@@ -147,7 +148,7 @@ func (b *baton) deliverLocked(c *journal.Cursor) (all bool) {
 		b.spare -= n + aroundWrite
 		b.heard = b.stream.lastHeard
 		if err != nil || n < len(p) || b.stream.isEnding() {
-			return false // an end may be due here, as it is when the lock is given back
+			return false // an end may be due here, when the lock is released
 		}
 	}
 }

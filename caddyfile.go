@@ -167,7 +167,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			return d.WrapErr(err)
 		}
 	}
-	// Whether a comment is ever sent depends on all of them together.
+	// Whether a comment is ever sent depends on all of these settings together.
 	if err := h.Heartbeat.validate(); err != nil {
 		return heartbeat.WrapErr(err)
 	}
@@ -393,7 +393,7 @@ func parseSize(setting, value string) (int, error) {
 	return int(n), nil
 }
 
-// parseTotal is parseSize for what many have together.
+// parseTotal is parseSize for a total.
 func parseTotal(setting, value string) (int, error) {
 	n, err := humanize.ParseBytes(value)
 	if err != nil || n == 0 || n > math.MaxInt {
@@ -414,8 +414,8 @@ func parseDuration(setting, value string) (caddy.Duration, error) {
 	return caddy.Duration(d), nil
 }
 
-// tooLate is what helps where a value is a placeholder: Caddy replaces those after
-// the Caddyfile has been read, and only what is written {$NAME} before.
+// tooLate is a hint for values that are a placeholder: Caddy replaces
+// placeholders only after it has read the Caddyfile, but {$NAME} before.
 func tooLate(value string) string {
 	name, ok := strings.CutPrefix(value, "{env.")
 	if name, closed := strings.CutSuffix(name, "}"); ok && closed {

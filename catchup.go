@@ -11,26 +11,27 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
-// A client that comes back with an id of the upstream's that the journal of a
-// shared run does not have gets an upstream stream of its own, from that id on,
-// until it meets the run: at an id that both have sent. From there on it reads
-// the run's journal.
+// If a client comes back to a shared run with an id of the upstream's that is not
+// in the journal, it gets an upstream stream of its own that starts after that
+// id. When this stream reaches an id that the run has sent too, the client
+// continues with the run's journal.
 const (
-	// catchUpAfter is how long the client waits for its id to come.
+	// catchUpAfter is how long the client waits for its id to appear in the
+	// journal.
 	catchUpAfter = time.Second
 
 	// catchUpWithin is how long it waits for an upstream stream: at most
-	// maxCatchUps of a run are under way at a time.
+	// maxCatchUps of a run are in progress at a time.
 	catchUpWithin = 10 * time.Second
 	maxCatchUps   = 8
 
-	// catchUpLook is how often a client that has got all of its own stream looks
-	// whether the run has come to where it is.
+	// catchUpLook is how often a client that has received all of its own stream
+	// checks whether the run has come to the same place.
 	catchUpLook = 100 * time.Millisecond
 )
 
-// catchUps is those of a run, by the ids that they begin after. It is guarded by
-// the run's lock.
+// catchUps are those of a run, by the ids after which they start. The run's lock
+// guards them.
 type catchUps struct {
 	byID map[string]*catchUp
 	free chan struct{} // closed when one is over
@@ -49,9 +50,9 @@ type catchUp struct {
 	ended    chan struct{}
 }
 
-// enterCatchUp has a client share the stream that begins after an id, and begins
-// it where there is none. It returns nil where there are too many, and what is
-// closed when that changes.
+// enterCatchUp adds a client to the stream that starts after an id, and starts
+// that stream if there is none. If there are too many, it returns nil and a
+// channel that is closed when that changes.
 func (r *run) enterCatchUp(id string) (*catchUp, <-chan struct{}) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -81,7 +82,7 @@ func (r *run) enterCatchUp(id string) (*catchUp, <-chan struct{}) {
 	return up, c.free
 }
 
-// leave takes a client off it. The last one ends it.
+// leave removes a client. The last one ends the stream.
 func (up *catchUp) leave() {
 	up.run.mu.Lock()
 	defer up.run.mu.Unlock()
@@ -102,7 +103,7 @@ func (up *catchUp) forgetLocked() {
 	}
 }
 
-// serve lets the handlers after sse answer.
+// serve calls the handlers after sse.
 func (up *catchUp) serve(ctx context.Context) {
 	w := &catchUpResponse{up: up, header: make(http.Header)}
 	err := up.run.callSafely(ctx, up.id, w)
@@ -131,7 +132,7 @@ func (up *catchUp) serve(ctx context.Context) {
 		up.feed.journal.Discard()
 		return
 	}
-	// Clients that still read it hold what is there.
+	// Clients that still read it keep what is there.
 	context.AfterFunc(ctx, up.feed.journal.Discard)
 }
 
@@ -184,14 +185,14 @@ func (w *catchUpResponse) FlushError() error {
 }
 
 // catchUp brings a client from an id of the upstream's to the run. It returns
-// false where the stream has ended before that, and how.
+// false if the stream has ended before that, and how it ended.
 func (x *exchange) catchUp(reader *runReader, id string) (runEnd, bool) {
 	ctx, r := x.rare.feed.ctx, reader.run
 	arrives, stop := context.WithTimeout(ctx, catchUpAfter)
 	found := reader.awaitID(arrives, id)
 	stop()
 	if found {
-		x.isFound()
+		x.noteFound()
 		return runEnd{}, true
 	}
 	giveUp := time.NewTimer(catchUpWithin - catchUpAfter)
@@ -215,13 +216,13 @@ func (x *exchange) catchUp(reader *runReader, id string) (runEnd, bool) {
 			return runEnd{}, false
 		}
 		if reader.join(journal.AfterID(id)) {
-			x.isFound()
+			x.noteFound()
 			return runEnd{}, true
 		}
 	}
 }
 
-// awaitID gives the client its place as soon as the journal has its id.
+// awaitID gives the client its place as soon as its id is in the journal.
 func (reader *runReader) awaitID(ctx context.Context, id string) bool {
 	for {
 		c, ok := reader.run.feed.journal.Join(journal.Live(), nil)
@@ -245,8 +246,8 @@ func (reader *runReader) awaitID(ctx context.Context, id string) bool {
 	}
 }
 
-// isFound notes that the client's id was found.
-func (x *exchange) isFound() {
+// noteFound records that the client's id was found.
+func (x *exchange) noteFound() {
 	s := x.stream
 	s.goesOnIn(x.rare.reader.run.feed)
 	s.facts.Lock()
@@ -255,8 +256,8 @@ func (x *exchange) isFound() {
 	x.h.group.countResume(resumeFound)
 }
 
-// startUnknown has a client start with what comes from now on, after it has been
-// told that it has lost something.
+// startUnknown lets a client start with what comes from now on, after telling it
+// that it has lost something.
 func (x *exchange) startUnknown(reader *runReader) bool {
 	x.h.group.countResume(resumeUnknown)
 	x.stream.goesOnIn(reader.run.feed)
@@ -274,9 +275,9 @@ func (x *exchange) startUnknown(reader *runReader) bool {
 	return x.stream.greet(g.text()) == nil
 }
 
-// followCatchUp passes on what the upstream sends from the client's id on, until
-// that meets the run. done is false where the client has come too late for its
-// beginning.
+// followCatchUp passes on what the upstream sends after the client's id, until
+// that meets the run. done is false if the client has come too late for the
+// beginning of that stream.
 func (x *exchange) followCatchUp(ctx context.Context, reader *runReader, up *catchUp) (end runEnd, met, done bool) {
 	c, ok := up.feed.journal.Join(journal.AfterID(up.id), func() { reader.endStream(lagged) })
 	if !ok {
@@ -326,13 +327,13 @@ func (x *exchange) followCatchUp(ctx context.Context, reader *runReader, up *cat
 	}
 }
 
-// meets moves the client to the run if that has the id at which the client is.
+// meets moves the client to the run if the run has the id at which the client is.
 func (x *exchange) meets(reader *runReader, c *journal.Cursor) bool {
 	at := c.Place()
 	if !at.Exact || !reader.join(journal.AfterID(at.ID)) {
 		return false
 	}
-	x.isFound()
+	x.noteFound()
 	return true
 }
 

@@ -12,14 +12,14 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/peer"
 )
 
-// Over HTTP/1.1 what an upstream sends is written to the client's connection as a
-// chunk (RFC 9112, section 7.1), past the server and Caddy's writers, which would copy
-// it twice and ask for the time: a tenth of what an event costs. What goes to many
-// clients alike is framed once. What else goes to a client, the headers, heartbeats,
-// large pieces and the end, goes through the server as ever: between two writes it
-// holds nothing back, as each is flushed.
+// Over HTTP/1.1, what an upstream sends is written to the client's connection
+// directly, as a chunk (RFC 9112, section 7.1). The server and Caddy's writers
+// would copy it twice and read the clock: a tenth of what an event costs. What
+// goes to many clients unchanged is framed only once. The headers, heartbeats,
+// large writes and the end still go through the server. The two can't mix up
+// their order, because each write through the server is flushed.
 
-// framing is what whoever writes chunks has framed last.
+// framing holds the chunk that was framed last.
 type framing struct {
 	of    []byte
 	chunk []byte
@@ -27,13 +27,13 @@ type framing struct {
 
 var framings = sync.Pool{New: func() any { return new(framing) }}
 
-// recycle is called when nobody uses it any more.
+// recycle is called when it is no longer used.
 func (f *framing) recycle() {
 	f.of = nil // a journal's
 	framings.Put(f)
 }
 
-// frame returns p as a chunk, until it is called again.
+// frame returns p as a chunk. The result is valid until the next call.
 func (f *framing) frame(p []byte) []byte {
 	if len(f.of) == len(p) && &f.of[0] == &p[0] {
 		return f.chunk
@@ -46,10 +46,10 @@ func (f *framing) frame(p []byte) []byte {
 	return f.chunk
 }
 
-// chunkConn is the connection that chunks of the stream may be written to, once
-// its headers have been flushed; nil where the server does not frame the body as
-// chunks, or where a writer in between wants to see it: an encoder, or what counts
-// for the access log.
+// chunkConn is the connection to which chunks of the stream may be written once
+// its headers have been flushed. It is nil if the server does not use chunks for
+// the body, or if a writer in between needs to see it: an encoder, or the one
+// that counts bytes for the access log.
 func (x *exchange) chunkConn() net.Conn {
 	header := x.w.Header()
 	framed := header["Transfer-Encoding"] != nil || header["Content-Length"] != nil
@@ -60,7 +60,7 @@ func (x *exchange) chunkConn() net.Conn {
 }
 
 // isServersOwn reports whether a writer is net/http's for HTTP/1.x, with nothing
-// around it but Caddy's timeouts, which do not apply to streams.
+// around it except Caddy's timeouts, which do not apply to streams.
 func isServersOwn(w http.ResponseWriter) bool {
 	for ; w != nil; w = unwrap(w) {
 		switch w.(type) {
@@ -82,15 +82,16 @@ func isServersOwn(w http.ResponseWriter) bool {
 	return false
 }
 
-// writeChunksTo has chunks written to a connection, if there is one.
+// writeChunksTo makes the stream write chunks to a connection; nil: it does not.
 func (s *stream) writeChunksTo(conn net.Conn) {
 	s.mu.Lock()
 	defer s.unlock()
 	s.chunks = conn
 }
 
-// sendBodyLocked sends what the upstream has just sent, as a chunk where the client
-// can be sent one. Who sends the same to many has a framing; nil: one is borrowed.
+// sendBodyLocked sends what the upstream has just sent, as a chunk if possible.
+// Callers that send the same to many clients pass a framing; with nil, one is
+// borrowed.
 func (s *stream) sendBodyLocked(f *framing, lead, body []byte) error {
 	if s.chunks == nil || len(lead) > 0 || len(body) > progressUnit {
 		return s.sendLocked(s.lastBytes, lead, body)
@@ -108,7 +109,7 @@ func (s *stream) sendChunkLocked(chunk []byte) error {
 	s.moves(s.lastBytes)
 	if _, err := s.chunks.Write(chunk); err != nil {
 		s.failLocked(err)
-		_ = s.chunks.Close() // as net/http does: what follows would be no chunk
+		_ = s.chunks.Close() // as net/http does: more bytes would not be a chunk
 		return err
 	}
 	s.lastHeard = s.age()

@@ -23,8 +23,8 @@ Works with Server-Sent Events streams that pass through the sse handler.`,
 // addCommands makes cmd the parent of every subcommand of `caddy sse`.
 func addCommands(cmd *cobra.Command) {
 	cmd.AddCommand(listCommand(), runsCommand(), closeCommand(), dashboardCommand(), topCommand(), checkCommand(), demoCommand())
-	// Without these, cobra prints help for a word that it does not know, and the
-	// exit status is 0.
+	// Without these, cobra prints help for an unknown word, and the exit status is
+	// 0.
 	cmd.Args = cobra.ArbitraryArgs
 	cmd.SuggestionsMinimumDistance = 2
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {

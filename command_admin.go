@@ -19,24 +19,23 @@ import (
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 )
 
-// adminHelp is what every command that calls the admin API says about finding
-// it.
+// adminHelp says how commands that call the admin API find it.
 const adminHelp = `
-It asks the admin API, which must be enabled. --address says where that
+It uses the admin API, which must be enabled. --address is where the admin API
 listens: localhost:2019, :2019, http://127.0.0.1:2019 or unix//path/to/socket.
 Without it, the address is the one in the configuration file (--config and
 --adapter, as for "caddy reload"), by default in ./Caddyfile if there is one,
 and otherwise Caddy's default, which the environment variable CADDY_ADMIN
 can change.`
 
-// adminPatience is how long the admin API may take for a whole answer.
+// adminPatience is how long the admin API may take for a complete answer.
 const adminPatience = 10 * time.Second
 
-// maxAdminAnswer bounds what is read of an answer: a list of 1,000 streams is
+// maxAdminAnswer bounds how much of an answer is read: a list of 1,000 streams is
 // below 1 MiB.
 const maxAdminAnswer = 16 << 20
 
-// errTooLong is that an answer is above it.
+// errTooLong means that an answer exceeds it.
 var errTooLong = errors.New("it is too long")
 
 // addAdminFlags adds the flags that say where the admin API is.
@@ -51,11 +50,11 @@ type adminClient struct {
 	address  string // for people
 	network  string // where to dial
 	dial     string
-	hosts    []string // what to call it, tried one after the other; empty for a Unix socket
+	hosts    []string // names to call it by, tried one after the other; empty for a Unix socket
 	patience time.Duration
 }
 
-// findAdmin looks where Caddy's own commands would look.
+// findAdmin looks in the same places as Caddy's own commands.
 func findAdmin(flags caddycmd.Flags) (adminClient, error) {
 	address := strings.TrimSpace(flags.String("address"))
 	if address == "" {
@@ -92,8 +91,8 @@ func adminConfig(flags caddycmd.Flags) (string, error) {
 	return "", fmt.Errorf("looking for a Caddyfile: %w; --address says where the admin API is without one", err)
 }
 
-// newAdminClient reads an address in any form that Caddy's configuration, or a
-// person who copies it from a browser, has.
+// newAdminClient accepts an address in any form of Caddy's configuration, or as
+// copied from a browser.
 func newAdminClient(address string) (adminClient, error) {
 	c := adminClient{address: address, patience: adminPatience}
 	if scheme, _, ok := strings.Cut(address, "://"); ok && strings.EqualFold(scheme, "https") {
@@ -117,8 +116,8 @@ func newAdminClient(address string) (adminClient, error) {
 	case parsed.PortRangeSize() != 1 || parsed.StartPort == 0:
 		return c, fmt.Errorf("the admin address %q is invalid: it needs one port", c.address)
 	}
-	// The admin API takes the name that its configuration has for it, or any
-	// name of the loopback interface if it listens there.
+	// The admin API accepts the name that its configuration has for it, or any name
+	// of the loopback interface if it listens there.
 	named := parsed.JoinHostPort(0)
 	c.network, c.dial, c.hosts = parsed.Network, named, []string{named}
 	if parsed.Host == "" {
@@ -129,7 +128,8 @@ func newAdminClient(address string) (adminClient, error) {
 	return c, nil
 }
 
-// call returns the answer to a request, or says plainly why there is none.
+// call returns the answer to a request, or an error that says plainly why there
+// is none.
 func (c adminClient) call(method, uri string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), c.patience)
 	defer cancel()
@@ -172,7 +172,7 @@ func (c adminClient) exchange(ctx context.Context, host, method, uri string) (st
 }
 
 // open sends one request and returns the answer when it begins, whatever its
-// status: it may go on for as long as it likes.
+// status. The answer may go on without limit.
 func (c adminClient) open(ctx context.Context, method, uri string) (response *http.Response, err error) {
 	for i, host := range c.hosts {
 		if i > 0 {
@@ -186,7 +186,7 @@ func (c adminClient) open(ctx context.Context, method, uri string) (response *ht
 	return response, err
 }
 
-// refusal says what an answer of open that is no success means, and closes it.
+// refusal explains an answer of open that is not a success, and closes it.
 func (c adminClient) refusal(ctx context.Context, answer *http.Response) error {
 	late := time.AfterFunc(c.patience, func() { answer.Body.Close() })
 	defer late.Stop()
@@ -195,11 +195,11 @@ func (c adminClient) refusal(ctx context.Context, answer *http.Response) error {
 	if err != nil {
 		return fmt.Errorf("reading the answer of the admin API at %s: %w", c.address, err)
 	}
-	host := strings.TrimPrefix(answer.Request.Header.Get("Origin"), "http://") // as it was called
+	host := strings.TrimPrefix(answer.Request.Header.Get("Origin"), "http://") // the name that was used
 	return c.explain(ctx, host, answer.StatusCode, said)
 }
 
-// begin is send for an answer that must begin in time, but not end.
+// begin is send for an answer that must begin in time, but need not end.
 func (c adminClient) begin(ctx context.Context, host, method, uri string) (*http.Response, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	late := time.AfterFunc(c.patience, cancel)
@@ -213,7 +213,7 @@ func (c adminClient) begin(ctx context.Context, host, method, uri string) (*http
 	return response, nil
 }
 
-// closing is a body that does something more when it is closed.
+// closing is a body with a function to call when it is closed.
 type closing struct {
 	io.ReadCloser
 	also func()
@@ -224,15 +224,16 @@ func (c closing) Close() error {
 	return c.ReadCloser.Close()
 }
 
-// elsewhere is what helps when it is not the admin API that was asked.
+// elsewhere is the hint for the case that something else than the admin API has
+// answered.
 const elsewhere = "; --address, --config and the environment variable CADDY_ADMIN say where the admin API is"
 
-// send asks again after an EOF. Caddy stops the admin server of a replaced
+// send repeats a request after an EOF. Caddy stops the admin server of a replaced
 // configuration after it has loaded the new one, and a net/http server that is
-// told to stop closes connections that it has just accepted, without a look at
-// their requests. So such a request has not been handled.
+// told to stop closes connections that it has just accepted without reading their
+// requests. So such a request has not been handled.
 func (c adminClient) send(ctx context.Context, host, method, uri string) (*http.Response, error) {
-	// The name of the host is not where the connection goes.
+	// The host name does not say where to connect.
 	request, err := http.NewRequestWithContext(ctx, method, "http://127.0.0.1"+uri, nil)
 	if err != nil {
 		return nil, err
@@ -263,7 +264,7 @@ func (c adminClient) send(ctx context.Context, host, method, uri string) (*http.
 	return nil, fmt.Errorf("what answers at the address %s is no admin API of Caddy: %w%s", c.address, err, elsewhere)
 }
 
-// explain says what an answer that is no success means.
+// explain says what an answer means that is not a success.
 func (c adminClient) explain(ctx context.Context, host string, status int, answer []byte) error {
 	var said struct {
 		Error string `json:"error"`
@@ -287,8 +288,8 @@ func (c adminClient) explain(ctx context.Context, host string, status int, answe
 	return fmt.Errorf("the admin API at %s answers %d %s: %s", c.address, status, http.StatusText(status), printable(string(answer), 1024))
 }
 
-// isCaddy asks for what every admin API of Caddy has: its configuration, as
-// JSON with a tag.
+// isCaddy requests what every admin API of Caddy has: its configuration, as JSON
+// with an ETag.
 func (c adminClient) isCaddy(ctx context.Context, host string) bool {
 	response, err := c.send(ctx, host, http.MethodGet, "/config/")
 	if err != nil {

@@ -19,10 +19,11 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/doctor"
 )
 
-// tokenVariable is where the token of a probe is if no flag says it.
+// tokenVariable is the environment variable with the token of a probe, if no flag
+// gives it.
 const tokenVariable = "SSE_PROBE_TOKEN"
 
-// What `caddy sse check` exits with, beside 0.
+// The exit statuses of `caddy sse check`, other than 0.
 const (
 	exitFindings = 1
 	exitUnknown  = 2
@@ -33,22 +34,22 @@ func checkCommand() *cobra.Command {
 		Use:   "check <url> [--token <token>] [--json]",
 		Short: "Finds out what is between here and a stream",
 		Long: `
-Finds out what the hops between here and a stream do to it: who holds headers or
-events back, compresses them, cuts streams that are silent or old, and changes
-requests.
+Finds out what the proxies between here and a server do to streams: whether they
+hold headers or events back, compress them, cut streams that are silent or old,
+or change requests.
 
-With a token, the sse_probe at the URL is asked, which answers as the check
-needs it. The token may also be in ` + tokenVariable + `. Without one, the stream at the
-URL is listened to, and only what the stream itself shows can be told.
+With a token, the URL is that of an sse_probe, which sends what each test needs.
+The token may also be in ` + tokenVariable + `. Without a token, the check reads the
+stream at the URL, and can report only what that stream itself shows.
 
-Proxies are taken from the environment as curl takes them: http_proxy,
-https_proxy, all_proxy, no_proxy. HTTP/3 goes past them.
+It uses the proxies that curl takes from the environment: http_proxy, https_proxy,
+all_proxy, no_proxy. HTTP/3 does not use them.
 
-Findings come with what was seen, what it means and what to set.
-docs/is-it-the-proxy.md walks through one. Progress goes to standard error.
+A finding says what was seen, what it means and what to set.
+docs/is-it-the-proxy.md explains an example. Progress goes to standard error.
 
-Exit status: 1 with any finding; else 0 if every test could be made; else 2, also
-where the command line is wrong or the answer is no stream.`,
+Exit status: 1 with any finding; otherwise 0 if all tests ran; otherwise 2, also if
+the command line is wrong or the answer is not a stream.`,
 		Example: `  caddy sse check https://example.com/probe --token "$TOKEN"
   caddy sse check https://example.com/events
   caddy sse check --http 2 --json https://example.com/probe`,
@@ -75,17 +76,17 @@ where the command line is wrong or the answer is no stream.`,
 	return cmd
 }
 
-// wrongUsage tells what is wrong with the command line.
+// wrongUsage reports an error in the command line.
 func wrongUsage(cmd *cobra.Command, err error) error {
 	fmt.Fprintf(cmd.ErrOrStderr(), "sse check: %v; caddy sse check --help says more\n", err)
 	return exitWith(cmd, exitUnknown)
 }
 
-// errExit makes caddycmd.Main exit with 1. It is not shown.
+// errExit makes caddycmd.Main exit with status 1. It is not shown.
 var errExit = errors.New("sse check: exit status 1")
 
-// exitWith makes the process exit with a status. That of Caddy's own error for
-// it is 0 for 1 without an error.
+// exitWith makes the process exit with a status. Caddy's own way would exit with
+// 0 for status 1 without an error.
 func exitWith(cmd *cobra.Command, status int) error {
 	if status == exitFindings {
 		return errExit
@@ -183,7 +184,7 @@ func checkHeader(fields []string) (http.Header, error) {
 	return header, nil
 }
 
-// checkData returns the body, of a file perhaps.
+// checkData returns the body, which may be in a file.
 func checkData(data string) ([]byte, error) {
 	name, isFile := strings.CutPrefix(data, "@")
 	if !isFile {

@@ -22,8 +22,8 @@ import (
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 )
 
-// dashboardCalls are the calls that are passed on to the admin API, below /sse/,
-// and no others.
+// dashboardCalls are the only calls that are forwarded to the admin API, below
+// /sse/.
 var dashboardCalls = []string{
 	"GET watch",
 	"GET streams",
@@ -39,13 +39,13 @@ func dashboardCommand() *cobra.Command {
 		Use:   "dashboard [--listen <address>]",
 		Short: "Shows the streams in a browser",
 		Long: `
-Serves a page that shows live what goes on in a running Caddy: streams that are
-open, opened and ended, events and bytes a second, the longest gaps, and the list
-of streams with a button that ends one. It prints the address of the page.
+Serves a page that shows live what happens in a running Caddy: how many streams
+are open, opened and ended, events and bytes per second, the longest gaps, and a
+list of streams with a button to end a stream. It prints the address of the page.
 
-The page is on the loopback interface, at a path that nobody else knows. It is
-given nothing of the admin API but that. To see it from another machine, forward
-the port: ssh -L 8081:127.0.0.1:8081 and --listen 127.0.0.1:8081.
+The page is on the loopback interface, under a random path, and can use only this
+part of the admin API. To see it from another machine, forward the port:
+ssh -L 8081:127.0.0.1:8081 and --listen 127.0.0.1:8081.
 
 --listen is the address of the page; port 0 is any free one.
 ` + adminHelp,
@@ -95,8 +95,8 @@ func serveDashboardUntil(ctx context.Context, flags caddycmd.Flags) error {
 	return nil
 }
 
-// listenOnLoopback listens on a TCP address that only this machine reaches:
-// whoever sees the page can end streams.
+// listenOnLoopback listens on a TCP address that only this machine can reach:
+// anyone who sees the page can end streams.
 func listenOnLoopback(listen string) (net.Listener, error) {
 	address, err := listenAddress(listen, 0)
 	if err != nil {
@@ -113,7 +113,8 @@ func listenOnLoopback(listen string) (net.Listener, error) {
 	return listener, nil
 }
 
-// isLoopback reports whether a host is one by which this machine alone is called.
+// isLoopback reports whether a host name means this machine for this machine
+// only.
 func isLoopback(host string) bool {
 	if strings.EqualFold(host, "localhost") {
 		return true
@@ -122,14 +123,14 @@ func isLoopback(host string) bool {
 	return err == nil && ip.Unmap().IsLoopback()
 }
 
-// randomPath is a path that nobody guesses.
+// randomPath is a path that can't be guessed.
 func randomPath() string {
 	var random [16]byte
 	rand.Read(random[:]) // which never fails
 	return base64.RawURLEncoding.EncodeToString(random[:])
 }
 
-// dashboardProxy serves the page and passes its calls on.
+// dashboardProxy serves the page and forwards its calls.
 type dashboardProxy struct {
 	admin adminClient
 	mux   *http.ServeMux
@@ -147,8 +148,8 @@ func newDashboardProxy(admin adminClient, secret string) http.Handler {
 	return http.NewCrossOriginProtection().Handler(p)
 }
 
-// ServeHTTP implements http.Handler. It answers to no name that somebody else's
-// DNS could have given to this machine.
+// ServeHTTP implements http.Handler. It does not answer to host names that
+// someone else's DNS could have pointed at this machine.
 func (p *dashboardProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	host, _, err := net.SplitHostPort(r.Host)
 	if err != nil {
@@ -161,10 +162,10 @@ func (p *dashboardProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	p.mux.ServeHTTP(w, r)
 }
 
-// idCharacters are those of ids: none of them means anything in a URI.
+// idCharacters are the characters of ids. None of them has a meaning in a URI.
 const idCharacters = "-_0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-// pass passes a call on and its answer back, as it comes.
+// pass forwards a call, and returns its answer as it comes.
 func (p *dashboardProxy) pass(w http.ResponseWriter, r *http.Request, path string) {
 	id := r.PathValue("id")
 	if strings.Trim(id, idCharacters) != "" {
@@ -194,7 +195,7 @@ func (p *dashboardProxy) pass(w http.ResponseWriter, r *http.Request, path strin
 			return
 		}
 		if err != nil {
-			panic(http.ErrAbortHandler) // the browser should not take it for the end
+			panic(http.ErrAbortHandler) // the browser must not treat it as the end
 		}
 	}
 }

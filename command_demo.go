@@ -23,8 +23,8 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/demo"
 )
 
-// defaultDemoAddress is where the demo listens if nobody says otherwise and
-// the port is free.
+// defaultDemoAddress is where the demo listens if --listen is not given and the
+// port is free.
 const defaultDemoAddress = "127.0.0.1:8080"
 
 func demoCommand() *cobra.Command {
@@ -32,12 +32,12 @@ func demoCommand() *cobra.Command {
 		Use:   "demo [--listen <address>]",
 		Short: "Shows in a browser what the sse handler does",
 		Long: `
-Starts Caddy twice on one path: with the sse handler and without it. In front is
-a hop with an idle timer of ` + demoIdle.String() + `, as load balancers and CDNs have one. At the other end
-is an upstream that does everything wrong on purpose: long silences, no
-heartbeats, no cache headers, events cut in half. A page shows both side by side,
-and has a button that restarts the upstream. Another one pulls the plug between
-browser and Caddy, for two streams of which one has resume.
+Starts a Caddy that proxies the same upstream twice: with the sse handler and
+without it. In front of Caddy is a proxy with an idle timer of ` + demoIdle.String() + `, like that of a
+load balancer or a CDN. The upstream does everything wrong on purpose: long
+silences, no heartbeats, no cache headers, events cut in half. A page shows both
+streams side by side, with a button that restarts the upstream. Another button
+pulls the plug between the browser and Caddy, for two streams, one with resume.
 
 It needs no other program, no configuration and no internet, and leaves no
 configuration behind.
@@ -46,7 +46,7 @@ configuration behind.
 is ` + defaultDemoAddress + `, or another port if that one is taken.
 
 While it runs, Caddy's admin API is at its usual address, or at another port if
-something else is there already.`,
+that address is in use.`,
 		Example: `  caddy sse demo
   caddy sse demo --listen 127.0.0.1:0`,
 		Args: cobra.NoArgs,
@@ -66,8 +66,8 @@ func runDemo(flags caddycmd.Flags) (int, error) {
 		return caddy.ExitCodeFailedStartup, err
 	}
 
-	// Caddy stops by the same signals, and then ends the process. Its servers
-	// wait for their streams, and these for the upstream.
+	// Caddy stops on the same signals, and then ends the process. Its servers wait
+	// for their streams, and these wait for the upstream.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	caddy.TrapSignals()
@@ -79,7 +79,7 @@ func runDemo(flags caddycmd.Flags) (int, error) {
 	select {}
 }
 
-// demoText says in the terminal what there is to try.
+// demoText tells in the terminal what to try.
 func demoText(url, admin string) string {
 	return fmt.Sprintf(`
   Open  %[1]s  in a browser. Ctrl-C ends the demo.
@@ -99,12 +99,12 @@ func demoText(url, admin string) string {
 `, url, demoCommandLine("list", admin), demoIdle, demoCommandLine("close", admin)+" --all")
 }
 
-// demoCommandLine is a subcommand that speaks to the demo, wherever it is called.
+// demoCommandLine is a subcommand that works with the demo from any folder.
 func demoCommandLine(name, admin string) string {
 	return "caddy sse " + name + " --address " + admin
 }
 
-// demoListen listens on the address that the demo should have.
+// demoListen listens on the demo's address.
 func demoListen(listen string, chosen bool) (net.Listener, error) {
 	address, err := listenAddress(listen, 8080)
 	if err != nil {
@@ -121,7 +121,7 @@ func demoListen(listen string, chosen bool) (net.Listener, error) {
 	return net.Listen(address.Network, address.JoinHostPort(0))
 }
 
-// listenAddress reads the one TCP address of --listen.
+// listenAddress parses --listen, which must be one TCP address.
 func listenAddress(listen string, defaultPort uint) (caddy.NetworkAddress, error) {
 	if _, err := strconv.ParseUint(listen, 10, 16); err == nil {
 		return caddy.NetworkAddress{}, fmt.Errorf("--listen: %q is a port without a colon; write :%s", listen, listen)
@@ -141,9 +141,9 @@ func listenAddress(listen string, defaultPort uint) (caddy.NetworkAddress, error
 	return address, nil
 }
 
-// demoAdmin returns where the admin API should be: at its usual address, or at a
-// free port if that is taken. It asks the system, since two Caddys can share an
-// address without either noticing (SO_REUSEPORT).
+// demoAdmin returns the address for the admin API: the usual one, or a free port
+// if that is taken. It asks the system, because two Caddys can share an address
+// without noticing (SO_REUSEPORT).
 func demoAdmin(usual string) (string, error) {
 	address, err := caddy.ParseNetworkAddress(usual)
 	if err != nil {
@@ -160,19 +160,20 @@ func demoAdmin(usual string) (string, error) {
 }
 
 const (
-	// demoIdle is the idle timer of the hop in front. Fastly has one of 10 s.
+	// demoIdle is the idle timer of the proxy in front. Fastly has one of 10 s.
 	demoIdle = 10 * time.Second
 
-	// demoGracePeriod bounds the demo's end: what has not finished by then is cut.
+	// demoGracePeriod bounds how long the demo takes to end; what has not finished
+	// by then is cut.
 	demoGracePeriod = time.Second
 
 	// demoServer is the name of the demo's server in Caddy's configuration.
 	demoServer = "demo"
 )
 
-// startDemo starts everything on loopback ports of their own, the upstream, the
-// page and Caddy, and lets the hop in front of Caddy use the listener. All of it
-// ends with ctx.
+// startDemo starts the upstream, the page and Caddy on loopback ports of their
+// own, and lets the proxy in front of Caddy use the listener. All of it ends with
+// ctx.
 func startDemo(ctx context.Context, listener net.Listener, admin string, parts demo.Parts) error {
 	endings := new(demo.Endings)
 	parts.Upstream.Endings = endings
@@ -198,8 +199,8 @@ func startDemo(ctx context.Context, listener net.Listener, admin string, parts d
 	if err != nil {
 		return fmt.Errorf("sse demo: %w", err)
 	}
-	behind := app.(*caddyhttp.App).Servers[demoServer].Listeners()[0].Addr().String()
-	hop := demo.Hop(&url.URL{Scheme: "http", Host: behind}, demoIdle, endings)
+	caddyAddr := app.(*caddyhttp.App).Servers[demoServer].Listeners()[0].Addr().String()
+	hop := demo.Hop(&url.URL{Scheme: "http", Host: caddyAddr}, demoIdle, endings)
 	ways := http.NewServeMux()
 	ways.Handle("/", hop)
 	ways.Handle("/plug/", parts.Plug.Through(hop))
@@ -207,7 +208,7 @@ func startDemo(ctx context.Context, listener net.Listener, admin string, parts d
 	return nil
 }
 
-// serveDemoLocally serves at a loopback port of its own until ctx is done.
+// serveDemoLocally serves on a loopback port of its own until ctx is done.
 func serveDemoLocally(ctx context.Context, handler http.Handler) (addr string, err error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -227,9 +228,9 @@ func serveDemo(ctx context.Context, listener net.Listener, handler http.Handler)
 	go server.Serve(listener)
 }
 
-// demoConfig is two ways to the same upstream: /events passes the sse handler,
-// /plain/events does not. It is two ways to the numbers too, with resume and
-// without it. Everything else is the page.
+// demoConfig has two routes to the same upstream: /events with the sse handler,
+// /plain/events without it. It also has two routes to the numbers, with resume
+// and without it. Everything else is the page.
 func demoConfig(admin, upstream, numbers, page string) *caddy.Config {
 	type object = map[string]any
 	proxy := func(to string) object {
@@ -252,7 +253,7 @@ func demoConfig(admin, upstream, numbers, page string) *caddy.Config {
 		"reconnect_on": []int{502, 503, 504},
 	}
 
-	// Its browser comes back soon, so that one can watch it.
+	// The browser reconnects soon, so that one can watch it.
 	plug := func(more object) object {
 		handler := object{"handler": "sse", "name": "plug", "retry": object{"min": "500ms", "max": "800ms"}}
 		maps.Copy(handler, more)
@@ -267,8 +268,8 @@ func demoConfig(admin, upstream, numbers, page string) *caddy.Config {
 			Config: &caddy.ConfigSettings{Persist: &persist},
 		},
 		Logging: &caddy.Logging{Logs: map[string]*caddy.CustomLog{
-			// A client that leaves, and an upstream that is away, are what this is
-			// about; to Caddy they are warnings and errors.
+			// The demo is about clients that leave and upstreams that are down; to
+			// Caddy these are warnings and errors.
 			"default": {BaseLog: caddy.BaseLog{Level: "WARN"}, Exclude: []string{
 				"http.handlers.reverse_proxy", "http.handlers.sse", "http.log.error",
 			}},
@@ -290,7 +291,7 @@ func demoConfig(admin, upstream, numbers, page string) *caddy.Config {
 					},
 				}},
 			}, nil),
-			// Caddy would leave files in the user's home for later runs.
+			// Caddy would leave files in the user's home directory for later runs.
 			"tls": caddyconfig.JSON(object{"disable_storage_clean": true}, nil),
 		},
 	}

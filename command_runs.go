@@ -16,15 +16,14 @@ import (
 func runsCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "runs [--json]",
-		Short: "Lists the runs: upstream streams apart from their clients",
+		Short: "Lists the runs: the upstream streams of resume and share",
 		Long: `
-Lists the runs in a running Caddy: the upstream streams that several clients
-share, and those that outlive their client's connection. AGE is how old a run
-is, IDLE since when its upstream has sent nothing, and KEPT how much its journal
-holds.
+Lists the runs of a running Caddy: the upstream streams that several clients
+share, and those that outlive their client's connection. AGE is the age of a run,
+IDLE how long its upstream has been silent, and KEPT the size of its journal.
 ` + adminHelp + `
 
---json prints the answer of the admin API, GET ` + runsPath + `, as it is.`,
+--json prints the unchanged answer of the admin API to GET ` + runsPath + `.`,
 		Example: `  caddy sse runs
   caddy sse runs --json`,
 		Args: cobra.NoArgs,

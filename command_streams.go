@@ -19,13 +19,13 @@ import (
 func listCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list [--json]",
-		Short: "Lists the streams that are open",
+		Short: "Lists the open streams",
 		Long: `
-Lists the streams that are open in a running Caddy: who is connected, since
-when (AGE), when its upstream sent something last (IDLE), and what went by.
+Lists the open streams of a running Caddy: who is connected, for how long (AGE),
+how long the upstream has been silent (IDLE), and how much was sent.
 ` + adminHelp + `
 
---json prints the answer of the admin API, GET ` + streamsPath + `, as it is.`,
+--json prints the unchanged answer of the admin API to GET ` + streamsPath + `.`,
 		Example: `  caddy sse list
   caddy sse list --json`,
 		Args: cobra.NoArgs,
@@ -78,8 +78,8 @@ func printStreams(out io.Writer, answer []byte) error {
 	return err
 }
 
-// cell makes text fit for a table. The admin API has cleaned it; whether it was
-// the admin API that answered is not known here.
+// cell makes text fit for a table. The admin API has cleaned it, but it may not
+// have been the admin API that answered.
 func cell(text string, limit int) string {
 	cleaned := printable(text, len(text)*3)
 	switch runes := []rune(cleaned); {
@@ -91,7 +91,7 @@ func cell(text string, limit int) string {
 	return cleaned
 }
 
-// age is a duration as exact as somebody looks at it.
+// age formats a duration with as much precision as a reader needs.
 func age(seconds float64) string {
 	d := time.Duration(seconds * float64(time.Second))
 	if d < 10*time.Second {
@@ -112,11 +112,10 @@ func closeCommand() *cobra.Command {
 		Use:   "close <id> | --client-ip <address> | --all",
 		Short: "Ends streams",
 		Long: `
-Ends one stream, those of one client or all of them in a running Caddy, each
-after the event that is on its way to the client. "caddy sse list" shows the
-ids.
+Ends one stream, the streams of one client, or all streams of a running Caddy.
+Each ends after its current event. "caddy sse list" shows the ids.
 
-An EventSource that was ended comes back: to keep a client out, block it too.
+An EventSource reconnects after that. To keep a client out, block it as well.
 ` + adminHelp,
 		Example: `  caddy sse close 5b3ff9c5-8b9a-4b6d-9d3e-6a1f7f6f2f0e
   caddy sse close --client-ip 203.0.113.7
@@ -147,8 +146,8 @@ func runClose(flags caddycmd.Flags) (int, error) {
 	return caddy.ExitCodeSuccess, nil
 }
 
-// closeURI is the call that ends what the command line says. Saying it twice is
-// an error: one of the two would be ignored.
+// closeURI is the call that ends what the command line says. Giving both an id
+// and a filter is an error: one of the two would be ignored.
 func closeURI(flags caddycmd.Flags) (string, error) {
 	ids, byClient, all := flags.Args(), flags.Changed("client-ip"), flags.Bool("all")
 	given := len(ids)
@@ -177,7 +176,7 @@ func closeURI(flags caddycmd.Flags) (string, error) {
 	return streamsPath + "/" + url.PathEscape(ids[0]), nil
 }
 
-// callAdmin calls the admin API that the flags say.
+// callAdmin calls the admin API at the address that the flags give.
 func callAdmin(flags caddycmd.Flags, method, uri string) ([]byte, error) {
 	client, err := findAdmin(flags)
 	if err != nil {

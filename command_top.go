@@ -28,14 +28,14 @@ func topCommand() *cobra.Command {
 		Use:   "top [--interval <duration>] [--sort <key>] [--name <name>] [--client-ip <address>] [--path <prefix>]",
 		Short: "Shows the streams in a terminal, live",
 		Long: `
-Shows live in a terminal what goes on in a running Caddy: streams that are open,
-opened and ended, events and bytes a second, and the first streams in an order.
-It stays through reloads of Caddy. q or Ctrl-C ends it.
+Shows in a terminal what happens in a running Caddy: how many streams are open,
+opened and ended, events and bytes per second, and the first streams in sorted
+order. It keeps running when Caddy reloads. q or Ctrl-C ends it.
 
---sort is a key of a stream, as "caddy sse list --json" has them: largest, longest
-and newest first, text from A to Z. A - in front turns that round.
---name, --client-ip and --path (its beginning) choose streams. The figures are of
-all the streams of --name.
+--sort is a key of a stream in "caddy sse list --json": largest, longest and
+newest first, text from A to Z. A leading - reverses the order.
+--name, --client-ip and --path (a prefix) select streams for the list. Of these,
+only --name also applies to the totals.
 ` + adminHelp,
 		Example: `  caddy sse top
   caddy sse top --sort idle_seconds --path /chat/
@@ -53,8 +53,7 @@ all the streams of --name.
 }
 
 func runTop(flags caddycmd.Flags) (int, error) {
-	// If the terminal closes, or somebody ends the process, it is left as it was
-	// too.
+	// Restore the terminal also if it is closed, or if someone ends the process.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	if err := watchInTerminal(ctx, flags, os.Stdin, os.Stdout); err != nil {
@@ -63,7 +62,7 @@ func runTop(flags caddycmd.Flags) (int, error) {
 	return caddy.ExitCodeSuccess, nil
 }
 
-// watchInTerminal shows the streams in a terminal until ctx is done or somebody
+// watchInTerminal shows the streams in a terminal until ctx is done or the user
 // presses a key.
 func watchInTerminal(ctx context.Context, flags caddycmd.Flags, in, out *os.File) (err error) {
 	ctx, quit := context.WithCancel(ctx)
@@ -102,14 +101,14 @@ func watchInTerminal(ctx context.Context, flags caddycmd.Flags, in, out *os.File
 	return showTop(ctx, screen, top.View{Address: admin.address, Asked: topAsked(asked)}, w.news)
 }
 
-// ctrlC is what a terminal sends for Ctrl-C when it makes no signal of it.
+// ctrlC is what a terminal in raw mode sends for Ctrl-C.
 const ctrlC = 3
 
-// resizeWatch is how often the terminal's size is looked at: not every platform
-// tells when it changes.
+// resizeWatch is how often the terminal's size is checked: not every platform
+// reports changes.
 const resizeWatch = 200 * time.Millisecond
 
-// showTop draws what comes until ctx is done.
+// showTop shows snapshots until ctx is done.
 func showTop(ctx context.Context, screen *top.Screen, view top.View, news <-chan topNews) error {
 	look := time.NewTicker(resizeWatch)
 	defer look.Stop()
@@ -133,7 +132,7 @@ func showTop(ctx context.Context, screen *top.Screen, view top.View, news <-chan
 	}
 }
 
-// topQuery is what the flags ask the watch for.
+// topQuery is the query of the watch that the flags ask for.
 func topQuery(flags caddycmd.Flags) (url.Values, error) {
 	asked := url.Values{"interval": {flags.Duration("interval").String()}, "sort": {flags.String("sort")}}
 	for key, flag := range map[string]string{"name": "name", "client_ip": "client-ip", "path": "path"} {
@@ -158,7 +157,7 @@ func topAsked(asked url.Values) string {
 	return text
 }
 
-// topWatch is a watch that comes back when it ends.
+// topWatch is a watch that reconnects when it ends.
 type topWatch struct {
 	admin    adminClient
 	uri      string
@@ -203,10 +202,10 @@ func (w *topWatch) follow(ctx context.Context, watch io.ReadCloser) {
 	}
 }
 
-// read tells the snapshots of one watch, and returns why no more come.
+// read passes on the snapshots of one watch, and returns why there are no more.
 func (w *topWatch) read(ctx context.Context, watch io.ReadCloser) (trouble string) {
 	defer watch.Close()
-	// One that has gone silent is as good as none.
+	// A watch that has gone silent is as bad as none.
 	silent := time.AfterFunc(w.interval+adminPatience, func() { watch.Close() })
 	defer silent.Stop()
 	err := top.Read(watch, func(snapshot top.Snapshot) {

@@ -5,25 +5,26 @@ import (
 	"time"
 )
 
-// crew calls on streams whose time has come: a few at a time, so that many that
-// are due in one instant do not take a goroutine each. One whose client does not
-// read holds up its caller, which is then replaced, so that nobody else is delayed.
+// crew calls the tick of streams whose time has come: a few at a time, so that
+// many streams due at the same instant do not need a goroutine each. If a client
+// that does not read blocks its caller, that caller is replaced, so that no other
+// stream is delayed.
 type crew struct {
 	mu      sync.Mutex
 	waiting []*stream
 	callers []*caller // those that have not been replaced
 	timer   *time.Timer
-	watched bool // the timer runs
+	watched bool // the timer is running
 }
 
-// caller is a goroutine that calls on streams.
+// caller is a goroutine that calls streams.
 type caller struct {
-	since    instant // when it began to call on the present one
+	since    instant // when it began to call the present one
 	replaced bool
 }
 
 const (
-	// crewSize is how many streams are called on at a time.
+	// crewSize is how many streams are called at a time.
 	crewSize = 32
 
 	// callPatience is how long a call may take until its caller is replaced.
@@ -37,8 +38,8 @@ func (c *crew) add(s *stream) {
 	c.employLocked()
 }
 
-// employLocked has the waiting streams called on, and looks again in a while if
-// all callers are busy.
+// employLocked lets callers work on the waiting streams. If all callers are busy,
+// it looks again after a while.
 func (c *crew) employLocked() {
 	for range min(len(c.waiting), crewSize-len(c.callers)) {
 		member := &caller{since: now()}
@@ -91,7 +92,7 @@ func (c *crew) dismissLocked(member *caller) {
 	}
 }
 
-// replace replaces the callers that are held up.
+// replace replaces the callers that are blocked.
 func (c *crew) replace() {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -12,7 +12,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// dashboardPath is where the admin API has the page. What the page calls is
+// dashboardPath is where the admin API serves the page. The page's calls are
 // relative to it.
 const dashboardPath = "/sse/"
 
@@ -23,7 +23,7 @@ var dashboardFiles embed.FS
 var dashboardScripts = []string{"numbers.js", "asking.js", "figures.js", "streams.js", "page.js"}
 
 // dashboard is the page, one document with everything in it, and the policy that
-// lets a browser run nothing but that.
+// lets a browser run nothing else.
 type dashboard struct {
 	document []byte
 	policy   string
@@ -61,14 +61,15 @@ func (d dashboard) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 	header.Set("Content-Type", "text/html; charset=utf-8")
 	header.Set("Content-Security-Policy", d.policy)
 	header.Set("Cache-Control", "no-store")
-	// The admin API takes the page's own calls by their referrer.
+	// The admin API recognises the page's own calls by their referrer.
 	header.Set("Referrer-Policy", "same-origin")
 	header.Set("X-Content-Type-Options", "nosniff")
 	w.Write(d.document)
 }
 
-// serveDashboard is for those who let browsers come to the admin API: it refuses
-// their navigation, unless its origins or a proxy in front allow it.
+// serveDashboard is for sites that allow browsers to use the admin API. By
+// default the admin API refuses a browser's navigation, unless its origins or a
+// proxy in front allow it.
 func (adminAPI) serveDashboard(w http.ResponseWriter, r *http.Request) error {
 	if r.URL.Path != dashboardPath {
 		return caddy.APIError{

@@ -14,7 +14,7 @@ const (
 	// writeBatch is how many runs are written at a time.
 	writeBatch = 1000
 
-	// largestBatch is about how many bytes are.
+	// largestBatch is about how many bytes a batch has at most.
 	largestBatch = 4 << 20
 
 	// firstWritePause is how long the writer waits after a failure. It doubles up
@@ -22,7 +22,7 @@ const (
 	firstWritePause = 50 * time.Millisecond
 )
 
-// queue lets the writer know of a run that has something for the store. It is
+// queue tells the writer that a run has something for the store. It must be
 // called with the mirror's lock held.
 func (d *depot) queue(m *mirror) {
 	d.mu.Lock()
@@ -40,21 +40,21 @@ func (d *depot) dropMirror(m *mirror) {
 	delete(d.mirrors, m)
 }
 
-// allMirrors returns those that the store has not done with. A mirror's lock
-// comes before the depot's.
+// allMirrors returns those that still have something for the store. A mirror's
+// lock must be taken before the depot's.
 func (d *depot) allMirrors() []*mirror {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return slices.Collect(maps.Keys(d.mirrors))
 }
 
-// isIdleLocked reports whether the store has all that there is for it, and for
-// other nodes.
+// isIdleLocked reports whether nothing is left to write to the store, or to send
+// to other nodes.
 func (d *depot) isIdleLocked() bool {
 	return len(d.dirty) == 0 && !d.writing && len(d.outbox) == 0 && !d.sending
 }
 
-// tellIdleLocked lets those go on who wait for the depot to be idle, if it is.
+// tellIdleLocked wakes those that wait for the depot to be idle, if it is.
 func (d *depot) tellIdleLocked() {
 	if d.idle != nil && d.isIdleLocked() {
 		close(d.idle)
@@ -80,8 +80,8 @@ func (d *depot) awaitIdle(ctx context.Context) {
 	}
 }
 
-// keepWriting writes what the runs have for the store, many at a time: while one
-// call is under way, the next one grows.
+// keepWriting writes what the runs have for the store, many at a time: during one
+// call, the next batch grows.
 func (d *depot) keepWriting() {
 	pause := firstWritePause
 	for {
@@ -108,7 +108,7 @@ func (d *depot) keepWriting() {
 	}
 }
 
-// nextBatch takes the runs that are written next.
+// nextBatch takes the runs to write next.
 func (d *depot) nextBatch() []*mirror {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -120,7 +120,7 @@ func (d *depot) nextBatch() []*mirror {
 	return batch
 }
 
-// write writes what runs have, and reports whether the store has taken it.
+// write writes a batch, and reports whether the store has accepted all of it.
 func (d *depot) write(batch []*mirror) bool {
 	var (
 		writes  []store.Write
@@ -179,7 +179,7 @@ func (d *depot) write(batch []*mirror) bool {
 	return false
 }
 
-// queueAgain puts off what is too much for one batch.
+// queueAgain postpones what is too much for one batch.
 func (d *depot) queueAgain(m *mirror) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

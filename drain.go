@@ -15,8 +15,8 @@ const (
 	// exitWatch is how often an exit looks at the streams that it waits for.
 	exitWatch = 50 * time.Millisecond
 
-	// drainedOnceIn is how often a client is ended at most when one reload follows
-	// another.
+	// drainedOnceIn is the shortest time between two ends of one client's streams
+	// when reloads follow each other.
 	drainedOnceIn = time.Minute
 
 	// drainsMatter is how long a drain counts as an earlier one.
@@ -27,37 +27,39 @@ const (
 	lastWords = 500 * time.Millisecond
 )
 
-// lastWordsUntil is the end of that: servers are stopped one after the other.
+// lastWordsUntil is the end of that time. Servers are stopped one after the
+// other.
 var lastWordsUntil = sync.OnceValue(func() instant { return now() + instant(lastWords) })
 
-// drain is how the streams of one handler end when its server stops. 0: nobody
-// is ended.
+// drain is how the streams of one handler end when its server stops. 0: none are
+// ended.
 type drain struct {
 	reload, exit time.Duration
 
 	// until is when the window ends, an instant; 0: the handler is in use.
 	until atomic.Int64
 
-	// replaced says that a reload has replaced the handler's configuration: its
-	// upstreams are not asked again.
+	// replaced says that a reload has replaced the handler's configuration: it
+	// makes no new request to its upstreams.
 	replaced atomic.Bool
 
-	// graceEnds is when Caddy's grace period ends, an instant; 0: it does not.
+	// graceEnds is when Caddy's grace period ends, an instant; 0: never.
 	graceEnds atomic.Int64
 
-	// requests are those that the handler is busy with: streams, and what may
-	// become one.
+	// requests counts the requests that the handler is serving: streams, and those
+	// that may become one.
 	requests atomic.Int64
 
-	// after is when the earliest of the drains of the same name began that still
-	// matter to this one, an instant; 0: there is none. It is set before until.
+	// after is when the earliest of the earlier drains of the same name began that
+	// still matter to this one, an instant; 0: there is none. It is set before
+	// until.
 	after instant
 
-	// left is sent to when the last of them has left; nil: nobody waits for that.
+	// left is sent to when the last of them has left; nil: no one waits for that.
 	left atomic.Pointer[chan struct{}]
 }
 
-// enter counts a request that the handler is busy with, until leave.
+// enter counts a request that the handler serves, until leave.
 func (d *drain) enter() { d.requests.Add(1) }
 
 func (d *drain) leave() {
@@ -72,8 +74,8 @@ func (d *drain) leave() {
 	}
 }
 
-// awaitIdle waits until the handler has nothing to do any more, or until one of
-// the channels says so.
+// awaitIdle waits until the handler has no requests left, or one of the channels
+// ends the wait.
 func (d *drain) awaitIdle(over <-chan time.Time, stop <-chan struct{}) {
 	left := make(chan struct{}, 1)
 	d.left.Store(&left)
@@ -111,8 +113,8 @@ func newDrain(config *Drain) *drain {
 }
 
 // drainStreams ends the resumable streams of the handler, one by one and evenly
-// over the window, so that their clients do not come back at once. It runs when
-// the handler's server begins to stop.
+// over the window, so that their clients do not reconnect all at once. It runs
+// when the handler's server begins to stop.
 func (h *Handler) drainStreams() {
 	exit.notify()
 	if !exit.exiting() {
@@ -136,20 +138,21 @@ func (h *Handler) drainStreams() {
 			h.drain.awaitIdle(nil, stop)
 		}
 	}
-	// The process exits, maybe in the middle of a reload's window: the streams that
-	// are left have the time of an exit.
+	// The process exits, perhaps in the middle of a reload's window: the streams
+	// that are left get the exit window.
 	if exit.exiting() && h.drain.exit > 0 {
 		h.drainOver(h.drain.exit, nil)
 	}
 }
 
-// beginDrain takes note of a drain on reload, and returns when the earliest of
-// those before it began that still matters; 0: none does.
+// beginDrain records a drain on reload, and returns when the earliest drain
+// before it began that still matters; 0: there is none.
 func (g *group) beginDrain(at instant) (earliest instant) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.drains = slices.DeleteFunc(g.drains, func(began instant) bool { return at-began >= instant(drainsMatter) })
-	// What begins within a second is one reload: each server has a drain of its own.
+	// Drains that begin within a second belong to one reload: each server has its
+	// own.
 	if len(g.drains) > 0 && at-g.drains[0] >= instant(time.Second) {
 		earliest = g.drains[0]
 	}
@@ -159,9 +162,8 @@ func (g *group) beginDrain(at instant) (earliest instant) {
 	return earliest
 }
 
-// spared returns for how much longer a reload lets a stream run because its
-// client was ended by an earlier one, and may have been for this very stream to
-// open.
+// spared returns for how much longer a reload lets a stream run, because its
+// client may have opened it after an earlier reload ended its last stream.
 func (s *stream) spared() time.Duration {
 	after := s.h.drain.after
 	opened := s.arrived + instant(s.opened)
@@ -171,9 +173,9 @@ func (s *stream) spared() time.Duration {
 	return max(drainedOnceIn-time.Duration(now()-opened), 0)
 }
 
-// setGrace takes note of when Caddy's grace period ends. At an exit, what is left
-// is recorded then: over HTTP/3, Caddy would wait for handlers without end
-// before it tells us.
+// setGrace records when Caddy's grace period ends. On exit, the streams that are
+// left are recorded then: over HTTP/3, Caddy would first wait for handlers
+// without limit.
 func (h *Handler) setGrace() {
 	app, err := h.ctx.AppIfConfigured("http")
 	if err != nil {
@@ -190,7 +192,7 @@ func (h *Handler) setGrace() {
 }
 
 // drainOver drains over a window, or returns false as soon as stop is closed.
-// Streams that are spared get their own time, which may be after it.
+// Spared streams get their own time, which may be later.
 func (h *Handler) drainOver(window time.Duration, stop <-chan struct{}) bool {
 	start := now()
 	last := start.plus(window)
@@ -233,15 +235,15 @@ func (h *Handler) liveStreams() []*stream {
 	return streams
 }
 
-// drainable returns those of them that a drain ends.
+// drainable returns the live streams that a drain ends.
 func (h *Handler) drainable() []*stream {
 	return slices.DeleteFunc(h.liveStreams(), func(s *stream) bool {
 		return s.isAskedEnd() || !s.resumes()
 	})
 }
 
-// joinDrain lets a stream that opens while its handler drains end in what is
-// left of the window.
+// joinDrain lets a stream that opens during a drain of its handler end in the
+// rest of the window.
 func (s *stream) joinDrain() {
 	until := instant(s.h.drain.until.Load())
 	if until == 0 || !s.resumes() {
@@ -255,8 +257,8 @@ func (s *stream) joinDrain() {
 	s.endDrainedAt(now().plus(wait))
 }
 
-// endDrainedAt has a stream end at a moment, unless its body turns out to be none
-// that can be resumed. The earliest of several moments counts.
+// endDrainedAt ends a stream at a moment, unless its body turns out not to be
+// resumable. The earliest of several moments counts.
 func (s *stream) endDrainedAt(due instant) {
 	s.facts.Lock()
 	defer s.facts.Unlock()
@@ -269,13 +271,13 @@ func (s *stream) endDrainedAt(due instant) {
 	}
 }
 
-// awaitDrains waits for the streams that drains still end. Where the current
-// configuration has an HTTP server, that has waited for them already.
+// awaitDrains waits for the streams that drains are still ending. If the current
+// configuration has an HTTP server, that has already waited for them.
 func awaitDrains() {
 	if len(live.streams()) == 0 {
 		return
 	}
-	// The server still has last bytes to send when a stream has ended here.
+	// After a stream has ended here, the server still has its last bytes to send.
 	defer time.Sleep(2 * exitWatch)
 	start := now()
 	for {
@@ -293,7 +295,7 @@ func awaitDrains() {
 }
 
 // endWhatIsLeft ends every stream of the process when it exits and the grace
-// period is over, so that the end of each is told.
+// period is over, so that the end of each is reported.
 func endWhatIsLeft(context.Context) error {
 	if exit.exiting() {
 		endStreams(live.streams())
@@ -302,15 +304,14 @@ func endWhatIsLeft(context.Context) error {
 	return nil
 }
 
-// endStreams ends streams at the end of the process. It is nobody's fault that
-// they are not whole; their clients see that they are not. Handlers that do not
-// leave are not waited for.
+// endStreams ends streams when the process ends. Their clients see that they are
+// not complete. Handlers that do not return are not waited for.
 func endStreams(streams []*stream) {
 	for _, s := range streams {
 		s.endNow(serverClosed)
 	}
 	isOpen := func(s *stream) bool { return s.at() < stageClosed }
-	// Streams that have just closed by themselves are in no list any more.
+	// Streams that have just closed by themselves are no longer in any list.
 	isBusy := func() bool { return slices.ContainsFunc(streams, isOpen) || live.telling.Load() > 0 }
 	for until := lastWordsUntil(); isBusy() && now() < until; {
 		time.Sleep(time.Millisecond)

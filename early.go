@@ -15,7 +15,7 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/jsonflag"
 )
 
-// upload is the body of a request. It knows when it has been read to its end.
+// upload is the body of a request. It knows when it has been read completely.
 type upload struct {
 	io.ReadCloser
 	left     int64 // of its Content-Length; -1: it has none
@@ -24,7 +24,7 @@ type upload struct {
 	found    atomic.Bool // there has been a byte
 }
 
-// Read does not look for an end after Content-Length where the connection may be
+// Read does not look for an end after Content-Length if the connection may be
 // gone by then.
 func (u *upload) Read(p []byte) (int, error) {
 	if u.outlives && u.read.Load() {
@@ -45,7 +45,8 @@ func (u *upload) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Close leaves a body that may outlive its connection to the server.
+// Close does nothing for a body that may outlive its connection; the server
+// closes it.
 func (u *upload) Close() error {
 	if u.outlives {
 		return nil
@@ -54,8 +55,8 @@ func (u *upload) Close() error {
 }
 
 // mayStartEarly reports whether a stream may start before its upstream answers,
-// perhaps once the request's body has asked for one. A request for another
-// protocol never does, nor does OPTIONS: its answer is no stream.
+// perhaps only once the request's body has asked for one. A request for another
+// protocol never does, nor does OPTIONS: its answer is not a stream.
 func (x *exchange) mayStartEarly() bool {
 	early := x.h.EarlyStart
 	if early == nil || early.Delay <= 0 || x.r.Method == http.MethodOptions || asksForUpgrade(x.r.Header) {
@@ -74,8 +75,8 @@ func isJSON(r *http.Request) bool {
 	return essence == "application/json" || strings.HasSuffix(essence, "+json")
 }
 
-// askingBody is a JSON body that may ask for a stream. It tells so once, when the
-// upstream has read that far, and holds nothing up.
+// askingBody is a JSON body that may ask for a stream. It says so once, when the
+// upstream has read that far, and delays nothing.
 type askingBody struct {
 	io.ReadCloser
 	scan  jsonflag.Scanner
@@ -93,7 +94,7 @@ func (b *askingBody) Read(p []byte) (int, error) {
 }
 
 // awaitAsking returns a channel that is closed when the client has asked for a
-// stream: at once, or when its body does. It is nil where that changes nothing.
+// stream: at once, or when its body does. It is nil if that would change nothing.
 func (x *exchange) awaitAsking() <-chan struct{} {
 	if !x.mayStartEarly() {
 		return nil
@@ -107,8 +108,8 @@ func (x *exchange) awaitAsking() <-chan struct{} {
 	return asked
 }
 
-// asksForUpgrade reports whether a request wants another protocol. One that
-// only offers HTTP/2 (h2c) is answered over HTTP/1.1 all the same.
+// asksForUpgrade reports whether a request wants another protocol. One that only
+// offers HTTP/2 (h2c) is still answered over HTTP/1.1.
 func asksForUpgrade(header http.Header) bool {
 	for _, value := range header["Upgrade"] {
 		for protocol := range strings.SplitSeq(value, ",") {
@@ -120,7 +121,7 @@ func asksForUpgrade(header http.Header) bool {
 	return false
 }
 
-// watchUpload takes note of whether the request's body has been read.
+// watchUpload wraps the request's body to record when it has been read.
 func (x *exchange) watchUpload() {
 	if x.keeps() && x.r.ContentLength != 0 && x.r.Body != nil {
 		x.rare.upload = &upload{ReadCloser: x.r.Body, left: x.r.ContentLength, outlives: true}
@@ -133,7 +134,7 @@ func (x *exchange) watchUpload() {
 	}
 }
 
-// startEarly starts the stream without the upstream's headers, unless its
+// startEarly starts the stream without the upstream's headers, unless the
 // handlers have answered.
 func (x *exchange) startEarly() {
 	if x.role != undecided {
@@ -141,7 +142,7 @@ func (x *exchange) startEarly() {
 	}
 	if x.place == nil && x.h.limits != (limits{}) {
 		if x.place, _ = x.reserve(); x.place == nil {
-			return // the upstream's answer will be refused, when it comes
+			return // the upstream's answer will be refused when it comes
 		}
 	}
 	x.idleTimeoutsOfHandlers() // before a heartbeat can use the server's
@@ -159,11 +160,11 @@ func (x *exchange) startEarly() {
 	x.stream = s
 	x.h.headers.apply(header)
 	if upload := x.rare.upload; upload != nil && x.r.ProtoMajor == 1 && !upload.read.Load() {
-		// Otherwise net/http reads the rest of the request's body itself when
-		// the headers go out, and the upstream does not get it. net/http may
-		// also panic on the connection's next request if some of the body is
-		// left at the end, so there is no next one. Connections that do not
-		// support this do neither.
+		// Otherwise net/http reads the rest of the request's body itself when the
+		// headers go out, and the upstream does not get it. net/http may also panic
+		// on the connection's next request if some of the body is left at the end, so
+		// this connection gets no further request. Connections that do not support
+		// full duplex have neither problem.
 		if http.NewResponseController(x.w).EnableFullDuplex() == nil {
 			header["Connection"] = []string{"close"}
 		}
@@ -172,11 +173,10 @@ func (x *exchange) startEarly() {
 	x.start()
 }
 
-// answered takes the upstream's late headers: those of a stream are all that
-// is usable.
+// answered takes the upstream's late headers. Only those of a stream are usable.
 func (s *stream) answered(status int, header http.Header, upstream string) {
 	if s.isCut() || s.ctx.Err() != nil {
-		return // it is the proxy that answers, for an upstream that was given up
+		return // the proxy answers, for an upstream that was given up
 	}
 	age := s.age()
 	s.facts.Lock()
@@ -212,7 +212,7 @@ func typeOf(header http.Header) string {
 }
 
 // unanswered ends a stream whose handlers have left without an answer. A writer
-// around this one may panic on the last words.
+// around this one may panic on the last bytes.
 func (x *exchange) unanswered(out outcome) (after outcome) {
 	after = out
 	defer func() {
@@ -232,8 +232,8 @@ func (x *exchange) unanswered(out outcome) (after outcome) {
 	return after
 }
 
-// statusOf returns the status that Caddy answers with when a handler leaves
-// with err.
+// statusOf returns the status with which Caddy answers when a handler returns
+// err.
 func statusOf(err error) int {
 	if handlerErr, ok := errors.AsType[caddyhttp.HandlerError](err); ok && handlerErr.StatusCode != 0 {
 		return handlerErr.StatusCode
@@ -244,9 +244,9 @@ func statusOf(err error) int {
 	return http.StatusOK
 }
 
-// failEarly tells the client of a stream that has started that there is none,
-// in the only way that is left, and ends it. The upstream's own words stay
-// here: they are not for everybody.
+// failEarly tells the client of a stream that was started early that the upstream
+// has no stream for it, in the only way that is left, and ends it. The upstream's
+// own error text is not sent: it may be confidential.
 func (s *stream) failEarly(status int, message string) {
 	s.mu.Lock()
 	defer s.unlock()
@@ -268,13 +268,13 @@ func countEarlyStartFailure(h *Handler, status int) {
 	collector.earlyStartFailures.WithLabelValues(h.Name, strconv.Itoa(status)).Inc()
 }
 
-// errorEvent is an event that tells an error.
+// errorEvent is an event that reports an error.
 func errorEvent(status int, kind, message string) []byte {
 	return fmt.Appendf(nil, "event: error\ndata: %s\n\n", errorData(status, kind, message))
 }
 
-// errorData tells an error. The SDKs of OpenAI and Anthropic look for the member
-// error, whatever the event's name, and raise.
+// errorData is the data of such an event. The SDKs of OpenAI and Anthropic look
+// for the member error, whatever the event's name, and raise an error.
 func errorData(status int, kind, message string) []byte {
 	type failure struct {
 		Type    string `json:"type"`

@@ -15,24 +15,25 @@ import (
 	"github.com/caddy-sse/caddy-sse/store"
 )
 
-// distantAnswer is what came of a client's id that is of no run of this process.
+// distantAnswer is the result for a client's id that belongs to no run of this
+// process.
 type distantAnswer uint8
 
 const (
-	notElsewhere      distantAnswer = iota // of none of another node either
+	notElsewhere      distantAnswer = iota // it belongs to no run of another node either
 	answeredElsewhere                      // the request has its answer
-	newElsewhere                           // it goes on as a new one
+	newElsewhere                           // it continues as a new request
 )
 
-// A run that the store does not have may not have been written yet: it is looked
-// for again after pauses that double, so often and for as long as it may be late.
+// A run that is not in the store may not have been written yet. The node looks
+// for it again after pauses that double, as long as it may be late.
 const (
 	firstLook  = 20 * time.Millisecond
 	lastLook   = 16 * firstLook
 	leastLooks = 6
 )
 
-// comeBackElsewhere answers a client that has come back to a run of another node.
+// comeBackElsewhere answers a client that has come back to another node's run.
 func (x *exchange) comeBackElsewhere() (outcome, distantAnswer) {
 	id, ok := parseRunID(x.rare.brought)
 	if !ok {
@@ -52,7 +53,7 @@ func (x *exchange) comeBackElsewhere() (outcome, distantAnswer) {
 		case id.n > found.Last, lost && id.n == found.Last:
 			return outcome{}, notElsewhere
 		case id.n == found.Last && x.kind.eventSource:
-			return outcome{}, newElsewhere // it comes back for what is next
+			return outcome{}, newElsewhere // it has everything, and comes back for what is next
 		}
 	}
 	if errors.Is(err, store.ErrUnknown) {
@@ -101,8 +102,8 @@ func (x *exchange) lookElsewhere(token runToken) (found store.Run, begin *runBeg
 	}
 }
 
-// findElsewhere finds the run of another node that the client may come back to.
-// Somebody else's is unknown.
+// findElsewhere finds another node's run to which the client may come back. If it
+// is someone else's, it counts as unknown.
 func (x *exchange) findElsewhere(token runToken) (found store.Run, begin *runBegin, err error) {
 	d := x.h.resuming.depot
 	if d.away.Load() {
@@ -114,7 +115,7 @@ func (x *exchange) findElsewhere(token runToken) (found store.Run, begin *runBeg
 	}
 	begin = new(runBegin)
 	if json.Unmarshal(found.Begin, begin) != nil {
-		return found, nil, store.ErrUnknown // of a version that is none of ours
+		return found, nil, store.ErrUnknown // written by an incompatible version
 	}
 	place := x.keptPlace()
 	if subtle.ConstantTimeCompare(place[:], begin.Place) == 0 {
@@ -132,7 +133,7 @@ func (x *exchange) isKnownElsewhere(token runToken) bool {
 	return err == nil
 }
 
-// marshalBegin is what the store has of the run from its beginning on.
+// marshalBegin is what the store gets about the run when it begins.
 func (r *run) marshalBegin(status int, upstream string) []byte {
 	text, err := json.Marshal(runBegin{
 		Node:     r.h.resuming.depot.node,
@@ -149,8 +150,8 @@ func (r *run) marshalBegin(status int, upstream string) []byte {
 	return text
 }
 
-// awaitReached waits for the store to have event n of a run that goes on. It
-// returns false where the run has not reached it, or does not in time.
+// awaitReached waits for the store to have event n of a run that has not ended.
+// It returns false if the run has not reached it, or does not in time.
 func (f *follower) awaitReached(ctx context.Context, n uint64) bool {
 	ctx, stop := context.WithTimeout(ctx, f.d.lease)
 	defer stop()
@@ -172,8 +173,7 @@ func (f *follower) awaitReached(ctx context.Context, n uint64) bool {
 	return false
 }
 
-// goOnElsewhere makes a stream of a run of another node, from the client's place
-// on.
+// goOnElsewhere makes a stream of another node's run, from the client's place on.
 func (x *exchange) goOnElsewhere(id runID, found store.Run) runEnd {
 	f := x.rare.follower
 	p := placing{brought: true, found: true}
@@ -195,7 +195,7 @@ func (x *exchange) goOnElsewhere(id runID, found store.Run) runEnd {
 	return f.follow(x.rare.feed.ctx, x.stream)
 }
 
-// leaveElsewhere tells the node of the run that the request's client has left.
+// leaveElsewhere tells the run's node that the request's client has left.
 func (x *exchange) leaveElsewhere() {
 	f := x.rare.follower
 	why, stay := x.whyLeft()
@@ -203,13 +203,13 @@ func (x *exchange) leaveElsewhere() {
 		f.d.post(f.begin.Node, message{Op: clientStops, Run: f.key.String(), Why: endedByAdmin.String()})
 	}
 	if why == notEnded || why == serverClosed {
-		stay = x.h.resuming.window // it has not been there, or comes back to another node
+		stay = x.h.resuming.window // it was not there yet, or comes back to another node
 	}
 	f.leave(stay)
 }
 
-// storeIsAway answers a client that has come back while nobody can tell to what.
-// An answer is not paid for twice.
+// storeIsAway answers a client that has come back while the store is unavailable.
+// An answer must not be paid for twice.
 func (x *exchange) storeIsAway() (outcome, distantAnswer) {
 	if x.r.Method == http.MethodGet {
 		x.h.group.countResume(resumeUnknown)
@@ -222,7 +222,7 @@ func (x *exchange) storeIsAway() (outcome, distantAnswer) {
 		errors.New("sse: resume: the store is away, so nobody can tell whether the stream is there"))}, answeredElsewhere
 }
 
-// stopElsewhere ends a run of another node because its client says so.
+// stopElsewhere ends another node's run on its client's request.
 func (x *exchange) stopElsewhere(id runID, found store.Run, begin *runBegin) (outcome, distantAnswer) {
 	d, ctx := x.h.resuming.depot, x.r.Context()
 	dead := d.isDead(begin.Node)
@@ -240,7 +240,7 @@ func (x *exchange) stopElsewhere(id runID, found store.Run, begin *runBegin) (ou
 		stop := message{Op: clientStops, Run: keyOf(id.token).String(), N: id.n, Why: clientClosed.String()}
 		err = d.send(ctx, begin.Node, x.h.Name, stop)
 	}
-	if err == nil && (found.End != nil || dead) { // nobody there may drop it
+	if err == nil && (found.End != nil || dead) { // there is no one to drop it
 		err = d.call(ctx, storeWrite, storePatience, func(ctx context.Context) error {
 			return errors.Join(d.store.Write(ctx, []store.Write{{Run: keyOf(id.token), Drop: true}})...)
 		}, x.h.Name)

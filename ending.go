@@ -10,39 +10,39 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/peer"
 )
 
-// errStreamEnded is what the upstream's side gets for writing to a stream that
-// is over, and the cause of its context. It is a cancellation: reverse_proxy
-// counts any other failure of a request against the upstream.
+// errStreamEnded is what the upstream's side gets when it writes to a stream that
+// is over, and the cause of its context. It is a cancellation, because
+// reverse_proxy counts any other failure of a request against the upstream.
 var errStreamEnded = fmt.Errorf("sse: the stream has ended: %w", context.Canceled)
 
-// stage is where a stream is in its life. A stream only moves on, except for one
-// that retries: it is open again when its upstream has come back.
+// stage is where a stream is in its life. A stream only moves forward, except
+// that a retrying stream is open again when its upstream has come back.
 type stage uint8
 
 const (
 	stageWaiting   stage = iota // started early: the upstream has not answered
 	stageOpen                   // bytes pass
-	stageRetrying               // the upstream broke off, and is asked again
-	stageEnding                 // an early end was asked for; it comes at the next event boundary
-	stageHurried                // it comes as soon as nothing is being written, wherever that is
+	stageRetrying               // the upstream broke off, and is tried again
+	stageEnding                 // an early end was requested; it comes at the next event boundary
+	stageHurried                // it comes as soon as nothing is being written, boundary or not
 	stageBreaking               // the write in its way is being broken off
-	stageCut                    // nothing goes out any more, and the handlers are to leave
-	stageAbandoned              // they have not left: the client is let go without them
+	stageCut                    // nothing more is sent, and the handlers should return
+	stageAbandoned              // they have not returned: the client is let go without them
 	stageClosed                 // accounted for
 )
 
-// How long a stream stays in a stage, if nothing happens before.
+// How long a stream stays in a stage, if nothing happens first.
 const (
-	// endPatience is how long an early end waits for the event that is on its way.
+	// endPatience is how long an early end waits for the current event.
 	endPatience = time.Second
 
-	// writePatience is how long it then waits for the write that is on its way:
-	// most end in a moment, and only one that blocks is broken off.
+	// writePatience is how long it then waits for the current write: most end in a
+	// moment, and only one that blocks is broken off.
 	writePatience = 200 * time.Millisecond
 
-	// leavePatience is how long the handlers of a stream that was ended may take
-	// to leave. The client of one that does not heed its context, as FastCGI's
-	// while it waits for the upstream, is let go without them.
+	// leavePatience is how long the handlers of a stream that was ended may take to
+	// return. Handlers may ignore their context, as FastCGI's do while they wait
+	// for the upstream; after this time, their client is let go without them.
 	leavePatience = 5 * time.Second
 )
 
@@ -51,13 +51,14 @@ func (s *stream) isEnding() bool   { at := s.at(); return at >= stageEnding && a
 func (s *stream) isCut() bool      { return s.at() >= stageCut }
 func (s *stream) isAskedEnd() bool { return s.at() >= stageEnding }
 
-// isLiveLocked and isEndingLocked want facts to be locked: the answer stays true
-// until it is given back.
+// isLiveLocked and isEndingLocked must be called with facts locked: the answer
+// stays true until facts is unlocked.
 func (s *stream) isLiveLocked() bool   { return s.at() < stageEnding }
 func (s *stream) isEndingLocked() bool { return s.isEnding() }
 
-// moveLocked moves the stream on, unless it is there or beyond already, and has
-// tick called when the stage is over. It wants facts to be locked.
+// moveLocked moves the stream to a later stage, and has tick called when that
+// stage is over. It does nothing if the stream is in that stage or beyond. The
+// caller must hold facts.
 func (s *stream) moveLocked(to stage, patience time.Duration) bool {
 	if s.at() >= to {
 		return false
@@ -76,8 +77,8 @@ func (s *stream) move(to stage, patience time.Duration) bool {
 	return s.moveLocked(to, patience)
 }
 
-// ask notes the reason of an early end. The first one counts, and none does when
-// the handlers have left: the stream has ended by itself.
+// ask records the reason of an early end. Only the first reason counts, and none
+// does once the handlers have left: the stream has then ended by itself.
 func (s *stream) ask(why reason, to stage, patience time.Duration) bool {
 	s.facts.Lock()
 	defer s.facts.Unlock()
@@ -92,9 +93,9 @@ func (s *stream) ask(why reason, to stage, patience time.Duration) bool {
 	return first
 }
 
-// end asks for an early end and never waits for the client. The first reason
-// counts. The end comes at the next event boundary: now, if the stream is at
-// one, else after the event that is on its way, which gets endPatience.
+// end requests an early end and never waits for the client. The first reason
+// counts. The end comes at the next event boundary: now, if the stream is at one,
+// else after the current event, which gets endPatience.
 func (s *stream) end(why reason) bool {
 	first := s.ask(why, stageEnding, endPatience)
 	if first {
@@ -109,12 +110,13 @@ func (s *stream) endNow(why reason) {
 	s.breakOff()
 }
 
-// hurryLocked lets an early end come wherever the stream is: there is nothing to
-// wait for. It wants facts to be locked.
+// hurryLocked lets an early end come wherever the stream is, because there is
+// nothing to wait for. The caller must hold facts.
 func (s *stream) hurryLocked() { s.moveLocked(stageHurried, writePatience) }
 
-// cutAtBoundary cuts a stream that is to end where that harms no event, or where
-// it is if that took too long. Whoever holds mu does it on giving it back.
+// cutAtBoundary cuts a stream that should end, if it is at a place where that
+// harms no event, or anywhere if reaching such a place took too long. Whoever
+// holds mu calls it on unlocking.
 func (s *stream) cutAtBoundary() {
 	if !s.mu.TryLock() {
 		return
@@ -126,7 +128,7 @@ func (s *stream) cutAtBoundary() {
 	s.cutLocked()
 }
 
-// cutLocked lets nothing out any more and cancels the upstream's half.
+// cutLocked stops all output and cancels the upstream's half.
 func (s *stream) cutLocked() {
 	if s.isCut() || s.failed != notEnded {
 		return
@@ -135,7 +137,7 @@ func (s *stream) cutLocked() {
 	s.cancel(errStreamEnded)
 }
 
-// breakOff cuts the stream, and a write that is in the way.
+// breakOff cuts the stream, and breaks off a write that is in the way.
 func (s *stream) breakOff() {
 	if s.mu.TryLock() {
 		s.cutLocked()
@@ -152,23 +154,23 @@ func (s *stream) breakOff() {
 		s.breakConnection()
 	}
 	s.cancel(errStreamEnded)
-	// Again in a while: a writer between two pieces may have set a deadline of
-	// its own.
+	// Try again after a while: a writer in between may have set a deadline of its
+	// own between two pieces.
 	s.due = now() + instant(endPatience)
 	s.h.agenda.hasten(s, s.due)
 }
 
-// isStuck reports whether a write has got nowhere for the time that it takes to
-// break it off.
+// isStuck reports whether a write has made no progress for the time that it takes
+// to break it off.
 func (s *stream) isStuck() bool {
 	moved := time.Duration(s.moved.Load())
 	return moved > 0 && s.age()-moved >= endPatience
 }
 
 // breakWriteLocked makes a write that blocks return, unless the handlers have
-// left. It goes to the connection's own writer: those around it are not made for
-// a second goroutine, while a connection's deadlines may be set from any. It
-// wants facts to be locked.
+// left. It uses the connection's own writer: the writers around it are not made
+// for a second goroutine, but a connection's deadlines may be set from any. The
+// caller must hold facts.
 func (s *stream) breakWriteLocked() (done bool) {
 	if s.gone {
 		return false
@@ -181,22 +183,22 @@ func (s *stream) breakWriteLocked() (done bool) {
 	return true
 }
 
-// breakConnection lets nothing more out on the client's connection. What it has
-// taken of the last write can end inside a TLS record, and an alert after that would
-// be the rest of the record to the client.
+// breakConnection sends nothing more on the client's connection. The last write may
+// have been cut inside a TLS record, and the client would take an alert after that for
+// the rest of the record.
 func (s *stream) breakConnection() {
 	conn := peer.Accepted(s.ctx)
 	peer.Expire(conn)
 	peer.HangUp(conn)
 }
 
-// abandon lets the client go without the handlers, which do not leave.
+// abandon lets the client go without the handlers, which do not return.
 func (s *stream) abandon() {
 	s.facts.Lock()
 	switch moved := s.moveLocked(stageAbandoned, 0); {
 	case !moved:
 	case s.letGoLocked() != nil:
-		s.broken = true // its request goes on, and ends with an abort
+		s.broken = true // its request continues, and ends with an abort
 	default:
 		s.breakWriteLocked()
 	}
@@ -204,8 +206,8 @@ func (s *stream) abandon() {
 	s.accountWithoutHandlers()
 }
 
-// letGoLocked lets the request go on without its handlers; nil: it can't. It wants
-// facts to be locked.
+// letGoLocked returns a function that lets the request continue without its
+// handlers; nil: that is impossible. The caller must hold facts.
 func (s *stream) letGoLocked() func() {
 	if s.rare == nil {
 		return nil
@@ -213,8 +215,8 @@ func (s *stream) letGoLocked() func() {
 	return s.rare.letGo
 }
 
-// clientLeft accounts for the stream of a client that has gone, at once: its
-// handlers may not heed that.
+// clientLeft accounts for the stream of a client that has left, at once: its
+// handlers may not react to that.
 func (s *stream) clientLeft() {
 	defer s.survive()
 	s.accountWithoutHandlers()
@@ -233,7 +235,7 @@ func (s *stream) accountWithoutHandlers() {
 	if letGo != nil && asked {
 		letGo()
 	}
-	// Somebody may be writing, to a client that takes nothing any more.
+	// Someone may be writing, to a client that takes nothing any more.
 	s.facts.Lock()
 	defer s.facts.Unlock()
 	if !s.gone && s.h.writeTimeout > 0 {
@@ -241,7 +243,7 @@ func (s *stream) accountWithoutHandlers() {
 	}
 }
 
-// tickEnding is tick for a stream that is to end: its stage may be over.
+// tickEnding is tick for a stream that is ending: its stage may be over.
 func (s *stream) tickEnding() {
 	s.facts.Lock()
 	at, left := s.at(), time.Duration(s.due-now())
@@ -272,7 +274,7 @@ func (s *stream) tickEnding() {
 	}
 }
 
-// aborts reports whether the client must see that its answer is not whole.
+// aborts reports whether the client must see that its answer is not complete.
 func (s *stream) aborts(why reason) bool {
 	switch why {
 	case upstreamError:
@@ -280,8 +282,7 @@ func (s *stream) aborts(why reason) bool {
 	case lagged, takenOver:
 		return s.broken || !s.kind.eventSource
 	case clientClosed:
-		// Of a client that is still there: it has its stream ended by another
-		// request.
+		// The client is still there: another request has ended its stream.
 		return s.isSentAway() && (s.broken || !s.kind.eventSource)
 	case writeTimeout, deadClient, serverClosed:
 		return true
@@ -291,12 +292,12 @@ func (s *stream) aborts(why reason) bool {
 	return false
 }
 
-// arrivalPatience is how long the last bytes of a stream over HTTP/3 have to reach
-// the client before it is aborted.
+// arrivalPatience is how long the last bytes of a stream over HTTP/3 have to
+// reach the client before the stream is aborted.
 const arrivalPatience = 200 * time.Millisecond
 
-// letArrive waits for the last bytes before an abort that takes back what has not
-// arrived: QUIC's reset of a stream does (RFC 9000, section 3.2).
+// letArrive waits for the last bytes before an abort, because QUIC's reset of a
+// stream takes back what has not arrived (RFC 9000, section 3.2).
 func (s *stream) letArrive() {
 	if s.proto != http3 {
 		return
@@ -313,7 +314,7 @@ func (s *stream) isSentAway() bool {
 	return s.why == clientClosed
 }
 
-// close waits until nobody writes, and lets nobody write again.
+// close waits until no one writes, and prevents all later writes.
 func (s *stream) close() {
 	if s.unwatch != nil {
 		s.unwatch()
@@ -326,7 +327,7 @@ func (s *stream) close() {
 	s.h.agenda.drop(s)
 	s.facts.Unlock()
 	if rest := s.splicer.Rest(&s.frames.Frames); rest != nil && err == nil {
-		// The body was a piece of a BOM, which makes it no BOM.
+		// The body was only a part of a BOM, and so not a BOM.
 		s.boundLastWrite()
 		_ = s.sendLocked(s.age(), rest, nil)
 	}
@@ -361,8 +362,8 @@ func (s *stream) verdict(out outcome) (reason, error) {
 	return upstreamClosed, nil
 }
 
-// errUnusable is the error of a stream that started early and got no upstream:
-// the one that the handlers left with, if it says more than that we ended them.
+// errUnusable is the error of a stream that was started early and got no
+// upstream: the handlers' own error, if it says more than that we ended them.
 func errUnusable(err error) error {
 	if err != nil {
 		return err
@@ -370,11 +371,11 @@ func errUnusable(err error) error {
 	return errors.New("the upstream's answer to an early start was no stream")
 }
 
-// whyGone tells a client that went away from one whose host is dead, and from
-// one that has been sent away.
+// whyGone distinguishes a client that left from one whose host is dead, and from
+// one whose stream we ended.
 func (s *stream) whyGone(fate peer.Fate) reason {
 	if s.proto == http3 && s.h.drain.graceIsOver() {
-		return serverClosed // its server closes connections, before we come to it
+		return serverClosed // its server closes connections before we come to it
 	}
 	switch fate {
 	case peer.Dead:
@@ -385,9 +386,9 @@ func (s *stream) whyGone(fate peer.Fate) reason {
 	return clientClosed
 }
 
-// account accounts for the stream once, whoever comes first: the request's
-// goroutine when its handlers have left, or somebody who does not wait for them.
-// clientClosed stands for all that can become of a client.
+// account accounts for the stream once. The first caller counts: the request's
+// goroutine when its handlers have left, or someone who does not wait for them.
+// clientClosed stands for all ways in which a client can be gone.
 func (s *stream) account(why reason, err error) {
 	if !s.started {
 		return
@@ -415,15 +416,15 @@ func (s *stream) account(why reason, err error) {
 	})
 }
 
-// final is what there is to tell of a stream that has been accounted for.
+// final is what there is to report about a stream that has been accounted for.
 func (s *stream) final() *report {
 	s.facts.Lock()
 	defer s.facts.Unlock()
 	return s.ended
 }
 
-// survive is deferred where no server would recover a panic, such as one of the
-// writers around this one may cause: it ends the stream, and goes on in the
+// survive is deferred where no server would recover a panic, such as one from the
+// writers around this one: it ends the stream, and the panic continues on the
 // request's goroutine.
 func (s *stream) survive() {
 	value := recover()
@@ -432,7 +433,7 @@ func (s *stream) survive() {
 	}
 	s.h.survive(value, debug.Stack())
 	s.mu.Lock()
-	s.failed = clientClosed // nothing goes out any more
+	s.failed = clientClosed // nothing more is sent
 	s.mu.Unlock()
 	s.facts.Lock()
 	s.rarely().panicked = value
@@ -440,7 +441,7 @@ func (s *stream) survive() {
 	s.cancel(errStreamEnded)
 }
 
-// panicked returns what survive has met.
+// panicked returns the panic that survive has recovered.
 func (s *stream) panicked() any {
 	s.facts.Lock()
 	defer s.facts.Unlock()

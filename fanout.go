@@ -9,21 +9,21 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
-// A client of a shared run that has all that there is rests: its request's
-// goroutine waits for the end and for nothing else. What comes next is written by
-// a few workers, one client after the other, so that an event wakes some
-// goroutines and not one for each client. A worker that a client holds up, since
-// that does not read, stays with it, and another one takes its place: nobody else
-// waits. Workers touch a stream as its agenda does, with its lock.
+// When a client of a shared run has received everything, it rests: its request's
+// goroutine only waits for the end. A few workers then write new events, to one
+// client after the other, so that an event wakes a few goroutines and not one per
+// client. If a client does not read, its worker stays with it and another worker
+// takes that worker's place, so that no other client waits. Workers use a stream
+// as its agenda does, under its lock.
 
-// fanOut has workers read for the clients of a run that rest.
+// fanOut makes workers write to the resting clients of a run.
 type fanOut struct{}
 
-// round is what workers do when something has come.
+// round is what workers do when there are new events.
 type round struct {
 	due     *journal.Due
-	workers atomic.Int32 // that there are
-	busy    atomic.Int32 // that are with a client
+	workers atomic.Int32 // all workers
+	busy    atomic.Int32 // workers that are with a client
 }
 
 var rounds = sync.Pool{New: func() any { return new(round) }}
@@ -43,7 +43,7 @@ func (r *round) work() {
 	f := framings.Get().(*framing)
 	for deliver := r.due.Next(); deliver != nil; deliver = r.due.Next() {
 		if busy := r.busy.Add(1); busy >= r.workers.Load() {
-			// All are with a client now, which may hold them up.
+			// All workers are with a client now, which may block them.
 			r.workers.Add(1)
 			go r.work()
 		}
@@ -58,12 +58,11 @@ func (r *round) work() {
 	}
 }
 
-// mostAtATime is how much a worker writes to one client. One that wants
-// more has fallen behind, and its own goroutine goes on with that.
+// mostAtATime is how much a worker writes to one client. If there is more, the
+// client has fallen behind, and its own goroutine continues.
 const mostAtATime = 64 << 10
 
-// deliver writes what has come to the reader's client, on a worker that has a
-// framing.
+// deliver writes new events to the reader's client, on a worker with a framing.
 func (reader *runReader) deliver(worker any) {
 	f := worker.(*framing)
 	c, s := reader.cursor, reader.stream
@@ -92,7 +91,7 @@ func (reader *runReader) deliver(worker any) {
 	}
 }
 
-// followShared is followInTurns for the reader of a shared run.
+// followShared is followInTurns for a reader of a shared run.
 func (reader *runReader) followShared(ctx context.Context) error {
 	for c := reader.cursor; ; {
 		p, err := c.Next()
@@ -112,7 +111,7 @@ func (reader *runReader) followShared(ctx context.Context) error {
 }
 
 // rest waits until the workers leave the client to its own goroutine again. It
-// returns false where the stream is over.
+// returns false if the stream is over.
 func (reader *runReader) rest(ctx context.Context) bool {
 	back := reader.cursor.Rest(reader.deliver)
 	for {

@@ -19,7 +19,7 @@ import (
 	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
-// Caddy's FastCGI client does not heed the context of a request while it waits
+// Caddy's FastCGI client ignores the context of a request while it waits
 // for the application: what ends a stream has to do without it.
 func TestPHPStreams(t *testing.T) {
 	t.Parallel()
@@ -280,7 +280,7 @@ func TestAnExitDoesNotWaitForSilentScripts(t *testing.T) {
 	}
 }
 
-// The same without a process: a handler that does not heed its context.
+// The same without a process: a handler that ignores its context.
 func TestWhatIsLeftAtTheExitIsRecordedWithoutItsHandlers(t *testing.T) {
 	config := silent()
 	config.Name = "left at the exit"

@@ -11,35 +11,36 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
-// fed is what a stream knows of the run that feeds it.
+// fed is what a stream knows about the run that feeds it.
 type fed struct {
 	run string // as it may be shown
 
-	// first goes out with the headers, before anything of the upstream.
+	// first goes out with the headers, before anything from the upstream.
 	first []byte
 
 	greeting greeting // until the stream is open
 
-	// line are the frames from the first id on that this module adds; nil: as
-	// before. Parsers that take a blank line for an event do so after an id.
+	// line replaces frames after the first id that this module adds; nil: no
+	// change. Parsers that treat a blank line as an event do so after an id.
 	line *frames
 
 	source  feedSource
 	tried   int64  // how many tries of the run there were before
 	resumed bool   // the client's id was found
-	missed  uint64 // events that it has lost
+	missed  uint64 // events that the client has lost
 
-	feed *feed // of the run's journal; nil: its run is elsewhere; the stream's facts
+	feed *feed // of the run's journal; nil: its run is on another node; the stream's facts
 
-	// Of the client of a shared run: where in the journal it is, and the id that
-	// it had before, from a journal in which it is no longer. The stream's facts.
+	// For the client of a shared run: its place in the journal, and the id that it
+	// had before that, from a journal that it has left. The stream's facts guard
+	// both.
 	at    journal.Spot
 	id    string
 	hasID bool
 }
 
-// feedSource is what feeds a stream: a run of this process, or what a store has
-// of another one's.
+// feedSource is what feeds a stream: a run of this process, or a store's copy of
+// another node's run.
 type feedSource interface {
 	outcome() runEnd
 	tries() int64          // how often the upstream was asked again
@@ -47,7 +48,7 @@ type feedSource interface {
 	hasNothing() bool      // that is the upstream's
 }
 
-// fedReport is what is told of it.
+// fedReport is what is reported about it.
 type fedReport struct {
 	run     string
 	resumed bool
@@ -61,8 +62,8 @@ func (f *fed) report() *fedReport {
 // endedSoftly reports whether an upstream_error is clean to an EventSource.
 func (f *fed) endedSoftly() bool { return f != nil && f.source.outcome().soft }
 
-// retries is how often the upstream of the run was asked again meanwhile. It
-// takes no lock: whoever asks has one of a stream.
+// retries is how many tries of upstream_retry the run has made since the client
+// joined. It takes no lock, because callers hold one of a stream.
 func (f *fed) retries() int { return int(f.source.tries() - f.tried) }
 
 // sendFirstLocked writes what goes out with the headers.
@@ -79,7 +80,7 @@ func (s *stream) sendFirstLocked() error {
 	return nil
 }
 
-// greet sends what comes before anything of the upstream to a stream that has
+// greet sends what comes before anything from the upstream, on a stream that has
 // been open for a while.
 func (s *stream) greet(text []byte) error {
 	s.mu.Lock()
@@ -94,8 +95,7 @@ func (s *stream) greet(text []byte) error {
 func (f *fed) hasNothing() bool { return f != nil && f.source.hasNothing() }
 
 // lastID is the id of the last event that the client of a shared run has been
-// sent; ok is false where it has been sent none. It wants the stream's facts to be
-// locked.
+// sent; ok is false if there was none. The caller must hold the stream's facts.
 func (f *fed) lastID() (id string, ok bool) {
 	if f == nil || f.feed == nil {
 		return "", false
@@ -109,7 +109,7 @@ func (f *fed) lastID() (id string, ok bool) {
 	return f.id, f.hasID
 }
 
-// goesOnIn is for a client that reads another feed's journal from now on.
+// goesOnIn is called for a client that reads another feed's journal from now on.
 func (s *stream) goesOnIn(f *feed) {
 	s.facts.Lock()
 	defer s.facts.Unlock()
@@ -118,7 +118,7 @@ func (s *stream) goesOnIn(f *feed) {
 }
 
 // followRun passes on what the reader of a run gets, until the stream or the run
-// ends, and tells how the run ended.
+// ends, and returns how the run ended.
 func (reader *runReader) followRun(ctx context.Context, s *stream) runEnd {
 	var err error
 	if reader.run.use == sharedRun {
@@ -136,14 +136,14 @@ func (reader *runReader) followRun(ctx context.Context, s *stream) runEnd {
 		return reader.run.outcome()
 	default: // the journal has been discarded
 		if end := reader.run.outcome(); end.reason != notEnded {
-			return end // to make room, once the client had got all of it
+			return end // to make room, after the client had received all of it
 		}
 		return runEnd{reason: upstreamError, err: err}
 	}
 }
 
-// greeting is what a client gets before anything of the upstream: a reconnection
-// time, and an event.
+// greeting is what a client gets before anything from the upstream: a
+// reconnection time, and an event.
 type greeting struct {
 	eventSource          bool
 	retry, upstreamRetry time.Duration // 0: none
@@ -152,8 +152,8 @@ type greeting struct {
 	data                 string
 }
 
-// retryLines appends the reconnection times. A blank line follows each for an
-// EventSource alone: parsers of others may take it for an event.
+// retryLines appends the reconnection times. Only for an EventSource, a blank
+// line follows each: parsers of other clients may treat it as an event.
 func (g *greeting) retryLines(dst []byte) []byte {
 	for _, d := range [2]time.Duration{g.retry, g.upstreamRetry} {
 		if d <= 0 {
@@ -169,7 +169,7 @@ func (g *greeting) retryLines(dst []byte) []byte {
 	return dst
 }
 
-// text is the whole of it.
+// text is the complete greeting.
 func (g *greeting) text() []byte {
 	dst := g.retryLines(nil)
 	if g.event == "" {
@@ -187,8 +187,8 @@ func (g *greeting) text() []byte {
 	return append(dst, '\n')
 }
 
-// owe has the client of a stream get the greeting: with the headers, where it
-// has an event, else with whatever comes first.
+// owe makes the client of a stream get the greeting: with the headers, if it has
+// an event, else with the first bytes that follow.
 func (g *greeting) owe(s *stream) {
 	text := g.text()
 	if g.event != "" {
@@ -198,15 +198,15 @@ func (g *greeting) owe(s *stream) {
 	}
 }
 
-// oweLost has a client whose id nobody knows told so on a stream that gets no ids:
-// its own is taken back, so that it does not bring it again.
+// oweLost tells a client that its id is unknown, on a stream that gets no ids. It
+// resets the client's id, so that the client does not send it again.
 func (x *exchange) oweLost(s *stream) {
 	if x.h.lost.isToldTo(x.kind.eventSource) {
 		s.splicer.OweLead(fmt.Appendf(nil, "event: %s\ndata: %s\nid:\n\n", x.h.lost.name, lostUnknown))
 	}
 }
 
-// unfeed makes a stream that has started early one that its handlers feed.
+// unfeed makes a stream that was started early one that its handlers feed.
 func (s *stream) unfeed() {
 	s.mu.Lock()
 	defer s.unlock()

@@ -10,12 +10,13 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
-// feed puts what an upstream sends into a journal: blocks, with ids where the
-// upstream has none of its own. Its methods are for one goroutine at a time,
-// that of the handlers, but for those that say otherwise.
+// feed writes what an upstream sends into a journal: blocks, with ids if the
+// upstream has none of its own. Unless a method says otherwise, only the
+// goroutine of the handlers may call it.
 //
-// There are many of them, most of them quiet. What a write uses stands together and
-// first, as most feeds have left the processor's caches by the time of the next one.
+// There are many feeds, most of them quiet. The fields that a write uses come
+// first and next to each other, because most feeds have left the processor's
+// caches by the time of the next write.
 type feed struct {
 	journal *journal.Journal
 	policy  journal.Policy
@@ -26,32 +27,32 @@ type feed struct {
 	follows bool // there is a lastID
 
 	ownIDs   atomic.Bool   // the upstream has sent an id field
-	heard    atomic.Int64  // when it has sent something last, an instant
+	heard    atomic.Int64  // when it last sent something, an instant
 	bytes    atomic.Uint64 // of all attempts
-	numbered atomic.Uint64 // events that have got an id
+	numbered atomic.Uint64 // events that have an id
 	scanned  uint64        // events of this attempt
 	events   uint64        // of all attempts
-	mirror   *mirror       // nil: the journal is all there is
+	mirror   *mirror       // nil: there is only the journal
 
-	// attached is the newest client of a run of its own, while it reads.
+	// attached is the newest client of a resumed run, while it reads.
 	attached atomic.Pointer[runReader]
 
 	token   runToken // of the ids that are added
 	splicer eventstream.Splicer
 
-	// What a write seldom uses.
-	stop     <-chan struct{} // closed when nobody wants any more
-	markHeld int             // how much of a byte order mark has come
+	// What a write rarely uses.
+	stop     <-chan struct{} // closed when no one wants more
+	markHeld int             // how much of a byte order mark has arrived
 	lastID   string          // of this attempt, as the scanner has it
-	waits    atomic.Bool     // for room: the upstream is not listened to
-	useless  atomic.Bool     // the upstream's answer is: all that there is tells so
+	waits    atomic.Bool     // for room: the upstream is not read
+	useless  atomic.Bool     // the upstream's answer is; the journal only has the error
 
 	// unkeep is called when nothing may be kept any more: the upstream has ids of
-	// its own, or sends no events, or one that is too large. It returns false where
-	// nobody is there who could have what comes next. With it, the feed goes on
-	// without keeping.
+	// its own, or sends no events, or an event is too large. It returns false if
+	// there is no client that could get what follows. Once it is called, the feed
+	// continues without keeping.
 	unkeep func() bool
-	over   error // nobody was there
+	over   error // there was no client
 
 	// foreign is called when the upstream commits an id of the form that this
 	// module adds.
@@ -59,18 +60,18 @@ type feed struct {
 
 	mu       sync.Mutex
 	position position
-	retry    time.Duration // the last one that the upstream told
-	told     bool          // it has told one
+	retry    time.Duration // the upstream's last one
+	told     bool          // there was one
 }
 
 // errNotKept ends a run whose client is away when nothing may be kept any more.
 var errNotKept = errors.New("the stream can't be kept any more, and its client is away")
 
-// errOtherBody ends a run whose body turns out to be none of events.
+// errOtherBody ends a run whose body turns out not to be an event stream.
 var errOtherBody = errors.New("the upstream's body is no event stream")
 
-// openFeed makes a feed. began is the upstream's id that the run begins after,
-// empty for none.
+// openFeed makes a feed. began is the upstream's id after which the run begins;
+// empty: none.
 func openFeed(budget *journal.Budget, policy journal.Policy, history int, began string, evicted func()) *feed {
 	j := budget.Open(history, began, evicted)
 	if j == nil {
@@ -81,7 +82,7 @@ func openFeed(budget *journal.Budget, policy journal.Policy, history int, began 
 	return f
 }
 
-// hears notes that the upstream has sent something.
+// hears records that the upstream has sent something.
 func (f *feed) hears() { f.heard.Store(int64(now())) }
 
 // write appends what the upstream has sent. It waits while the journal has no
@@ -124,7 +125,7 @@ func (f *feed) write(p []byte) (int, error) {
 	return taken, nil
 }
 
-// publish lets the clients have what there is.
+// publish makes what there is visible to the clients.
 func (f *feed) publish() {
 	if reader := f.attached.Load(); reader == nil || !reader.publishHere(f.journal) {
 		f.journal.Publish()
@@ -146,8 +147,8 @@ func (f *feed) pass() {
 // Standard, section 9.2.5).
 const byteOrderMark = "\uFEFF"
 
-// dropMark takes out a byte order mark that a later attempt begins with. It holds
-// back what may become one.
+// dropMark removes a byte order mark at the beginning of a later attempt. It
+// holds back bytes that may become one.
 func (f *feed) dropMark(p []byte) []byte {
 	for len(p) > 0 && f.markHeld < len(byteOrderMark) && p[0] == byteOrderMark[f.markHeld] {
 		f.markHeld++
@@ -163,7 +164,7 @@ func (f *feed) dropMark(p []byte) []byte {
 	return p
 }
 
-// endCR looks whether a CR at a boundary, where p begins, is followed by its LF.
+// endCR checks whether a CR at a boundary, where p begins, is followed by its LF.
 func (f *feed) endCR(p []byte) []byte {
 	if !f.splicer.Scanner().PendingCR() || !f.splicer.AtBoundary() {
 		return p
@@ -172,8 +173,8 @@ func (f *feed) endCR(p []byte) []byte {
 	case p[0] != '\n' && f.partial:
 		f.commit()
 	case p[0] == '\n' && !f.partial && f.policy == journal.KeepNewest:
-		// The block is complete already. One that begins with this LF would
-		// begin with a line of its own.
+		// The block is complete already. If a block began with this LF, it would
+		// begin with an empty line.
 		f.splicer.Scanner().Scan(p[:1])
 		return p[1:]
 	}
@@ -207,7 +208,7 @@ func (f *feed) appendBlock(p []byte, idAt int) error {
 	return f.append(p[idAt:])
 }
 
-// append waits until the journal has taken all.
+// append waits until the journal has taken all of p.
 func (f *feed) append(p []byte) error {
 	for {
 		n, err := f.journal.Append(p)
@@ -228,19 +229,19 @@ func (f *feed) append(p []byte) error {
 			err = errStreamEnded
 		}
 		f.waits.Store(false)
-		f.hears() // the upstream was not listened to meanwhile
+		f.hears() // the upstream was not read in the meantime
 		if err != nil {
 			return err
 		}
 	}
 }
 
-// commit says to the journal that a block is complete.
+// commit tells the journal that a block is complete.
 func (f *feed) commit() {
 	f.partial = false
 	scanner := f.splicer.Scanner()
 	if f.policy == journal.KeepNewest && scanner.Place() == eventstream.Start {
-		f.journal.Rollback() // a byte order mark, which is none in the middle of a stream
+		f.journal.Rollback() // a byte order mark, which is ignored in the middle of a stream
 		return
 	}
 	block := journal.Block{Event: scanner.Events() > f.scanned}
@@ -279,8 +280,8 @@ func (f *feed) commit() {
 	}
 }
 
-// commitID takes note of an id that the upstream has committed, and returns it
-// if a client can bring it back.
+// commitID records an id that the upstream has committed, and returns it if a
+// client can send it back.
 func (f *feed) commitID(id string) string {
 	if isRunID(id) && f.foreign != nil {
 		f.foreign()
@@ -292,11 +293,11 @@ func (f *feed) commitID(id string) string {
 	return id
 }
 
-// again prepares for what the next attempt sends. A ring drops the unfinished
-// event of the last one: no client has seen any of it.
+// again prepares for the next attempt. A shared run's journal drops the
+// unfinished event of the last one: no client has seen any of it.
 func (f *feed) again() {
 	if f.policy == journal.KeepUnsent && f.partial && f.splicer.AtBoundary() {
-		f.commit() // no LF comes after the CR
+		f.commit() // no LF will follow the CR
 	}
 	f.journal.Rollback()
 	if f.mirror != nil {
@@ -307,37 +308,37 @@ func (f *feed) again() {
 	f.mark, f.markHeld = f.policy == journal.KeepUnsent, 0
 }
 
-// end says that no more comes: no LF after a last CR either.
+// end says that nothing more comes, not even an LF after a last CR.
 func (f *feed) end() {
 	if f.mirror != nil && f.partial && f.splicer.AtBoundary() {
 		f.commit()
 	}
 }
 
-// upstreamPosition is where the upstream would go on; ok is false where there is
-// no such place. It is for any goroutine.
+// upstreamPosition is where the upstream would continue; ok is false if there is
+// no such place. Any goroutine may call it.
 func (f *feed) upstreamPosition() (id string, ok bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.position.value()
 }
 
-// upstreamRetry is the reconnection time that the upstream told last, if any. It
-// is for any goroutine.
+// upstreamRetry is the upstream's last reconnection time, if any. Any goroutine
+// may call it.
 func (f *feed) upstreamRetry() (d time.Duration, told bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.retry, f.told
 }
 
-// mayGoOn reports whether what another attempt sends may follow here. What has
-// gone out of an unfinished event can't be taken back.
+// mayGoOn reports whether another attempt may continue here. Parts of an
+// unfinished event that have been sent can't be taken back.
 func (f *feed) mayGoOn() bool {
 	return f.policy == journal.KeepNewest || f.splicer.MayResume()
 }
 
-// place is the id of an event boundary, as a client that starts there is told
-// it: the upstream's where it has one there, else ours. It is for any goroutine.
+// place is the id of an event boundary, for a client that starts there: the
+// upstream's if it has one there, else ours. Any goroutine may call it.
 func (f *feed) place(at journal.Place) string {
 	if f.ownIDs.Load() && at.ID != "" {
 		return at.ID

@@ -14,16 +14,16 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// exchange is one request on its way through sse: what is known of it before its
-// answer is, what the answer turns out to be, and the stream if it is one. It
-// belongs to the goroutine of the request.
+// exchange is one request on its way through sse: what is known of it before it
+// is answered, what the answer turns out to be, and the stream if it is one. It
+// belongs to the request's goroutine.
 type exchange struct {
-	// What a write uses stands together.
+	// The fields that a write uses come first.
 	response response // what the attempt's handlers answer to
 	stream   *stream
 	role     role
 
-	headed       bool // what is no stream has got its final header
+	headed       bool // an answer that is not a stream has got its final header
 	startedEarly bool
 	kind         kind
 	accept       accept
@@ -34,13 +34,13 @@ type exchange struct {
 	arrived instant
 
 	replacer *caddy.Replacer // the client's
-	outer    caddy.Replacer  // the same, but does not ask the attempt's
+	outer    caddy.Replacer  // the same, but does not ask the attempt's Replacer
 	attempt  *attempt
 	shown    atomic.Pointer[attempt] // whose placeholders handlers before sse see
 	told     *report                 // of the stream, when it has ended
 
-	ip     string  // the client's, as it was when the request came
-	frames *frames // what its client can take
+	ip     string  // the client's IP when the request arrived
+	frames *frames // which frames its client can take
 	place  *place  // nil: none has been taken
 
 	rare *rare // nil for most
@@ -51,22 +51,22 @@ type rare struct {
 	uploads    *uploads    // between the body of the request and the connection
 	upload     *upload     // knows whether the body has been read
 	siteHeader http.Header // what was set before the upstream was called
-	refusal    error       // of a stream too many
-	id         uuid.UUID   // the request's, where it had to be known before the stream
+	refusal    error       // why a stream was refused
+	id         uuid.UUID   // the request's, if it had to be known before the stream
 	idle       *caddyhttp.IdleTimeoutWriter
 	lent       caddyhttp.IdleDeadline // what idle and the server's writer had in common last
 	relay      *relay
 	abandon    chan struct{}
-	tries      *tries  // nil: its upstream is not asked again
+	tries      *tries  // nil: no upstream_retry
 	key        keyHash // the client's, for the limit; zero: its address counts
 
-	given    *http.Request // with the ids of ours that handlers after sse do not see
-	brought  string        // the id that the client came back with
-	taken    bool          // which is one of ours, and has been taken out
-	unknown  bool          // and nobody knows it
+	given    *http.Request // without our ids, for the handlers after sse
+	brought  string        // the id that the client brought
+	taken    bool          // it is one of ours, and has been removed
+	unknown  bool          // it belongs to no known run
 	share    *shareRequest
 	reader   *runReader
-	follower *follower // of a run of another node
+	follower *follower // of another node's run
 	feed     feedContext
 	keeping  *keeping // nil: the stream ends with its client
 	fed      *fed
@@ -77,13 +77,13 @@ type role uint8
 
 const (
 	undecided role = iota // no final header yet
-	aside                 // none of our business
+	aside                 // not a stream
 	streaming             // a stream
-	answered              // an error that a reconnection time was sent for
-	refused               // a stream too many
+	answered              // an error that was answered with a reconnection time
+	refused               // a stream that exceeds a limit
 )
 
-// newExchange takes what is only safe to read before the handlers are called.
+// newExchange reads what is only safe to read before the handlers are called.
 func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived instant) *exchange {
 	x := &exchange{h: h, w: w, r: r, arrived: arrived, accept: acceptOf(r.Header), ip: clientIP(r)}
 	x.response.x = x
@@ -103,17 +103,17 @@ func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request, arrived in
 			x.rememberKey(x.replacer.ReplaceAll(h.ClientKey, ""))
 		}
 		// Map takes no lock. A dial that an earlier proxy of this request gave up
-		// (forward_auth, with a placeholder in tls_server_name) may look for one at
-		// this moment. Handlers of Caddy's own (map) are in the same position: only
-		// the Replacer could have a lock for it, and there is no other way to have
-		// handlers before sse see what those after it set.
+		// (forward_auth, with a placeholder in tls_server_name) may look up a
+		// placeholder at this moment. Caddy's own handlers (map) have the same
+		// problem: only the Replacer could have a lock for it, and there is no other
+		// way to let handlers before sse see what those after it set.
 		x.replacer.Map(x.placeholder)
 	}
 	return x
 }
 
-// beginExchange is newExchange, and enters the run that the request shares, if it
-// is there.
+// beginExchange is newExchange, and joins the run that the request shares, if
+// there is one.
 func (h *Handler) beginExchange(w http.ResponseWriter, r *http.Request, arrived instant) *exchange {
 	if h.sharing == nil {
 		return h.newExchange(w, r, arrived)
@@ -135,7 +135,7 @@ func (x *exchange) rarely() *rare {
 	return x.rare
 }
 
-// ServeHTTP lets next answer and looks after the answer if it is a stream.
+// ServeHTTP calls next and handles the answer if it is a stream.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) (err error) {
 	arrived := now()
 	if outer, ok := r.Context().Value(exchangeKey{}).(*exchange); ok {
@@ -146,7 +146,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	}
 	if outer, ok := r.Context().Value(runKey{}).(runWriter); ok {
 		outer.yield()
-		return errRunEnded // each client comes by itself
+		return errRunEnded // each client asks the upstream itself
 	}
 	h.drain.enter()
 	defer h.drain.leave()
@@ -159,7 +159,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 				out.panicked = panicked
 			}
 		}
-		defer x.leaveRun() // when it is known how its stream has ended
+		defer x.leaveRun() // when it is known how its stream ended
 		err = x.leave(out)
 	}()
 	if x.role == aside {
@@ -211,8 +211,7 @@ func (x *exchange) enter() error {
 	case x.kind.resumable:
 		return x.takePlace()
 	default:
-		// The upstream will have set its headers before the answer can be
-		// refused.
+		// By the time the answer can be refused, the upstream has set its headers.
 		x.rarely().siteHeader = x.w.Header().Clone()
 	}
 	return nil
@@ -235,7 +234,7 @@ func (x *exchange) standAside() (done bool) {
 	return done
 }
 
-// decide finds out what the answer is, at its final header.
+// decide finds out at the final header what the answer is.
 func (x *exchange) decide(status int, header http.Header) {
 	x.handOut()
 	if x.stream != nil {
@@ -271,15 +270,15 @@ func (x *exchange) decide(status int, header http.Header) {
 	}
 }
 
-// takeHeader makes the client's header map the handlers', where they have one of
-// their own.
+// takeHeader copies the handlers' headers into the client's header map, if they
+// have a map of their own.
 func (x *exchange) takeHeader(header http.Header) {
 	if x.relayed() {
 		replaceHeader(x.w.Header(), header)
 	}
 }
 
-// open makes a stream of the answer.
+// open makes the answer a stream.
 func (x *exchange) open(status int) {
 	x.role = streaming
 	header := x.w.Header()
@@ -297,7 +296,7 @@ func (x *exchange) open(status int) {
 	x.start()
 }
 
-// start sends the stream's headers and lets it be known.
+// start sends the stream's headers and registers it.
 func (x *exchange) start() {
 	x.stream.start(x.place)
 	x.stream.writeChunksTo(x.chunkConn())
@@ -314,8 +313,8 @@ func (x *exchange) uploads() *uploads {
 // relayed reports whether the handlers run on a goroutine of their own.
 func (x *exchange) relayed() bool { return x.rare != nil && x.rare.relay != nil }
 
-// leave does what comes after the handlers. Where a panic is on its way that is
-// not ours, it goes on after this.
+// leave does what comes after the handlers. If there is a panic that is not ours,
+// it continues after this.
 func (x *exchange) leave(out outcome) error {
 	if out.left {
 		x.handOut()
@@ -355,23 +354,23 @@ func (x *exchange) leave(out outcome) error {
 	return out.err
 }
 
-// statusClientClosed is what access logs have for a client that left before
-// there was an answer; reverse_proxy has the same.
+// statusClientClosed is what access logs show for a client that left before there
+// was an answer, as with reverse_proxy.
 const statusClientClosed = 499
 
-// conclude ends the stream when its handlers have left, with an error or in a
-// panic perhaps, accounts for it, and lets the server complete the response or
-// abort it.
+// conclude ends the stream when its handlers have returned, perhaps with an error
+// or a panic, accounts for it, and lets the server complete the response or abort
+// it.
 func (x *exchange) conclude(out outcome) error {
 	s := x.stream
 	s.close()
 	if panicked := s.panicked(); panicked != nil {
 		out.panicked = panicked
 	}
-	if !s.started { // its headers did not get through, so it has been no stream
+	if !s.started { // its headers were not sent, so it was never a stream
 		x.givePlaceBack()
 		if out.panicked == nil {
-			out.panicked = http.ErrAbortHandler // a handler has recovered from what it was
+			out.panicked = http.ErrAbortHandler // a handler has recovered the original panic
 		}
 		panic(out.panicked)
 	}
@@ -383,30 +382,30 @@ func (x *exchange) conclude(out outcome) error {
 
 	switch {
 	case out.panicked != nil && !isAbort(out.panicked):
-		panic(out.panicked) // somebody's bug, and not ours to hide
+		panic(out.panicked) // a bug in another handler, which we must not hide
 	case s.aborts(r.end.reason):
 		s.letArrive()
 		panic(http.ErrAbortHandler)
 	}
 	if s.proto == http1 && s.ctx.Err() == context.Canceled {
-		// Nobody reads the end of the response, or a handler around this one has
-		// ended it, and it is not whole. Plain Caddy aborts then.
+		// No one reads the end of the response, or a handler around this one has
+		// ended it, and it is incomplete. Plain Caddy aborts in this case.
 		s.expireWrites()
 		return nil
 	}
-	s.boundLastWrite() // of an encoder, and of the server, which completes the response
-	// Where the client has left or the end is ours, the handlers around this
-	// one complete, and the access log with them.
+	s.boundLastWrite() // by an encoder, and by the server, which completes the response
+	// If the client has left or the end is ours, let the handlers around this one
+	// and the access log complete.
 	return nil
 }
 
-// warnings remembers what has been said, so that no request repeats it.
+// warnings records what has been logged, so that requests do not repeat it.
 type warnings struct {
 	nested      sync.Once
 	unprotected atomic.Int64 // unix nanoseconds of the last one
 }
 
-// warnNested says once that two handlers met.
+// warnNested logs once that two handlers met.
 func (h *Handler) warnNested(outer *Handler) {
 	h.warned.nested.Do(func() {
 		h.logger.Warn("two sse handlers meet one request: the inner one owns its stream, the outer one stands aside; "+
@@ -416,14 +415,14 @@ func (h *Handler) warnNested(outer *Handler) {
 	})
 }
 
-// Why a stream's body can't be given frames.
+// Why frames can't be added to a stream's body.
 const (
 	causeEncodedBody = "content_encoding"
 	causeOtherBody   = "not_an_event_stream"
 )
 
-// unprotected counts a stream whose body can't be given frames, and warns of it
-// at most once a minute.
+// unprotected counts a stream to whose body frames can't be added, and warns of
+// it at most once a minute.
 func (h *Handler) unprotected(cause string) {
 	collector.unprotected.WithLabelValues(h.Name, cause).Inc()
 	at := time.Now().UnixNano()

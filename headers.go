@@ -13,14 +13,14 @@ const (
 	cacheControlKeep = "keep"
 
 	// defaultCacheControl keeps the stream out of every cache; no-transform is
-	// added to it where compression is denied.
+	// added to it if compression is denied.
 	defaultCacheControl = "no-cache, no-store"
 )
 
-// headerPolicy is what the configuration makes of a stream's headers.
+// headerPolicy is how the configuration changes a stream's headers.
 type headerPolicy struct {
-	cacheControl string // replaces the upstream's, complete; empty keeps that
-	noTransform  bool   // whatever results says no-transform
+	cacheControl string // replaces the upstream's completely; empty keeps that
+	noTransform  bool   // add no-transform to the result
 }
 
 func newHeaderPolicy(cacheControl, compression string) headerPolicy {
@@ -35,7 +35,7 @@ func newHeaderPolicy(cacheControl, compression string) headerPolicy {
 	return p
 }
 
-// withNoTransform adds no-transform to a Cache-Control where it is wanted and
+// withNoTransform adds no-transform to a Cache-Control if it is wanted and
 // missing.
 func (p headerPolicy) withNoTransform(value string) string {
 	switch {
@@ -47,21 +47,21 @@ func (p headerPolicy) withNoTransform(value string) string {
 	return value + ", no-transform"
 }
 
-// notForStreams are the headers that speak of a finished representation, of a
-// cache that must not be, or of the upstream's connection.
+// notForStreams are headers about a finished representation, about caches that
+// must not store a stream, or about the upstream's connection.
 var notForStreams = []string{
 	"Accept-Ranges", "Age", "Cdn-Cache-Control", "Connection", "Content-Digest", "Content-Length",
 	"Content-Md5", "Etag", "Expires", "Keep-Alive", "Last-Modified", "Pragma", "Repr-Digest",
 	"Surrogate-Control",
 }
 
-// apply makes header that of a stream.
+// apply turns header into that of a stream.
 func (p headerPolicy) apply(header http.Header) {
 	for _, field := range notForStreams {
 		delete(header, field)
 	}
-	// One allocation for all. They are not shared among streams: handlers edit
-	// values in place.
+	// One allocation for all. Streams do not share them: handlers edit values in
+	// place.
 	values := &[3]string{p.cacheControl, "no", "?1"}
 	if p.cacheControl == "" {
 		given := strings.Join(header["Cache-Control"], ", ")
@@ -73,7 +73,7 @@ func (p headerPolicy) apply(header http.Header) {
 		header["Cache-Control"] = values[0:1:1]
 	}
 	header["X-Accel-Buffering"] = values[1:2:2]
-	// RFC 10036, section 2: asks every hop to pass the message on as it comes.
+	// RFC 10036, section 2: asks every hop to forward the message incrementally.
 	header["Incremental"] = values[2:3:3]
 }
 
@@ -88,8 +88,8 @@ func hasToken(list, token string) bool {
 	return false
 }
 
-// isStream reports whether a final response is a stream. The request's method
-// has been looked at before: HEAD never has one.
+// isStream reports whether a final response is a stream. The caller has checked
+// the request's method: HEAD never has one.
 func isStream(status int, header http.Header) bool {
 	switch {
 	case status < 200 || status > 299:
@@ -100,15 +100,15 @@ func isStream(status int, header http.Header) bool {
 	return hasEventStreamType(header)
 }
 
-// contentCodings are those of IANA's HTTP Content Coding Registry, but for
-// identity. Browsers take anything else in Content-Encoding (none, utf-8, …) for
-// no coding, and the body for the text that it is.
+// contentCodings are those of IANA's HTTP Content Coding Registry, except
+// identity. Browsers ignore anything else in Content-Encoding (none, utf-8, …)
+// and treat the body as text.
 var contentCodings = []string{
 	"aes128gcm", "br", "compress", "dcb", "dcz", "deflate", "exi", "gzip", "pack200-gzip", "x-compress", "x-gzip", "zstd",
 }
 
-// isEncoded reports whether the body is not the text of an event stream but
-// some coding of it (RFC 9110, section 8.4).
+// isEncoded reports whether the body has a content coding, and so is not the text
+// of an event stream (RFC 9110, section 8.4).
 func isEncoded(header http.Header) bool {
 	for _, value := range header["Content-Encoding"] {
 		for coding := range strings.SplitSeq(value, ",") {

@@ -15,20 +15,20 @@ const (
 	styleEvent = "event"
 )
 
-// maxReserve bounds the part of an interval that is left for the way from a
-// timer to the wire.
+// maxReserve bounds the part of an interval that is reserved for the time between
+// a timer and the actual write.
 const maxReserve = 500 * time.Millisecond
 
-// frames is what the configuration says of the bytes that this module adds to
-// a stream: what they look like and when they are due.
+// frames says what the bytes look like that this module adds to a stream, and
+// when they are due.
 type frames struct {
 	eventstream.Frames
 
 	interval time.Duration // the longest silence; 0: no heartbeats
 	prelude  time.Duration // silence after the headers before the first frame; 0: none
-	reserve  time.Duration // the part of the interval left for the way from a timer to the wire
+	reserve  time.Duration // the part of the interval reserved for the time between a timer and the write
 
-	retryMin, retryMax time.Duration // the reconnection time to tell; 0: none
+	retryMin, retryMax time.Duration // the reconnection time to send; 0: none
 }
 
 func newFrames(hb *Heartbeat, retry *Retry) frames {
@@ -74,9 +74,9 @@ func newFrames(hb *Heartbeat, retry *Retry) frames {
 	return f
 }
 
-// wait returns how long a client may hear nothing before a frame is due: 75 % to
-// 100 % of the interval, so that streams opened together do not tick together,
-// less the reserve at its end, so that no silence exceeds it.
+// wait returns how long a client may receive nothing before a frame is due: 75 %
+// to 100 % of the interval, so that streams opened together do not send frames
+// together, minus the reserve, so that no silence exceeds the interval.
 func (f *frames) wait() time.Duration {
 	if f.interval == 0 {
 		return 0
@@ -89,15 +89,15 @@ func (f *frames) reconnectionTime() time.Duration {
 	return f.retryMin + rand.N(sum(f.retryMax-f.retryMin, 1))
 }
 
-// retryBlock is a whole stream that tells a reconnection time.
+// retryBlock is a complete stream that contains only a reconnection time.
 func (f *frames) retryBlock() []byte {
 	var splicer eventstream.Splicer
 	f.oweRetry(&splicer)
 	return splicer.Block(&f.Frames, nil, nil)
 }
 
-// oweRetry has a stream's client told its reconnection time, and returns that; 0
-// where none is told.
+// oweRetry makes a stream's client get a reconnection time, and returns it; 0:
+// none.
 func (f *frames) oweRetry(splicer *eventstream.Splicer) (told time.Duration) {
 	if f.retryMin > 0 {
 		told = f.reconnectionTime()
@@ -118,8 +118,8 @@ func (s *stream) tick() {
 	left, why := s.untilEndLocked(s.age(), !free)
 	retrying := s.at() == stageRetrying
 	if left > 0 && !free && !s.gone && s.isLiveLocked() {
-		// A write is on its way and restarts the clock; if it is stuck, a frame
-		// would be stuck, too.
+		// The current write restarts the clock. If it is stuck, a frame would be
+		// stuck too.
 		s.callIn(min(left, max(s.frames.reserve, time.Millisecond)))
 	}
 	s.facts.Unlock()
@@ -149,7 +149,7 @@ func (s *stream) tick() {
 		return
 	}
 	if s.wait > 0 && s.body == eventStreamBody && s.age()-s.lastHeard >= s.wait {
-		s.watchWrite() // the agenda has forgotten the stream on calling tick
+		s.watchWrite() // the agenda has dropped the stream by calling tick
 		s.beatLocked()
 		if s.failed != notEnded {
 			return
@@ -161,7 +161,7 @@ func (s *stream) tick() {
 	s.scheduleLocked()
 }
 
-// beatLocked sends a frame, or notes that it is due and can't go here.
+// beatLocked sends a frame, or records that one is due and not allowed here.
 func (s *stream) beatLocked() {
 	ends := s.endsSilenceLocked()
 	frame, ok := s.splicer.Frame(&s.frames.Frames, nil)

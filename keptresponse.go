@@ -12,8 +12,8 @@ import (
 )
 
 // keptResponse is the ResponseWriter of handlers whose stream may become a run's.
-// Until then all that they do is passed on to the request's goroutine, and from
-// then on to the run.
+// Until it does, everything that they do is passed on to the request's goroutine,
+// and after that to the run.
 type keptResponse struct {
 	*relayedResponse
 	k *keeping
@@ -23,12 +23,12 @@ type keptResponse struct {
 	feed *feed // the run's
 	left bool  // the handlers have left
 
-	// What follows belongs to the handlers' goroutine, but for what is written
-	// while they wait.
-	aside    bool // the answer is no stream
+	// What follows belongs to the handlers' goroutine; the request's goroutine may
+	// only write it while the handlers wait.
+	aside    bool // the answer is not a stream
 	answered bool // the upstream's answer is known
 	failed   error
-	end      runEnd // of an answer that is of no use
+	end      runEnd // of an answer that is not usable
 }
 
 func (k *keeping) responseAround(w *relayedResponse) *keptResponse {
@@ -36,7 +36,7 @@ func (k *keeping) responseAround(w *relayedResponse) *keptResponse {
 	return k.response
 }
 
-// kept is the run that the handlers have been handed over to, if they have.
+// kept is the run that the handlers have been handed over to; nil: none.
 func (w *keptResponse) kept() *run {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -49,8 +49,8 @@ func (w *keptResponse) haveLeft() bool {
 	return w.left
 }
 
-// handlersLeft ends the run of handlers that have left. It returns false where
-// there is none.
+// handlersLeft ends the run of handlers that have left. It returns false if there
+// is no run.
 func (k *keeping) handlersLeft(out outcome) bool {
 	w := k.response
 	w.mu.Lock()
@@ -73,7 +73,7 @@ func (k *keeping) handlersLeft(out outcome) bool {
 	return true
 }
 
-// endOf tells how the run ended whose handlers have left.
+// endOf says how the run ended whose handlers have left.
 func (w *keptResponse) endOf(out outcome) runEnd {
 	cause := context.Cause(w.k.x.attempt.context.Context)
 	switch {
@@ -100,8 +100,8 @@ func (w *keptResponse) endOf(out outcome) runEnd {
 	return runEnd{reason: upstreamClosed}
 }
 
-// answer takes the upstream's late headers, after an early start: those of a
-// stream are all that is usable.
+// answer takes the upstream's late headers, after an early start. Only those of a
+// stream are usable.
 func (w *keptResponse) answer(r *run, status int) {
 	if status < 200 && status != http.StatusSwitchingProtocols || w.answered {
 		return
@@ -117,7 +117,7 @@ func (w *keptResponse) answer(r *run, status int) {
 	}
 }
 
-// hasAnswered notes who answered a run that had started early, and with what.
+// hasAnswered records who answered a run that had started early, and with what.
 func (r *run) hasAnswered(status int, upstream string) {
 	r.mu.Lock()
 	r.answer.upstream = upstream
@@ -134,7 +134,7 @@ func (r *run) hasAnswered(status int, upstream string) {
 	}
 }
 
-// hears notes that the upstream of a stream that has started early has answered
+// hears records that the upstream of a stream that was started early has answered
 // its run.
 func (s *stream) hears(status int, upstream string) {
 	age := s.age()
@@ -151,19 +151,20 @@ func (s *stream) hears(status int, upstream string) {
 	}
 }
 
-// fail tells the client of a stream that has started early that there is none,
-// and ends the run: what the journal has stays for a client that is away.
+// fail tells the client of a stream that was started early that the upstream has
+// no stream for it, and ends the run. The journal stays for a client that is
+// away.
 func (w *keptResponse) fail(status int, message string, err error) {
 	countEarlyStartFailure(w.k.x.h, status)
 	w.end = runEnd{reason: upstreamError, err: errUnusable(err), told: true}
 	w.failed = errRunEnded
 	w.feed.useless.Store(true)
-	_, _ = w.feed.write(errorEvent(http.StatusBadGateway, "upstream_error", message)) // who has ended the run needs none
+	_, _ = w.feed.write(errorEvent(http.StatusBadGateway, "upstream_error", message)) // a client that has ended the run needs none
 	w.k.x.attempt.cancel(errRunEnded)
 }
 
-// decide has it known what the answer is, for handlers that write or flush before
-// they call WriteHeader. It returns the run, if there is one.
+// decide makes sure that it is known what the answer is, for handlers that write
+// or flush before they call WriteHeader. It returns the run, if there is one.
 func (w *keptResponse) decide() (r *run, ok bool) {
 	if w.aside {
 		return nil, true
@@ -217,8 +218,8 @@ func (w *keptResponse) ReadFrom(r io.Reader) (int64, error) {
 	return io.Copy(writerOnly{w}, r)
 }
 
-// FlushError is what http.ResponseController flushes with. What a run has been
-// given has been published.
+// FlushError is what http.ResponseController flushes with. Everything that a run
+// was given has already been published.
 func (w *keptResponse) FlushError() error {
 	r, ok := w.decide()
 	switch {
@@ -230,7 +231,8 @@ func (w *keptResponse) FlushError() error {
 	return w.failed
 }
 
-// Unwrap lets others see what this is around, as long as that is there.
+// Unwrap returns the writer that this one wraps, as long as the client's request
+// has it.
 func (w *keptResponse) Unwrap() http.ResponseWriter {
 	if w.kept() != nil {
 		return nil
@@ -238,7 +240,7 @@ func (w *keptResponse) Unwrap() http.ResponseWriter {
 	return w.relayedResponse.Unwrap()
 }
 
-// Push has no client any more that it could go to.
+// Push is not supported without a client's connection.
 func (w *keptResponse) Push(target string, opts *http.PushOptions) error {
 	if w.kept() != nil {
 		return http.ErrNotSupported
@@ -246,7 +248,7 @@ func (w *keptResponse) Push(target string, opts *http.PushOptions) error {
 	return w.relayedResponse.Push(target, opts)
 }
 
-// Hijack has no connection any more that it could give away.
+// Hijack is not supported without a client's connection.
 func (w *keptResponse) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	if w.kept() != nil {
 		return nil, nil, http.ErrNotSupported
@@ -254,7 +256,7 @@ func (w *keptResponse) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return w.relayedResponse.Hijack()
 }
 
-// Deadlines of a run's handlers are nobody's: its clients have their own.
+// Deadlines of a run's handlers apply to no client: each client has its own.
 
 func (w *keptResponse) SetReadDeadline(deadline time.Time) error {
 	if w.kept() != nil {

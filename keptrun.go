@@ -19,31 +19,31 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
-// keptRun is what a run has whose client may come back.
+// keptRun is the part of a run that only resume needs.
 type keptRun struct {
-	place    [sha256.Size]byte // of whom it is, and where
-	client   clientID          // that it counts for
-	added    http.Header       // what the upstream has added to the site's headers
-	replaced http.Header       // and put in place of them
+	place    [sha256.Size]byte // hash of who may come back, and where
+	client   clientID          // the client for which it counts in the limits
+	added    http.Header       // header fields that the upstream has added to the site's
+	replaced http.Header       // and those that it has replaced
 	keeping  *keeping
-	mirror   *mirror // nil: no other node knows of it
+	mirror   *mirror // nil: there is no store
 
 	// What follows is guarded by the run's lock.
-	newest  *runReader    // whose leaving counts
-	stay    time.Duration // how long the run goes on without a client
+	newest  *runReader    // the one whose leaving counts
+	stay    time.Duration // how long the run continues without a client
 	told    bool          // a client has been sent an id
 	passing bool          // nothing is kept any more
-	cut     bool          // so it has ended, as its client was away
+	cut     bool          // it has ended for that reason, because its client was away
 
-	// Of clients of other nodes.
-	distant  map[string]*runReader // by what those call them
-	sentAway map[string]reason     // they are to end, for this reason
+	// Clients of other nodes.
+	distant  map[string]*runReader // by the nodes' names for them
+	sentAway map[string]reason     // they should end, for this reason
 
-	alone *list.Element // its place among those without a client; the group's lock
+	alone *list.Element // its place among the runs without a client; guarded by the group's lock
 }
 
-// clientID is the client that the run counts for while nobody is there; it is
-// not known where it counts for none.
+// clientID is the client for which the run counts while it has no client; zero if
+// it counts for none.
 func (r *run) clientID() clientID {
 	if r.kept == nil {
 		return clientID{}
@@ -51,13 +51,13 @@ func (r *run) clientID() clientID {
 	return r.kept.client
 }
 
-// keeping is what is known of a request whose stream may outlive its client: it
-// begins as any other, and at the final header of a stream it becomes a run's.
+// keeping is what is known of a request whose stream may outlive its client. The
+// stream begins like any other, and becomes a run's at its final header.
 type keeping struct {
 	x    *exchange
-	site http.Header // what was there before the handlers answered
+	site http.Header // the headers before the handlers answered
 
-	// ctx is the context of the attempt. It ends with the client's request until
+	// ctx is the context of the attempt. It ends with the client's request, until
 	// there is a run.
 	ctx    context.Context
 	cancel context.CancelCauseFunc
@@ -66,7 +66,7 @@ type keeping struct {
 	next     caddyhttp.Handler
 	response *keptResponse
 
-	// The request as it came, for later attempts; nil: there are none.
+	// The request as it arrived, for later attempts; nil: there are none.
 	entered *http.Request
 	state   *isolation
 }
@@ -84,40 +84,73 @@ func (k *keeping) ask(ctx context.Context, lastEventID string, w runWriter) erro
 	return k.next.ServeHTTP(w, a.request)
 }
 
-// beginRun makes a run of the request's stream, which is about to open. Where it
-// can't, the stream is one as without resume.
+// beginRun makes a run of the request's stream, which is about to open. If that
+// is not possible, the stream continues as without resume.
 func (x *exchange) beginRun(status int, header http.Header) {
-	rs, k := x.h.resuming, x.rare.keeping
+	k := x.rare.keeping
 	k.response.mu.Lock()
 	defer k.response.mu.Unlock()
 	if k.response.left {
-		return // they have just said all that they have to say
-	}
-	var release func() // of the store
-	if d := rs.depot; d != nil {
-		if !d.takesRuns() {
-			return
-		}
-		if release = d.hold(x.h.Name); release == nil {
-			return
-		}
+		return // they have just sent their whole answer
 	}
 	var r *run
-	f := openFeed(rs.budget, journal.KeepUnsent, rs.history, x.upstreamsID(), func() { go r.giveWay() })
+	f, release := x.openKept(func() { go r.giveWay() })
+	if f == nil {
+		return
+	}
+	r = x.makeKept(f, release, status, header)
+	reader := &runReader{run: r}
+	reader.join(journal.After(0))
+	r.readers[reader] = struct{}{}
+	r.joined, r.kept.newest = 1, reader
+	r.head(runAnswer{kind: answerStream, status: status, upstream: x.attempt.upstream()})
+	x.h.group.addRun(r)
+	r.endAfter(x.h.resuming.runFor, maxDuration)
+
+	p := placing{brought: x.rare.brought != ""}
+	if x.rare.unknown {
+		p.lost = lostUnknown
+	}
+	greeting := x.greeting(reader, p)
+	r.kept.told = greeting.event != ""
+	x.rare.reader = reader
+	x.rare.fed = x.newFed(r, greeting)
+	feed := &x.rare.feed
+	feed.ctx, feed.cancel = context.WithCancelCause(x.r.Context())
+	x.role = streaming
+	k.response.run, k.response.feed, k.response.answered = r, f, !x.startedEarly
+}
+
+// openKept opens the feed of the request's run, and takes hold of the store, if
+// there is one, until release is called. f is nil if the stream can't be kept.
+func (x *exchange) openKept(evicted func()) (f *feed, release func()) {
+	rs := x.h.resuming
+	if d := rs.depot; d != nil {
+		if !d.takesRuns() {
+			return nil, nil
+		}
+		if release = d.hold(x.h.Name); release == nil {
+			return nil, nil
+		}
+	}
+	f = openFeed(rs.budget, journal.KeepUnsent, rs.history, x.upstreamsID(), evicted)
 	switch {
 	case f == nil:
 		x.h.notKept()
-	case !k.unlink(): // the client has left
+	case !x.rare.keeping.unlink(): // the client has left
 		f.journal.Discard()
 		f = nil
 	}
-	if f == nil {
-		if release != nil {
-			release()
-		}
-		return
+	if f == nil && release != nil {
+		release()
 	}
-	r = x.h.makeRun(resumedRun, f, k.ctx, k.cancel)
+	return f, release
+}
+
+// makeKept makes the request's run.
+func (x *exchange) makeKept(f *feed, release func(), status int, header http.Header) *run {
+	rs, k := x.h.resuming, x.rare.keeping
+	r := x.h.makeRun(resumedRun, f, k.ctx, k.cancel)
 	r.kept = &keptRun{place: x.keptPlace(), client: x.clientID(), keeping: k, stay: rs.window}
 	r.kept.added, r.kept.replaced = k.difference(header)
 	r.host, r.path = printable(x.r.Host, 255), printable(originalPath(x.r), 1024)
@@ -139,32 +172,13 @@ func (x *exchange) beginRun(status int, header http.Header) {
 			r.kept.mirror.forget()
 		}
 	}
-	reader := &runReader{run: r}
-	reader.join(journal.After(0))
-	r.readers[reader] = struct{}{}
-	r.joined, r.kept.newest = 1, reader
-	r.head(runAnswer{kind: answerStream, status: status, upstream: x.attempt.upstream()})
-	x.h.group.addRun(r)
-	r.endAfter(rs.runFor, maxDuration)
-
-	p := placing{brought: x.rare.brought != "", lost: ""}
-	if x.rare.unknown {
-		p.lost = lostUnknown
-	}
-	greeting := x.greeting(reader, p)
-	r.kept.told = greeting.event != ""
-	x.rare.reader = reader
-	x.rare.fed = x.newFed(r, greeting)
-	feed := &x.rare.feed
-	feed.ctx, feed.cancel = context.WithCancelCause(x.r.Context())
-	x.role = streaming
-	k.response.run, k.response.feed, k.response.answered = r, f, !x.startedEarly
+	return r
 }
 
 // causeNoRoom is why a stream can't be kept.
 const causeNoRoom = "journal_full"
 
-// notKept counts a stream that is as without resume, because the journals of the
+// notKept counts a stream that runs without resume because the journals of the
 // name are full, and warns of it at most once a minute.
 func (h *Handler) notKept() {
 	collector.unprotected.WithLabelValues(h.Name, causeNoRoom).Inc()
@@ -180,7 +194,7 @@ func (h *Handler) notKept() {
 // isKept reports whether the request's stream has become a run's.
 func (x *exchange) isKept() bool { return x.keeps() && x.rare.reader != nil }
 
-// feedStream says which stream is that of the request's reader.
+// feedStream tells the request's reader which stream is its own.
 func (x *exchange) feedStream() {
 	switch {
 	case x.rare == nil:
@@ -191,9 +205,9 @@ func (x *exchange) feedStream() {
 	}
 }
 
-// difference tells what handlers have made of the site's headers: what they have
-// added, and what they have put in its place. What belongs to one client, to one
-// moment or to one connection is left out.
+// difference returns what handlers have changed in the site's headers: what they
+// have added, and what they have replaced. It leaves out what belongs to one
+// client, one moment or one connection.
 func (k *keeping) difference(header http.Header) (added, replaced http.Header) {
 	added, replaced = make(http.Header), make(http.Header)
 	for field, values := range runsHeader(header) {
@@ -208,8 +222,8 @@ func (k *keeping) difference(header http.Header) (added, replaced http.Header) {
 	return added, replaced
 }
 
-// runsHeader is what clients get of an upstream's header that come to its run
-// later.
+// runsHeader is the part of an upstream's header that later clients of its run
+// get.
 func runsHeader(header http.Header) http.Header {
 	header = header.Clone()
 	for _, declared := range header["Trailer"] {
@@ -228,8 +242,8 @@ func runsHeader(header http.Header) http.Header {
 	return header
 }
 
-// followKept passes on what the run has for the request's client, until one of
-// them is through.
+// followKept passes on what the run has for the request's client, until the
+// stream or the run is over.
 func (x *exchange) followKept(w *relayedResponse) outcome {
 	end := x.rare.reader.followRun(x.rare.feed.ctx, x.stream)
 	if x.handlersGoOn() {
@@ -240,18 +254,18 @@ func (x *exchange) followKept(w *relayedResponse) outcome {
 	return outcome{left: true, run: end}
 }
 
-// handlersGoOn reports whether the handlers go on without the request's
+// handlersGoOn reports whether the handlers continue without the request's
 // goroutine.
 func (x *exchange) handlersGoOn() bool {
 	return x.isKept() && x.rare.keeping.response != nil && !x.rare.keeping.response.haveLeft()
 }
 
 // unkeep stops keeping what the upstream sends: from now on the stream is as
-// without resume, and nobody comes back to it. It returns false where no client
-// is there.
+// without resume, and its client can't come back. It returns false if there is no
+// client.
 func (r *run) unkeep() bool {
 	r.mu.Lock()
-	attached := len(r.readers) > len(r.kept.distant) // who reads elsewhere gets what the store has
+	attached := len(r.readers) > len(r.kept.distant) // a client of another node gets what the store has
 	if attached {
 		r.kept.passing = true
 		r.feed.journal.Pass()
@@ -264,8 +278,8 @@ func (r *run) unkeep() bool {
 	return attached
 }
 
-// staysAlone is how long the run stays without a client. It is called with the
-// run's lock held.
+// staysAlone is how long the run continues without a client. It must be called
+// with the run's lock held.
 func (r *run) staysAlone() time.Duration {
 	k := r.kept
 	switch {
@@ -280,8 +294,8 @@ func (r *run) staysAlone() time.Duration {
 }
 
 // bodyIsRead reports whether the handlers have read the request's body, which is
-// gone when the client's connection is. A GET over HTTP/2 or HTTP/3 does not
-// always tell that it has none.
+// lost with the client's connection. A GET over HTTP/2 or HTTP/3 does not always
+// say that it has none.
 func (k *keeping) bodyIsRead() bool {
 	u := k.x.rare.upload
 	if u == nil || u.read.Load() {
@@ -290,13 +304,13 @@ func (k *keeping) bodyIsRead() bool {
 	return k.x.r.Method == http.MethodGet && k.x.r.ProtoMajor > 1 && k.x.r.ContentLength < 0 && !u.found.Load()
 }
 
-// lacksBody reports whether the request has turned out to have no body.
+// lacksBody reports whether the request turned out to have no body.
 func (k *keeping) lacksBody() bool {
 	u := k.x.rare.upload
 	return u == nil || !u.found.Load()
 }
 
-// leaveRun takes the request's client off its run, once its stream has been
+// leaveRun removes the request's client from its run, after its stream has been
 // accounted for.
 func (x *exchange) leaveRun() {
 	if x.rare != nil && x.rare.follower != nil {
@@ -331,8 +345,8 @@ func (x *exchange) leaveKept() {
 	}
 }
 
-// whyLeft tells why the request's stream has ended, if there was one, and how long
-// its run should go on without a client then.
+// whyLeft returns why the request's stream has ended, if there was one, and how
+// long its run should then continue without a client.
 func (x *exchange) whyLeft() (why reason, stay time.Duration) {
 	if x.stream != nil {
 		if told := x.stream.final(); told != nil {
@@ -352,8 +366,8 @@ func (x *exchange) whyLeft() (why reason, stay time.Duration) {
 	return why, stay
 }
 
-// hasCancelled reports whether the client that has left has cancelled its stream
-// while its connection lives. Over HTTP/1.1 nobody can tell.
+// hasCancelled reports whether a client that has left has cancelled its stream,
+// while its connection is still open. Over HTTP/1.1 there is no way to know.
 func (x *exchange) hasCancelled() bool {
 	switch x.stream.proto {
 	case http2:
@@ -365,7 +379,7 @@ func (x *exchange) hasCancelled() bool {
 			time.Sleep(wait)
 		}
 	case http3:
-		_, err := innermost(x.w).Write([]byte("\n")) // which nobody reads
+		_, err := innermost(x.w).Write([]byte("\n")) // which no one reads
 		if stream, ok := errors.AsType[*quic.StreamError](err); ok {
 			return stream.Remote
 		}

@@ -8,16 +8,16 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// kind is what is known of a client by its request: whether it comes back by
-// itself, and after what. A wrong guess costs: a client that takes a clean end
-// for the end of the answer loses the rest of it.
+// kind is what a request says about its client: whether it reconnects by itself,
+// and after what. A wrong guess has a price: a client that treats a clean end as
+// the end of the answer loses the rest of it.
 type kind struct {
-	// resumable: the client opens its stream again when that breaks, so it may
-	// be ended on purpose.
+	// resumable: the client opens its stream again if that breaks, so it may be
+	// ended early.
 	resumable bool
 
-	// eventSource: it does so after a clean end, too, and takes any status but
-	// 200 for final (HTML Standard, section 9.2.3). Set only where resumable is.
+	// eventSource: it does so after a clean end too, and gives up after any status
+	// but 200 (HTML Standard, section 9.2.3). Set only if resumable is.
 	eventSource bool
 }
 
@@ -28,7 +28,8 @@ const (
 	resumableNever  = "never"
 )
 
-// kindOf tells the kind of a request. setting is resumable's; empty for auto.
+// kindOf returns the kind of a request. setting is that of resumable; empty for
+// auto.
 func kindOf(r *http.Request, accept accept, setting string) kind {
 	if r.Method != http.MethodGet || setting == resumableNever || isMCP(r.Header) {
 		return kind{}
@@ -40,8 +41,8 @@ func kindOf(r *http.Request, accept accept, setting string) kind {
 }
 
 // mayStream reports whether the answer to a request can have a body that goes on.
-// To a HEAD it has none, whatever a handler before sse has made of the method: the
-// server goes by what the client sent.
+// The answer to a HEAD has none, even if a handler before sse has changed the
+// method: the server decides by what the client sent.
 func mayStream(r *http.Request) bool {
 	if r.Method == http.MethodHead || r.Method == http.MethodConnect {
 		return false
@@ -50,9 +51,9 @@ func mayStream(r *http.Request) bool {
 	return original.Method != http.MethodHead
 }
 
-// mcpHeaders are those of MCP clients. Clients of its 2025 revisions lose a
-// running call when a resumed answer ends early; in that of 2026-07-28, closing a
-// stream cancels the call.
+// mcpHeaders are those of MCP clients. Clients of the 2025 revisions lose a
+// running call when a resumed answer ends early; in the revision of 2026-07-28,
+// closing a stream cancels the call.
 var mcpHeaders = []string{"Mcp-Session-Id", "Mcp-Protocol-Version", "Mcp-Method"}
 
 func isMCP(header http.Header) bool {
@@ -62,9 +63,9 @@ func isMCP(header http.Header) bool {
 	})
 }
 
-// bypassesCaches reports whether a request says no-cache, as an EventSource's
-// does: its cache mode is no-store (HTML Standard, section 9.2.2), for which Fetch
-// adds both fields (section 4.5).
+// bypassesCaches reports whether a request has no-cache, as an EventSource's
+// does: its cache mode is no-store (HTML Standard, section 9.2.2), for which
+// Fetch adds both fields (section 4.5).
 func bypassesCaches(header http.Header) bool {
 	for _, field := range []string{"Cache-Control", "Pragma"} {
 		for _, line := range header[field] {
@@ -76,8 +77,8 @@ func bypassesCaches(header http.Header) bool {
 	return false
 }
 
-// accept is what a request's Accept says of event streams (RFC 9110, section
-// 12.5.1). What has a weight of zero is not named: it is refused.
+// accept is what a request's Accept says about event streams (RFC 9110, section
+// 12.5.1). A type with a weight of zero does not count as named: it is refused.
 type accept struct {
 	eventStream bool // it names the type; a wildcard does not
 	only        bool // and no other type; a wildcard is another

@@ -24,14 +24,14 @@ const (
 	notEnded        reason = iota
 	upstreamClosed         // the upstream finished its response
 	upstreamError          // the upstream broke off, or its answer after an early start was unusable
-	upstreamTimeout        // silent too long
+	upstreamTimeout        // silent for too long
 	clientClosed           // the client went away
 	writeTimeout           // the client took no bytes
 	deadClient             // the client's host acknowledged nothing
-	maxDuration            // old enough
+	maxDuration            // it reached max_duration
 	drained                // reload or exit
 	endedByAdmin           // ended through the admin API
-	takenOver              // its client has come back on another connection
+	takenOver              // its client reconnected on another connection
 	lagged                 // it could not keep up with a shared stream
 	serverClosed           // the process exits and its grace period is over
 	reasonCount
@@ -54,7 +54,7 @@ var reasonNames = [reasonCount]string{
 
 func (r reason) String() string { return reasonNames[r] }
 
-// state is what observers are told of a stream's stage.
+// state is the name of a stream's stage in logs, lists and the admin API.
 func (at stage) state() string {
 	switch {
 	case at == stageWaiting:
@@ -91,14 +91,14 @@ func protoOf(r *http.Request) proto {
 	return http1
 }
 
-// client is who is at the other end of a stream and what was asked for.
+// client is who is at the other end of a stream, and what was requested.
 type client struct {
 	ip, host, userAgent, upstream string
 
 	lastEventID *string // the request's; nil where it has none
 }
 
-// newClient takes what is only safe to read on the request's goroutine.
+// newClient reads what is only safe to read on the request's goroutine.
 func (x *exchange) newClient() client {
 	c := client{
 		ip:        x.ip,
@@ -122,10 +122,10 @@ func clientIP(r *http.Request) string {
 // requestUUID is the placeholder that identifies a request.
 const requestUUID = "http.request.uuid"
 
-// newID returns what {http.request.uuid} is for the request. Where nobody has
-// asked for the placeholder yet, the id is made here, and adoptID makes it the
-// placeholder's. To resolve it would cost each quiet stream 300 bytes, and write
-// to the request's variables.
+// newID returns what {http.request.uuid} is for the request. If nothing has used
+// the placeholder yet, the id is made here, and adoptID makes it the
+// placeholder's value. Resolving the placeholder would cost each quiet stream 300
+// bytes, and write to the request's variables.
 func newID(ctx context.Context) uuid.UUID {
 	if repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok && caddyhttp.GetVar(ctx, "uuid") != nil {
 		text, _ := repl.GetString(requestUUID)
@@ -136,15 +136,15 @@ func newID(ctx context.Context) uuid.UUID {
 	return uuid.New()
 }
 
-// adoptID makes an id the request's, for whoever asks from now on.
+// adoptID makes an id the request's, for everything that reads it from now on.
 func (x *exchange) adoptID(id string) {
 	if x.replacer != nil {
 		x.replacer.Set(requestUUID, id)
 	}
 }
 
-// fixID settles the request's id before handlers on a goroutine of their own can
-// ask for it.
+// fixID sets the request's id before handlers on a goroutine of their own can use
+// it.
 func (x *exchange) fixID() {
 	id := newID(x.r.Context())
 	x.rarely().id = id
@@ -152,9 +152,9 @@ func (x *exchange) fixID() {
 	x.attempt.context.replacer.Set(requestUUID, id.String())
 }
 
-// printable makes what a client chose fit for a log line and a terminal: at
-// most limit bytes, and nothing that moves a cursor, starts a line or turns the
-// direction of writing. It holds on to no more than that.
+// printable makes what a client chose safe for a log line and a terminal: at most
+// limit bytes, and nothing that moves a cursor, starts a line or changes the text
+// direction. It does not keep the rest of the text in memory.
 func printable(text string, limit int) string {
 	if len(text) <= limit && isPrintable(text) {
 		return text
@@ -181,8 +181,8 @@ func isPrintable(text string) bool {
 	return true
 }
 
-// printableID is printable for a last event ID, which is told whole or not at
-// all; one of ours is told without its secret.
+// printableID is printable for a last event ID, which is shown completely or not
+// at all; one of ours is shown without its secret.
 func printableID(id string) string {
 	if len(id) > eventstream.MaxIDLength {
 		return eventstream.TooLongID
@@ -190,8 +190,8 @@ func printableID(id string) string {
 	return printable(shortID(id), eventstream.MaxIDLength)
 }
 
-// report is a stream at one moment: what logs, events, the access log, the
-// placeholders and the admin API tell of it.
+// report is a stream at one moment, for logs, events, the access log, the
+// placeholders and the admin API.
 type report struct {
 	client
 	id        string
@@ -206,12 +206,12 @@ type report struct {
 	idle      time.Duration // since the upstream's last bytes
 	counts    counts
 	end       end
-	fed       *fedReport // nil: by the handlers themselves
+	fed       *fedReport // nil: fed by the handlers themselves
 
 	lastEventID string // the last one of the stream, else the request's
 }
 
-// end is what is known of a stream when it has ended.
+// end is what is known of a stream only when it has ended.
 type end struct {
 	reason           reason
 	status           int           // what the client got
@@ -219,14 +219,14 @@ type end struct {
 	timeToHeaders    time.Duration // from the request
 	timeToFirstEvent time.Duration // from the request; 0: there was none
 	longestGap       time.Duration // between bytes of the upstream
-	retries          int           // how often the upstream was asked again; -1: it would not be
+	retries          int           // tries of upstream_retry; -1: it does not apply
 	incompleteEvent  bool          // clients drop what is after the last blank line
 	invalidUTF8      bool          // clients read something else
 	err              error
 }
 
-// original returns the method and the path that the client asked for, whatever
-// handlers after this one have made of them.
+// original returns the method and the path that the client requested, whatever
+// handlers after this one have changed.
 func (s *stream) original() (method, path string) {
 	r, ok := s.ctx.Value(caddyhttp.OriginalRequestCtxKey).(http.Request)
 	if !ok {
@@ -242,7 +242,7 @@ func (s *stream) report() report {
 	return s.reportLocked()
 }
 
-// reportLocked wants facts to be locked.
+// reportLocked must be called with facts locked.
 func (s *stream) reportLocked() report {
 	method, path := s.original()
 	age := s.age()
@@ -278,7 +278,7 @@ func (s *stream) reportLocked() report {
 	return r
 }
 
-// lastEventIDLocked wants facts to be locked.
+// lastEventIDLocked must be called with facts locked.
 func (s *stream) lastEventIDLocked() string {
 	if id, committed := s.splicer.Scanner().LastEventID(); committed {
 		return printableID(id)
@@ -292,7 +292,7 @@ func (s *stream) lastEventIDLocked() string {
 	return ""
 }
 
-// tellOpened tells of a stream that has been opened.
+// tellOpened reports that a stream has been opened.
 func (h *Handler) tellOpened(s *stream) {
 	if c := h.logger.Check(zapcore.DebugLevel, "stream opened"); c != nil {
 		c.Write(zap.Inline(openedFields(s.report())))
@@ -302,8 +302,8 @@ func (h *Handler) tellOpened(s *stream) {
 	}
 }
 
-// tellClosed tells of a stream that has ended: in the log, and to who subscribed
-// to the event. Its request is told by exchange.tell.
+// tellClosed reports that a stream has ended: in the log, and to subscribers of
+// the event. The access log is written by exchange.tell.
 func (h *Handler) tellClosed(r report) {
 	level := zapcore.InfoLevel
 	if r.end.reason == upstreamError {
@@ -317,8 +317,8 @@ func (h *Handler) tellClosed(r report) {
 	}
 }
 
-// tell puts what is known of a stream that has ended into its request's access
-// log and placeholders.
+// tell adds what is known of a stream that has ended to its request's access log
+// and placeholders.
 func (x *exchange) tell(r *report) {
 	x.adoptID(r.id)
 	x.told = r
@@ -338,8 +338,8 @@ func (h *Handler) emit(name string, fields zapcore.ObjectMarshaler) {
 		h.logger.Error("describing a stream", zap.String("event", name), zap.Error(err))
 		return
 	}
-	// A stream may outlive its configuration, and so its context; its end is
-	// told all the same.
+	// A stream may outlive its configuration, and so its context; its end is still
+	// reported.
 	ctx := h.ctx
 	ctx.Context = context.WithoutCancel(ctx.Context)
 	h.events.Emit(ctx, name, enc.Fields)
@@ -365,7 +365,7 @@ func (r report) placeholder(key string) (any, bool) {
 	return nil, false
 }
 
-// openedFields are what is told of a stream when it opens.
+// openedFields are the log fields of a stream that opens.
 type openedFields report
 
 func (r openedFields) MarshalLogObject(enc zapcore.ObjectEncoder) error {
@@ -382,7 +382,7 @@ func (r openedFields) MarshalLogObject(enc zapcore.ObjectEncoder) error {
 	return nil
 }
 
-// closedFields are what is told of a stream when it has ended.
+// closedFields are the log fields of a stream that has ended.
 type closedFields report
 
 func (r closedFields) MarshalLogObject(enc zapcore.ObjectEncoder) error {
@@ -393,8 +393,8 @@ func (r closedFields) MarshalLogObject(enc zapcore.ObjectEncoder) error {
 	return nil
 }
 
-// figures are what an access log says of a stream beside what it says of every
-// request.
+// figures are an access log's fields about a stream, in addition to those of
+// every request.
 type figures report
 
 func (r figures) MarshalLogObject(enc zapcore.ObjectEncoder) error {

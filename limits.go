@@ -14,13 +14,13 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// limits are how many streams may be open under one name; 0: any number.
+// limits is how many streams may be open under one name; 0: any number.
 type limits struct {
 	total     int
 	perClient int
 }
 
-// refusedFor is how long a client that was refused is asked to stay away.
+// refusedFor is how long a refused client is asked to wait.
 const refusedFor = 5 * time.Second
 
 // limit is which limit refused a stream.
@@ -31,7 +31,7 @@ const (
 	limitPerClient limit = "max_streams_per_client"
 )
 
-// refusal is the error that a refused request ends with.
+// refusal is the error for a refused request.
 func (l limit) refusal(h *Handler) error {
 	if l == limitPerClient {
 		return caddyhttp.Error(http.StatusTooManyRequests,
@@ -47,11 +47,11 @@ type reservation uint8
 
 const (
 	noPlace      reservation = iota
-	namesPlace               // counts as a stream of the name
-	clientsPlace             // and as one of its client
+	namesPlace               // it counts as a stream of the name
+	clientsPlace             // and as a stream of its client
 )
 
-// reserve takes a place for a request, or tells which limit it meets.
+// reserve takes a place for a request, or returns the limit that refuses it.
 func (g *group) reserve(limits limits, client clientID) (reservation, limit) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -69,7 +69,7 @@ func (g *group) reserve(limits limits, client clientID) (reservation, limit) {
 		}
 	}
 	if gives != nil {
-		go gives.giveWay() // which wants the group's lock
+		go gives.giveWay() // needs the group's lock
 	}
 	g.reserved++
 	if g.clients == nil {
@@ -79,7 +79,7 @@ func (g *group) reserve(limits limits, client clientID) (reservation, limit) {
 	return clientsPlace, ""
 }
 
-// release gives back a place that no stream came of.
+// release gives back a place of which no stream came.
 func (g *group) release(r reservation, client clientID) {
 	if r == noPlace {
 		return
@@ -92,8 +92,8 @@ func (g *group) release(r reservation, client clientID) {
 	}
 }
 
-// countClients begins to count streams by client, which only names with such a
-// limit do. Those that are open already count too.
+// countClients starts to count streams by client, which is done only for names
+// with such a limit. Streams that are already open count too.
 func (g *group) countClients() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -118,14 +118,13 @@ func (g *group) countClientLocked(client clientID, n int) {
 	}
 }
 
-// clientID is what counts as one client: a key of the site's choice, or an
-// address.
+// clientID identifies a client: by a key of the site's choice, or by an address.
 type clientID struct {
 	key  keyHash
 	addr netip.Prefix
 }
 
-// keyHash stands for a key, which may be long, and a secret; zero: there is none.
+// keyHash stands for a key, which may be long and secret; zero: there is none.
 type keyHash [16]byte
 
 func newClientID(key keyHash, ip string) clientID {
@@ -135,10 +134,10 @@ func newClientID(key keyHash, ip string) clientID {
 	return clientID{addr: clientAddr(ip)}
 }
 
-// isKnown is false where nothing tells clients apart, as on a Unix socket.
+// isKnown is false if nothing distinguishes clients, as on a Unix socket.
 func (c clientID) isKnown() bool { return c != clientID{} }
 
-// rememberKey takes note of what the client is, as it was when the request came.
+// rememberKey records the client's key as it was when the request arrived.
 func (x *exchange) rememberKey(key string) {
 	if strings.TrimSpace(key) != "" {
 		hash := sha256.Sum256([]byte(key))
@@ -162,8 +161,8 @@ func (s *stream) clientID() clientID {
 	return newClientID(s.rare.key, s.client.ip)
 }
 
-// clientAddr is an IPv4 address, or the /64 that an IPv6 host can choose its
-// addresses from. It is not valid where there is none.
+// clientAddr is an IPv4 address, or the /64 from which an IPv6 host can choose
+// its addresses. It is invalid if there is no address.
 func clientAddr(ip string) netip.Prefix {
 	addr, err := netip.ParseAddr(ip)
 	if err != nil {
@@ -178,25 +177,25 @@ func clientAddr(ip string) netip.Prefix {
 	return key
 }
 
-// place is one among the streams of a name that a request has reserved. It goes
-// back when the client leaves, whatever the handlers do, or when it is known that
-// no stream comes of it; or a stream takes it over.
+// place is a place among the streams of a name that a request has reserved. It is
+// given back when the client leaves, whatever the handlers do, or when it is
+// known that the answer is not a stream; or a stream takes it over.
 type place struct {
 	group  *group
 	client clientID
 	kind   reservation
 	gone   atomic.Bool // given back, or taken over
-	forget func() bool // that it would be given back when the client leaves
+	forget func() bool // cancels giving it back when the client leaves
 }
 
-// giveBack gives the place back, unless it has gone.
+// giveBack gives the place back, unless it is gone.
 func (p *place) giveBack() {
 	if p != nil && p.gone.CompareAndSwap(false, true) {
 		p.group.release(p.kind, p.client)
 	}
 }
 
-// use takes the place over for a stream, if it has not gone.
+// use takes the place over for a stream, if it is not gone.
 func (p *place) use() reservation {
 	if p == nil || !p.gone.CompareAndSwap(false, true) {
 		return noPlace
@@ -205,7 +204,7 @@ func (p *place) use() reservation {
 	return p.kind
 }
 
-// reserve takes a place for the request, or says which limit it meets.
+// reserve takes a place for the request, or returns the limit that refuses it.
 func (x *exchange) reserve() (*place, limit) {
 	client := x.clientID()
 	kind, met := x.h.group.reserve(x.h.limits, client)
@@ -218,7 +217,7 @@ func (x *exchange) reserve() (*place, limit) {
 }
 
 // givePlaceBack gives back the request's place, if it has one, as soon as it is
-// known that no stream comes of it.
+// known that the answer is not a stream.
 func (x *exchange) givePlaceBack() {
 	if x.place != nil {
 		x.place.forget()
@@ -226,7 +225,7 @@ func (x *exchange) givePlaceBack() {
 	}
 }
 
-// takePlace takes a place for the request, or says how it is refused.
+// takePlace takes a place for the request, or returns an error for its refusal.
 func (x *exchange) takePlace() error {
 	reserved, met := x.reserve()
 	if reserved != nil {
@@ -236,7 +235,7 @@ func (x *exchange) takePlace() error {
 	collector.refused.WithLabelValues(x.h.Name, string(met)).Inc()
 	header := x.w.Header()
 	if x.rare != nil && x.rare.siteHeader != nil {
-		replaceHeader(header, x.rare.siteHeader) // what the upstream set is for a stream
+		replaceHeader(header, x.rare.siteHeader) // the upstream set the others for a stream
 	}
 	header.Set("Retry-After", strconv.Itoa(int(refusedFor.Seconds())))
 	return met.refusal(x.h)

@@ -518,7 +518,7 @@ func TestWhoChangesTheClientsAddressInsideLeaksNoPlace(t *testing.T) {
 	}
 }
 
-// hush is a handler that does not heed its context, as FastCGI's while its
+// hush is a handler that ignores its context, as FastCGI's while its
 // script is silent. It answers with a stream after a first release, and leaves
 // after a second.
 type hush struct{ called, answer, leave, left chan struct{} }

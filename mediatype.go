@@ -12,9 +12,8 @@ func hasEventStreamType(header http.Header) bool {
 }
 
 // mediaType returns the essence of the type that Content-Type names, in the
-// upstream's own letters: where there are several, the last valid one, as
-// browsers have it (Fetch, section 2.2.2, "extract a MIME type"). It is empty
-// where there is none.
+// upstream's spelling: if there are several, the last valid one, as in browsers
+// (Fetch, section 2.2.2, "extract a MIME type"). It is empty if there is none.
 func mediaType(contentType []string) (essence string) {
 	for rest, more := joinLines(contentType), true; more; {
 		var value string
@@ -26,9 +25,9 @@ func mediaType(contentType []string) (essence string) {
 	return essence
 }
 
-// essenceOf returns type and subtype of a MIME type, empty where it is not valid
-// (MIME Sniffing Standard, section 4.4, "parse a MIME type": no parameter can
-// make it so).
+// essenceOf returns type and subtype of a MIME type, empty if it is not valid
+// (MIME Sniffing Standard, section 4.4, "parse a MIME type"; parameters do not
+// matter).
 func essenceOf(value string) string {
 	value, _, _ = strings.Cut(strings.Trim(value, httpWhitespace), ";")
 	value = strings.TrimRight(value, httpWhitespace)
@@ -55,13 +54,13 @@ func isToken(text string) bool {
 	return text != ""
 }
 
-// joinLines makes one list of a header's lines, which are just parts of it (Fetch,
-// section 2.2.2, "get, decode, and split").
+// joinLines makes one list of a header's lines, which are only parts of it
+// (Fetch, section 2.2.2, "get, decode, and split").
 func joinLines(lines []string) string { return strings.Join(lines, ", ") }
 
-// cutItem returns the first element of a list, the list after it, and whether
-// there is one. A comma in a quoted string separates nothing, and a string that is
-// not closed in one line goes on in the next.
+// cutItem returns the first element of a list, the rest of the list, and whether
+// there was an element. A comma in a quoted string is not a separator, and a
+// string that is not closed in one line continues in the next.
 func cutItem(list string) (item, rest string, more bool) {
 	end := itemEnd(list)
 	item = strings.Trim(list[:end], "\t ")
@@ -79,7 +78,7 @@ func itemEnd(list string) int {
 		case c == '"':
 			quoted = !quoted
 		case c == '\\' && quoted:
-			i++ // what follows is meant literally
+			i++ // the next character is literal
 		case c == ',' && !quoted:
 			return i
 		}

@@ -8,8 +8,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// registerMetrics puts the collector on the registry of a configuration, once
-// for all its handlers.
+// registerMetrics registers the collector with the registry of a configuration,
+// once for all its handlers.
 func registerMetrics(registry *prometheus.Registry) error {
 	err := registry.Register(collector)
 	if _, again := errors.AsType[prometheus.AlreadyRegisteredError](err); err != nil && !again {
@@ -18,8 +18,8 @@ func registerMetrics(registry *prometheus.Registry) error {
 	return nil
 }
 
-// metrics collects what the registry of streams knows, and what is observed
-// once a stream. Nothing here is touched by a write.
+// metrics collects the figures of the registry of streams, and values that are
+// observed once per stream. No write touches anything here.
 type metrics struct {
 	streams, opened, closed, events, bytes, heartbeats, deferred *prometheus.Desc
 
@@ -59,26 +59,26 @@ func newMetrics() *metrics {
 		streams:    desc("streams", "Streams that are open.", "proto"),
 		opened:     desc("streams_opened_total", "Streams that have been opened.", "proto"),
 		closed:     desc("streams_closed_total", "Streams that have ended, by the reason of the end.", "reason"),
-		events:     desc("events_total", "Events that went by, heartbeats not counted."),
-		bytes:      desc("bytes_total", "Bytes of upstreams' bodies that went by, heartbeats not counted."),
+		events:     desc("events_total", "Events from upstreams, without heartbeats."),
+		bytes:      desc("bytes_total", "Bytes of upstreams' bodies, with the IDs that were added, without heartbeats."),
 		heartbeats: desc("heartbeats_total", "Heartbeats that were sent, preludes included."),
 		deferred:   desc("heartbeats_deferred_total", "Heartbeats that were due where the format allows none."),
 
-		runs: desc("runs", "Upstream streams that are kept apart from clients: with a client, without one, shared, "+
-			"or ended and kept for clients that have not come back.", "state"),
+		runs: desc("runs", "Upstream streams of resume and share, by state: with a client, without one, shared, "+
+			"or ended and kept for clients that may come back.", "state"),
 		resumes:      desc("resumes_total", "Clients that came back with an event ID, by result.", "result"),
-		journalBytes: desc("journal_bytes", "What the journals of runs hold, overhead included."),
+		journalBytes: desc("journal_bytes", "Bytes in the journals of resume and share, overhead included."),
 
-		refused:            counter("streams_refused_total", "Requests that met a limit, by the limit.", "limit"),
-		unprotected:        counter("streams_unprotected_total", "Streams whose body is not text, so that no heartbeat can go in, by cause.", "cause"),
+		refused:            counter("streams_refused_total", "Requests that were refused by a limit, by limit.", "limit"),
+		unprotected:        counter("streams_unprotected_total", "Streams without heartbeats, as their body is not text, or without resume, as the journals are full, by cause.", "cause"),
 		reconnects:         counter("reconnects_answered_total", "Errors that were answered with a reconnection time, by the error's status.", "status"),
 		earlyStartFailures: counter("early_start_failures_total", "Early starts whose upstream then sent no stream, by its status.", "status"),
 		retries:            counter("upstream_retries_total", "Tries to reach an upstream that broke off, by result.", "result"),
 
-		storeErrors: counter("store_errors_total", "What a store of resume was asked for and has not done, by what that was.", "op"),
+		storeErrors: counter("store_errors_total", "Failed operations of a store of resume, by operation.", "op"),
 		storeDuration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    metricsPrefix + "store_duration_seconds",
-			Help:    "How long a store of resume took for what it was asked for, waits for something new left out.",
+			Help:    "Time that operations of a store of resume took, without those that wait for something new.",
 			Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5},
 		}, []string{"name", "op"}),
 
@@ -147,9 +147,10 @@ func (m *metrics) collectRuns(g *group, out chan<- prometheus.Metric) {
 	gauge(m.journalBytes, t.journals)
 }
 
-// expect makes every series that a handler can add to, at 0: a query for the
-// increase of a counter does not see the first of a series that begins with it.
-// The statuses of early starts that fail are not known before.
+// expect creates every series that a handler can add to, with the value 0: a
+// query for the increase of a counter does not see the first event of a series
+// that begins with it. The statuses of failed early starts are not known in
+// advance.
 func (m *metrics) expect(name string, reconnectOn []int, retries bool) {
 	for _, met := range []limit{limitTotal, limitPerClient} {
 		m.refused.WithLabelValues(name, string(met))
@@ -180,18 +181,18 @@ func (m *metrics) expectStore(name string) {
 	}
 }
 
-// observeOpened takes the time that the headers took.
+// observeOpened observes how long the headers took.
 func (m *metrics) observeOpened(s *stream) {
 	m.timeToHeaders.WithLabelValues(s.h.Name).Observe(s.opened.Seconds())
 }
 
-// observeClosed takes the age of a stream that has ended.
+// observeClosed observes the age of a stream that has ended.
 func (m *metrics) observeClosed(r report) {
 	m.duration.WithLabelValues(r.name).Observe(r.duration.Seconds())
 }
 
-// observeFirstEvent takes the time that the first event took, when the client has
-// it: an alert on it can't wait for the end of the stream.
+// observeFirstEvent observes how long the first event took, as soon as the client
+// has it: an alert on this can't wait for the end of the stream.
 func (m *metrics) observeFirstEvent(s *stream) {
 	m.timeToFirstEvent.WithLabelValues(s.h.Name).Observe(s.firstEvent.Seconds())
 }

@@ -1,8 +1,8 @@
 // Package caddysse is a Caddy HTTP middleware that makes Server-Sent Events
-// upstreams safe in production without touching them.
+// upstreams safe in production, without changes to the upstreams.
 //
-// The text/event-stream format, event streams and their parsing are those of
-// the WHATWG HTML standard, section 9.2, "Server-sent events".
+// The text/event-stream format, event streams and their parsing are those of the
+// WHATWG HTML standard, section 9.2, "Server-sent events".
 package caddysse
 
 import (
@@ -27,23 +27,23 @@ func init() {
 // `reverse_proxy` first of all, and keeps the streams alive and unbuffered.
 //
 // A response is a stream when its final status is 2xx but not 204, 205 or 206,
-// its media type is `text/event-stream`, and its request is not HEAD. Every
-// other response passes untouched. Each write of a stream is passed on and
-// flushed at once; while the upstream is silent, comments are sent as
-// heartbeats, only where the format allows one; headers that would have the
-// stream cached, buffered or compressed are replaced.
+// its media type is `text/event-stream`, and its request is not HEAD. Every other
+// response passes untouched. Each write of a stream is passed on and flushed at
+// once. While the upstream is silent, comments are sent as heartbeats, only where
+// the format allows one. Headers that would cause the stream to be cached,
+// buffered or compressed are replaced.
 //
-// Durations are Caddy durations. Absent or 0 stands for the default, -1 for
-// off where a setting can be off. Global placeholders, such as `{env.NAME}` and
-// `{file./path}`, are replaced once, when the configuration is loaded; what Caddy
-// does not know stays as it is, and an empty result stands for the default.
+// Durations are Caddy durations. Absent or 0 means the default, -1 means off for
+// settings that can be off. Global placeholders, such as `{env.NAME}` and
+// `{file./path}`, are replaced once, when the configuration is loaded. Caddy
+// leaves unknown ones as they are; if the result is empty, the default applies.
 type Handler struct {
-	// The label of this handler in logs, metrics and the admin API. Handlers may
-	// share one. Takes global placeholders.
+	// The label of this handler in logs, metrics and the admin API. Handlers with
+	// the same name share their limits. Takes global placeholders.
 	// Default: `sse`.
 	Name string `json:"name,omitempty"`
 
-	// What a silent stream gets so that nothing on the way takes it for dead.
+	// What a silent stream gets, so that nothing on the way treats it as dead.
 	Heartbeat *Heartbeat `json:"heartbeat,omitempty"`
 
 	// Replaces the `Cache-Control` of a stream; `keep` leaves the upstream's.
@@ -51,18 +51,19 @@ type Handler struct {
 	// Default: `no-cache, no-store, no-transform`.
 	CacheControl string `json:"cache_control,omitempty"`
 
-	// `deny` puts `no-transform` into whatever `Cache-Control` results, so that
+	// `deny` adds `no-transform` to `Cache-Control`, whatever its value, so that
 	// neither `encode` nor a CDN compresses the stream. `allow` leaves it out of
-	// the default, and `encode` may compress, with a flush per write.
+	// the default value, and `encode` may compress, with a flush per write.
 	// Default: `deny`.
 	Compression string `json:"compression,omitempty"`
 
-	// The reconnection time told to the client of a resumable stream before
-	// anything else in it. One that the upstream sends comes later and so wins.
-	// Default: none is told.
+	// The reconnection time that is sent to the client of a resumable stream before
+	// anything else in it. If the upstream sends one too, that comes later and
+	// wins.
+	// Default: none is sent.
 	Retry *Retry `json:"retry,omitempty"`
 
-	// Answers for an upstream that takes long to send its headers.
+	// Answers the client when the upstream takes long to send its headers.
 	// Default: off.
 	EarlyStart *EarlyStart `json:"early_start,omitempty"`
 
@@ -70,16 +71,16 @@ type Handler struct {
 	// not count. Default: off.
 	UpstreamTimeout caddy.Duration `json:"upstream_timeout,omitempty"`
 
-	// Ends a stream whose client takes no bytes for this long. It alone decides:
-	// the server's own write timeouts do not apply to streams.
+	// Ends a stream whose client takes no bytes for this long. The server's own
+	// write timeouts do not apply to streams.
 	// Default: 30s. -1: off.
 	WriteTimeout caddy.Duration `json:"write_timeout,omitempty"`
 
 	// Ends a stream whose client's host acknowledges nothing for this long after
-	// something was sent. It is a setting of the connection (TCP_USER_TIMEOUT,
-	// RFC 5482), which gets the shortest of its streams; it has no effect on
-	// HTTP/3, Multipath TCP and Unix sockets, and is an error where the platform
-	// has none.
+	// something was sent. It is a setting of the connection (TCP_USER_TIMEOUT, RFC
+	// 5482), which gets the shortest value of its streams. It has no effect on
+	// HTTP/3, Multipath TCP and Unix sockets, and is an error on platforms without
+	// it.
 	// Default: off.
 	DeadClientTimeout caddy.Duration `json:"dead_client_timeout,omitempty"`
 
@@ -89,43 +90,44 @@ type Handler struct {
 	// How resumable streams end on config reload and on exit.
 	Drain *Drain `json:"drain,omitempty"`
 
-	// Whose streams are resumable: those of clients that open a stream again by
-	// themselves when it breaks. `auto`: of GET requests whose `Accept` names
-	// `text/event-stream` and no other type. `always`: of every GET request.
-	// `never`: of none. Requests with `Mcp-Session-Id`, `MCP-Protocol-Version` or
-	// `Mcp-Method` are never resumable. Default: `auto`.
+	// Which streams are resumable, that is, belong to clients that open a stream
+	// again by themselves when it breaks. `auto`: those of GET requests whose
+	// `Accept` names `text/event-stream` and no other type. `always`: those of all
+	// GET requests. `never`: none. Requests with `Mcp-Session-Id`,
+	// `MCP-Protocol-Version` or `Mcp-Method` are never resumable. Default: `auto`.
 	Resumable string `json:"resumable,omitempty"`
 
-	// Maximum open streams under this name; further ones get a 503. Resumable
-	// requests reserve a place before the upstream is called, others are counted
-	// at their headers. Default: no limit.
+	// Maximum open streams under this name; further requests get a 503. Resumable
+	// requests count before the upstream is called, others when their response
+	// headers arrive. Default: no limit.
 	MaxStreams int `json:"max_streams,omitempty"`
 
-	// Maximum open streams of one client under this name; further ones get a 429.
-	// A client is Caddy's client IP, an IPv6 one its /64. Default: no limit.
+	// Maximum open streams of one client under this name; further requests get a
+	// 429. Clients are told apart by Caddy's client IP, an IPv6 one by its /64.
+	// Default: no limit.
 	MaxStreamsPerClient int `json:"max_streams_per_client,omitempty"`
 
-	// What a client is for that limit, instead of its address: a text with
-	// placeholders, such as `{http.auth.user.id}`, as it is when the request
-	// comes. Where it is empty then, the address counts. It is in no answer, label
-	// or log.
+	// Tells clients apart for that limit, instead of their address: a text with
+	// placeholders, such as `{http.auth.user.id}`, with its value when the request
+	// arrives. If that is empty, the address counts. The key never appears in an
+	// answer, a label or a log.
 	ClientKey string `json:"client_key,omitempty"`
 
-	// Statuses that an EventSource would take for final. It gets an empty stream
-	// with a reconnection time instead (a Retry-After comes on top), whether the status
-	// comes from the upstream, from an error of another handler or from the
-	// limits above. 401 and 403 can't be listed, nor can anything that is not an
-	// error.
+	// Error statuses after which an EventSource would not reconnect. It gets an
+	// empty stream with a reconnection time instead (a Retry-After is added to
+	// that), whether the status comes from the upstream, from an error of another
+	// handler or from the limits above. 401 and 403 can't be listed, nor can
+	// statuses that are not errors.
 	ReconnectOn []int `json:"reconnect_on,omitempty"`
 
-	// Asks the upstream of a resumable stream again when it breaks off, while the
-	// client stays. Default: off.
+	// Repeats the request to the upstream of a resumable stream when that breaks
+	// off, while the client stays connected. Default: off.
 	UpstreamRetry *UpstreamRetry `json:"upstream_retry,omitempty"`
 
-	// Lets clients come back to their stream. Default: off.
+	// Lets clients that reconnect continue their stream. Default: off.
 	Resume *Resume `json:"resume,omitempty"`
 
-	// One upstream stream for all clients that ask for the same. Default: off.
+	// One upstream stream for all clients that request the same. Default: off.
 	Share *Share `json:"share,omitempty"`
 
 	ctx     caddy.Context
@@ -136,16 +138,16 @@ type Handler struct {
 	agenda  *agenda
 	drain   *drain
 	frames  frames
-	spared  *sparedFrames // nil: every client gets the same
+	spared  *sparedFrames // nil: all clients get the same
 	headers headerPolicy
 	limits  limits
 	sharing *sharing // nil: off
 
 	resuming *resuming // nil: off
-	lost     lostEvent // of either
+	lost     lostEvent // of resume or share
 
 	// foreignIDs: an upstream has sent ids of the form that this module adds, so
-	// those of no run that is known here are the upstream's.
+	// ids that belong to no known run are the upstream's.
 	foreignIDs *atomic.Bool
 
 	writeTimeout, upstreamTimeout, deadClientTimeout time.Duration // 0: off
@@ -153,10 +155,11 @@ type Handler struct {
 
 // Heartbeat says when a silent stream gets a frame, and what the frame is.
 type Heartbeat struct {
-	// The longest time for which the client hears nothing, except where no frame
-	// may go. Bytes of the upstream restart the clock, comments too. Waits vary
-	// between 75 % and 100 % of the interval, so that streams that opened together
-	// do not tick together. Default: 15s. -1: off.
+	// The longest time in which the client receives nothing, except where no frame
+	// is allowed. Any bytes from the upstream, comments included, restart the
+	// clock. Waits vary between 75 % and 100 % of the interval, so that streams
+	// that opened together do not send their frames together. Default: 15s. -1:
+	// off.
 	Interval caddy.Duration `json:"interval,omitempty"`
 
 	// The text of the comment, without the colon. No line break, no NUL. Takes
@@ -164,15 +167,15 @@ type Heartbeat struct {
 	// Default: `heartbeat`.
 	Comment string `json:"comment,omitempty"`
 
-	// `auto`: `block`, but for clients that are known to fail on it and say who
-	// they are. `block`: a comment line and a blank line; inside an unfinished
-	// event the comment line alone. `line`: the comment line alone. `event`: an
+	// `auto`: `block`, except for clients that are known to fail on it and can be
+	// recognised. `block`: a comment line and a blank line; inside an unfinished
+	// event only the comment line. `line`: only the comment line. `event`: an
 	// event, at event boundaries only. Default: `auto`.
 	Style string `json:"style,omitempty"`
 
-	// Fills each comment with spaces to this many bytes in all, line ends and
-	// blank line included, for intermediaries that hold back anything smaller.
-	// At most 65536. Not with style `event`. Default, and -1: none.
+	// Fills each comment with spaces to this many bytes in total, line ends and
+	// blank line included, for intermediaries that hold back anything smaller. At
+	// most 65536. Not with style `event`. Default, and -1: none.
 	Pad int `json:"pad,omitempty"`
 
 	// The name of the heartbeat event. Required by style `event`, and only used
@@ -184,21 +187,20 @@ type Heartbeat struct {
 	// Default: empty.
 	Data string `json:"data,omitempty"`
 
-	// The first frame of a stream comes after this much silence after the
-	// response headers (or after the interval, where that is shorter), so that
-	// intermediaries let the headers go. Default: 1s, or off where the interval
-	// is off. -1: off.
+	// The first frame of a stream comes after this much silence after the response
+	// headers (or after the interval, if that is shorter), so that intermediaries
+	// forward the headers. Default: 1s, or off if the interval is off. -1: off.
 	Prelude caddy.Duration `json:"prelude,omitempty"`
 }
 
-// EarlyStart says when a stream begins without its upstream's headers. The
-// client is answered 200 and text/event-stream with the headers that the site
-// itself has set; the upstream's are lost.
+// EarlyStart says when a stream begins without its upstream's headers. The client
+// gets 200 and text/event-stream, with the headers that the site itself has set;
+// the upstream's are lost.
 type EarlyStart struct {
 	// How long to wait for the upstream's headers. -1: off.
 	Delay caddy.Duration `json:"delay,omitempty"`
 
-	// Do so for every request but OPTIONS and HEAD, not only for those whose
+	// Also for all other requests except OPTIONS and HEAD, not only for those whose
 	// Accept names text/event-stream and no other type, or whose JSON body has
 	// "stream": true at its top level.
 	Any bool `json:"any,omitempty"`
@@ -209,55 +211,56 @@ type MaxDuration struct {
 	// The age. -1: off.
 	Duration caddy.Duration `json:"duration,omitempty"`
 
-	// A random part of this comes on top for each stream. Default, and -1: none.
+	// A random part of this is added for each stream. Default, and -1: none.
 	Jitter caddy.Duration `json:"jitter,omitempty"`
 }
 
 // Drain says over which time streams are ended, one by one and evenly.
 type Drain struct {
-	// The window on config reload. Default: 10s. -1: nobody is ended, on exit
-	// neither unless exit is given.
+	// The window on config reload. Default: 10s. -1: no stream is ended, not even
+	// on exit unless exit is given.
 	Reload caddy.Duration `json:"reload,omitempty"`
 
-	// The window when the process exits. Default: 3s. -1: nobody is ended.
+	// The window when the process exits. Default: 3s. -1: no stream is ended.
 	Exit caddy.Duration `json:"exit,omitempty"`
 }
 
-// Retry is a range of reconnection times; each stream is told a random one in
-// it, so that clients that lost their streams together do not return together.
+// Retry is a range of reconnection times. Each stream gets a random one from it,
+// so that clients that lost their streams together do not reconnect together.
 type Retry struct {
 	// The shortest reconnection time, at least one millisecond. Default, and -1:
-	// none is told.
+	// none is sent.
 	Min caddy.Duration `json:"min,omitempty"`
 
 	// The longest reconnection time. Default, and -1: min.
 	Max caddy.Duration `json:"max,omitempty"`
 }
 
-// UpstreamRetry says for how long an upstream that has broken off is asked again.
-// It is for resumable requests without a body whose stream has opened. When the
-// upstream aborts, its connection fails or it is silent for `upstream_timeout`, at
-// an event boundary, the client stays and gets heartbeats. The handlers after this
-// one run again, with `Last-Event-ID` set to the last ID of the upstream (HTML
-// Standard, section 9.2.4), and the stream goes on with what they send. A clean
-// end stays a clean end.
+// UpstreamRetry says for how long the request to an upstream that has broken off
+// is repeated. It is for resumable requests without a body whose stream has
+// opened. When the upstream aborts, its connection fails or it is silent for
+// `upstream_timeout`, at an event boundary, the client stays connected and gets
+// heartbeats. The handlers after this one run again, with `Last-Event-ID` set to
+// the last ID of the upstream (HTML Standard, section 9.2.4), and the stream
+// continues with what they send. If the upstream ends its response cleanly, the
+// stream ends.
 //
-// The wait before the first try is the reconnection time that the stream was told,
-// else one second. It doubles up to 10 seconds while tries bring no event, varies
-// between half of it and all of it, and heeds `Retry-After`. All streams of a name
-// together make at most 64 tries a second. An answer that is no stream, other than
-// 502, 503 and 504, ends the stream.
+// The wait before the first try is the reconnection time that the client was
+// sent, else one second. It doubles up to 10 seconds while tries bring no event,
+// varies between half of that and all of it, and respects `Retry-After`. All
+// streams of a name together make at most 64 tries a second. An answer that is
+// not a stream ends the stream, except for 502, 503 and 504.
 type UpstreamRetry struct {
-	// The tries of a stream end this long after the first one, unless one brings
-	// an event. -1: off.
+	// The tries of a stream end this long after the first one, unless one brings an
+	// event. -1: off.
 	Window caddy.Duration `json:"window,omitempty"`
 
-	// Ask again too where there is no ID to go on from, as the upstream sends
-	// none: what it sends meanwhile is lost, and the client is not told.
+	// Also retry if there is no ID to continue from, because the upstream sends
+	// none: what it sends in the meantime is lost, and the client is not told.
 	Live bool `json:"live,omitempty"`
 }
 
-// window is 0 where nothing is asked again.
+// window is 0 if nothing is retried.
 func (u *UpstreamRetry) window() time.Duration {
 	if u == nil {
 		return 0
@@ -283,7 +286,7 @@ const (
 	defaultReloadWindow      = 10 * time.Second
 	defaultExitWindow        = 3 * time.Second
 
-	// off is how JSON says that something with a default is not wanted.
+	// off is the JSON value that switches off a setting with a default.
 	off = caddy.Duration(-1)
 )
 
@@ -343,7 +346,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	return registerMetrics(ctx.GetMetricsRegistry())
 }
 
-// orDefault reads a duration of the configuration; 0 comes back for off.
+// orDefault returns a duration of the configuration, or a default; 0 means off.
 func orDefault(d caddy.Duration, absent time.Duration) time.Duration {
 	switch d {
 	case 0:

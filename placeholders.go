@@ -8,16 +8,16 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// texts are the settings that take global placeholders, with what these stand for
-// in their place.
+// texts are the settings that take global placeholders, with the placeholders
+// replaced.
 type texts struct {
 	name         string
 	cacheControl string
 	heartbeat    Heartbeat
 }
 
-// replaceGlobals replaces the global placeholders of the configuration. What they
-// stand for has to keep to the same rules as what is written out.
+// replaceGlobals replaces the global placeholders of the configuration. Their
+// values must follow the same rules as text that is written out.
 func (h *Handler) replaceGlobals() (texts, error) {
 	t := texts{name: h.Name, cacheControl: h.CacheControl}
 	if h.Heartbeat != nil {
@@ -50,7 +50,7 @@ func (h *Handler) replaceGlobals() (texts, error) {
 	return t, nil
 }
 
-// validateUTF8 refuses what can be no label of a metric.
+// validateUTF8 refuses text that can't be a label of a metric.
 func validateUTF8(setting, what, text string) error {
 	if !utf8.ValidString(text) {
 		return fmt.Errorf("sse: %s: the %s %q is not valid UTF-8", setting, what, text)
@@ -71,8 +71,8 @@ func placeholders(text string) (keys []string) {
 
 func hasPlaceholder(text string) bool { return len(placeholders(text)) > 0 }
 
-// validateGlobals refuses placeholders that stand for something of a request:
-// there is none when a configuration is loaded.
+// validateGlobals refuses placeholders of a request: there is no request when a
+// configuration is loaded.
 func validateGlobals(setting, what, text string) error {
 	for _, key := range placeholders(text) {
 		if strings.HasPrefix(key, "http.") {

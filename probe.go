@@ -27,24 +27,24 @@ import (
 func init() {
 	caddy.RegisterModule(Probe{})
 	httpcaddyfile.RegisterHandlerDirective("sse_probe", parseProbeCaddyfile)
-	// Between encode and sse, which has been put there before.
+	// Between encode and sse, which was registered before.
 	httpcaddyfile.RegisterDirectiveOrder("sse_probe", httpcaddyfile.After, "encode")
 }
 
-// Probe answers with an event stream that its client writes a script for, so
-// that `caddy sse check` can find out what happens to streams on the way. It
-// may stay on: who does not know the token gets the site's own 404, and what a
-// probe may cost is bounded.
+// Probe answers with an event stream that follows a script from its client, so
+// that `caddy sse check` can find out what happens to streams on the way. It may
+// stay on: a request without the token gets the site's own 404, and the cost of a
+// probe is bounded.
 type Probe struct {
 	// The secret that a request needs, as `Authorization: Bearer <token>` or
 	// `Sse-Probe-Token: <token>`. It takes global placeholders, such as
 	// `{env.SSE_PROBE_TOKEN}`. Required.
 	Token string `json:"token,omitempty"`
 
-	// How long a script may be silent in all. Default: 5m.
+	// The longest total silence of a script. Default: 5m.
 	MaxDuration caddy.Duration `json:"max_duration,omitempty"`
 
-	// Maximum probes that run at a time; further ones get a 503. Default: 16.
+	// Maximum probes that run at a time; further requests get a 503. Default: 16.
 	MaxProbes int `json:"max_probes,omitempty"`
 
 	token       [sha256.Size]byte
@@ -53,7 +53,7 @@ type Probe struct {
 	places      *atomic.Int64 // in use
 }
 
-// probeLimits are what a probe tells of its bounds.
+// probeLimits are a probe's limits, as it reports them.
 type probeLimits struct {
 	DurationSeconds float64 `json:"duration_seconds"`
 	Probes          int     `json:"probes"`
@@ -64,20 +64,20 @@ const (
 	defaultProbeDuration = 5 * time.Minute
 	defaultProbes        = 16
 
-	// probeVersion is the version of what a probe and its client say.
+	// probeVersion is the version of the protocol between a probe and its client.
 	probeVersion = 1
 
 	probeTokenHeader = "Sse-Probe-Token"
 
-	// probePatience is how long a probe waits for its client, to take
-	// bytes or to send the rest of a request's body.
+	// probePatience is how long a probe waits for its client to take bytes, or to
+	// send the rest of a request's body.
 	probePatience = 30 * time.Second
 
 	// maxProbeBody is how much of a request's body is read and counted.
 	maxProbeBody = 64 << 10
 
-	// maxProbeHeader is how much of a request's header a probe repeats, and
-	// maxProbeHeaders of how many.
+	// maxProbeHeader is how many bytes of a request's header field a probe repeats,
+	// and maxProbeHeaders of how many fields.
 	maxProbeHeader  = 256
 	maxProbeHeaders = 32
 )
@@ -236,15 +236,15 @@ func (p *Probe) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Ha
 	return newProbeAnswer(w, r, request).play(script)
 }
 
-// standAsideFor lets an sse handler around leave the response alone. It reports
-// whether that was still possible.
+// standAsideFor makes an sse handler around this one leave the response alone. It
+// reports whether that was still possible.
 func standAsideFor(r *http.Request) bool {
 	outer, ok := r.Context().Value(exchangeKey{}).(*exchange)
 	return !ok || outer.standAside()
 }
 
-// knows reports whether a request has the token. It takes as long for any other
-// one.
+// knows reports whether a request has the token. It takes equally long for any
+// other token.
 func (p *Probe) knows(header http.Header) bool {
 	given := []string{header.Get(probeTokenHeader)}
 	for _, value := range header["Authorization"] {
@@ -260,7 +260,7 @@ func (p *Probe) knows(header http.Header) bool {
 	return known == 1
 }
 
-// script is what a request asks for, if it may.
+// script is the request's script, if it is valid and within the limits.
 func (p *Probe) script(r *http.Request) (probeScript, error) {
 	scripts := r.URL.Query()["script"]
 	if len(scripts) > 1 {
@@ -300,8 +300,8 @@ func (probeFigures) MarshalLogObject(enc zapcore.ObjectEncoder) error {
 	return nil
 }
 
-// countBody reads the request's body, as net/http drops what is left of it when
-// the headers go out.
+// countBody reads the request's body, because net/http discards the rest of it
+// when the headers go out.
 func countBody(w http.ResponseWriter, r *http.Request) (int64, error) {
 	if r.Body == nil || r.Body == http.NoBody {
 		return 0, nil
@@ -311,7 +311,7 @@ func countBody(w http.ResponseWriter, r *http.Request) (int64, error) {
 	return io.Copy(io.Discard, io.LimitReader(r.Body, maxProbeBody))
 }
 
-// describe is what a probe says of its request, as members of a JSON object
+// describe is what a probe reports about its request, as members of a JSON object
 // without the braces.
 func (p *Probe) describe(r *http.Request, body int64) ([]byte, error) {
 	text, err := json.Marshal(struct {
@@ -330,7 +330,7 @@ func (p *Probe) describe(r *http.Request, body int64) ([]byte, error) {
 	return text[1 : len(text)-1], nil
 }
 
-// arrived returns the headers that tell what hops have done to a request.
+// arrived returns the headers that show what proxies have done to a request.
 func arrived(r *http.Request) map[string]string {
 	headers := make(map[string]string)
 	for _, field := range slices.Sorted(maps.Keys(r.Header)) {
@@ -338,7 +338,7 @@ func arrived(r *http.Request) map[string]string {
 			headers[name] = cutTo(strings.Join(r.Header[field], ", "), maxProbeHeader)
 		}
 	}
-	if len(r.TransferEncoding) > 0 { // which net/http takes out of the header
+	if len(r.TransferEncoding) > 0 { // which net/http removes from the header
 		headers["transfer-encoding"] = strings.Join(r.TransferEncoding, ", ")
 	}
 	return headers

@@ -12,8 +12,8 @@ import (
 )
 
 const (
-	// resetDelay is how long an abort over HTTP/3 waits for the bytes before it:
-	// a reset takes back what has not arrived (RFC 9000, section 3.2).
+	// resetDelay is how long an abort over HTTP/3 waits for the bytes before it: a
+	// reset takes back what has not arrived (RFC 9000, section 3.2).
 	resetDelay = 200 * time.Millisecond
 
 	// probeWatch is how soon a silent probe notices that the process exits.
@@ -24,18 +24,18 @@ const (
 type probeAnswer struct {
 	w        http.ResponseWriter
 	ctx      context.Context
-	control  *http.ResponseController // flushes
-	deadline *http.ResponseController // of the connection
+	control  *http.ResponseController // for flushes
+	deadline *http.ResponseController // for deadlines of the connection
 	http3    bool
-	request  []byte // what it says of its request
+	request  []byte // what it reports about its request
 
 	began time.Time // when its headers went out
 	n     int       // events
 	sent  int       // bytes
 }
 
-// newProbeAnswer makes an answer that the server's timeouts do not end, as they
-// end no stream.
+// newProbeAnswer makes an answer that the server's timeouts do not end, just as
+// they do not end streams.
 func newProbeAnswer(w http.ResponseWriter, r *http.Request, request []byte) *probeAnswer {
 	if _, idle := caddyhttp.IdleTimeoutsFromContext(serverContext(r.Context())); idle != nil {
 		idle.Ctrl, idle.Logger = noDeadlines, noLog
@@ -48,14 +48,14 @@ func newProbeAnswer(w http.ResponseWriter, r *http.Request, request []byte) *pro
 		http3:    r.ProtoMajor == 3,
 		request:  request,
 	}
-	// Where deadlines are not supported there is none to clear.
+	// If deadlines are not supported, there is none to clear.
 	_ = a.deadline.SetReadDeadline(time.Time{})
 	_ = a.deadline.SetWriteDeadline(time.Time{})
 	return a
 }
 
-// serverContext is the context of the request as it came to the outermost sse
-// handler: these give the handlers after them idle timeouts of their own.
+// serverContext is the request's context before the outermost sse handler, which
+// gives the handlers after it idle timeouts of their own.
 func serverContext(ctx context.Context) context.Context {
 	for {
 		outer, ok := ctx.Value(exchangeKey{}).(*exchange)
@@ -66,11 +66,11 @@ func serverContext(ctx context.Context) context.Context {
 	}
 }
 
-// errProbeCut is how a probe ends that has not got through its script.
+// errProbeCut ends a probe that has not finished its script.
 var errProbeCut = errors.New("the probe was cut")
 
-// play sends the answer. It leaves by an abort where the script asks for one,
-// the process exits or the client takes nothing.
+// play sends the answer. It ends with an abort if the script asks for one, the
+// process exits or the client takes nothing.
 func (a *probeAnswer) play(script probeScript) error {
 	header := a.w.Header()
 	header["Content-Type"] = []string{eventStreamType}
@@ -117,8 +117,8 @@ func (a *probeAnswer) do(step probeStep) error {
 	}
 }
 
-// write passes one step on. Its deadline does not stay: over HTTP/2 one that
-// passes resets a stream that is silent, too.
+// write passes one step on. Its deadline is removed afterwards: over HTTP/2, an
+// expired deadline resets even a silent stream.
 func (a *probeAnswer) write(text []byte) error {
 	_ = a.deadline.SetWriteDeadline(time.Now().Add(probePatience))
 	n, err := a.w.Write(text)
@@ -130,8 +130,8 @@ func (a *probeAnswer) write(text []byte) error {
 	return err
 }
 
-// wait is a silence. Nothing tells a probe of a replaced configuration that the
-// process exits, so it looks.
+// wait is a silence. A probe of a replaced configuration is not told that the
+// process exits, so it checks.
 func (a *probeAnswer) wait(silence time.Duration) error {
 	until := time.Now().Add(silence)
 	for {
@@ -150,8 +150,8 @@ func (a *probeAnswer) wait(silence time.Duration) error {
 	}
 }
 
-// appendProbeEvent appends an event, padded to a size. request is what it says
-// of the request, if it does.
+// appendProbeEvent appends an event, padded to a size. request is what it reports
+// about the request, if it does.
 func appendProbeEvent(text []byte, n int, at time.Duration, sent int, request []byte, size int) []byte {
 	begin := len(text)
 	if request != nil {
@@ -167,7 +167,7 @@ func appendProbeEvent(text []byte, n int, at time.Duration, sent int, request []
 		text = append(text, pad...)
 		text = append(text, strings.Repeat("x", padding)...)
 		text = append(text, padEnd...)
-	} else if missing > 0 { // there is no room for a member
+	} else if missing > 0 { // a member does not fit
 		text = append(text, strings.Repeat(" ", missing)...)
 	}
 	return append(text, end...)

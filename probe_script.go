@@ -21,8 +21,8 @@ const (
 	// maxProbeBytes is the size of the longest answer.
 	maxProbeBytes = 1 << 20
 
-	// maxProbeRepeats and minProbeSilence keep a script from counting for longer
-	// than it answers.
+	// maxProbeRepeats and minProbeSilence prevent a script that takes longer to
+	// count than to answer.
 	maxProbeRepeats = 1 << 20
 	minProbeSilence = time.Millisecond
 
@@ -33,7 +33,7 @@ const (
 	smallProbeComment = 2
 )
 
-// probeStep is one thing that a probe does.
+// probeStep is one step of a script.
 type probeStep struct {
 	kind    stepKind
 	size    int           // of an event or a comment, in bytes; 0: its natural size
@@ -50,7 +50,7 @@ const (
 	stepAbort   stepKind = 'x'
 )
 
-// probeGroup is steps that are repeated together.
+// probeGroup is a group of steps that are repeated together.
 type probeGroup struct {
 	times int
 	steps []probeStep
@@ -164,7 +164,7 @@ func parseProbeNumber(text string, largest int) (int, error) {
 	return int(n), nil
 }
 
-// silence is how long the script is silent in all.
+// silence is the total silence of the script.
 func (s probeScript) silence() time.Duration {
 	var sum time.Duration
 	for _, group := range s {
@@ -178,8 +178,8 @@ func (s probeScript) silence() time.Duration {
 	return sum
 }
 
-// bytes is how long the answer is at most, where request is the size of what an
-// answer says about its request.
+// bytes is the largest size that the answer can have, where request is the size
+// of what it reports about its request.
 func (s probeScript) bytes(request int) int64 {
 	var sum int64
 	for _, group := range s {

@@ -9,25 +9,25 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 )
 
-// What is here belongs to the process and outlives every configuration: Caddy
-// makes a new configuration at each reload, while streams go on through the one
-// that they began with, counters must not start again, and who waits for the
-// exit must hear of it whatever configuration is the current one then.
+// What is here belongs to the process and outlives every configuration. Caddy
+// makes a new configuration at each reload, but streams continue with the one
+// that they began with, counters must not start again, and all must be told of an
+// exit, whichever configuration is the current one then.
 var (
-	// live is every stream of the process, those of configurations that a reload
-	// has replaced included.
+	// live is every stream of the process, including those of configurations that a
+	// reload has replaced.
 	live registry
 
-	// collector is the module's metrics on whatever registry the current
-	// configuration has.
+	// collector is the module's metrics, registered with the current
+	// configuration's registry.
 	collector = newMetrics()
 
-	// exit tells that the process is about to end.
+	// exit says when the process is about to end.
 	exit = exitNotice{exiting: caddy.Exiting}
 )
 
 func init() {
-	// After the grace periods, when no current configuration has a handler.
+	// After the grace periods, if the current configuration has no handler.
 	caddy.OnExit(func(ctx context.Context) {
 		exit.notify()
 		awaitDrains()
@@ -36,13 +36,13 @@ func init() {
 	})
 }
 
-// exitNotice tells those who wait for it that the process is about to end. They
-// may belong to configurations that were replaced, whose servers are gone and
-// will not say so.
+// exitNotice notifies its subscribers that the process is about to end. They may
+// belong to configurations that were replaced, whose servers are gone and can't
+// tell them.
 //
-// The current configuration says so: its handlers, and its admin API. Where it has
-// neither, nothing does, while Caddy waits for the servers of all configurations.
-// So who waits looks by itself, too.
+// Usually the current configuration triggers it: its handlers, and its admin API.
+// If it has neither, nothing does, while Caddy waits for the servers of all
+// configurations. So subscribers also check by themselves.
 type exitNotice struct {
 	exiting func() bool
 
@@ -50,11 +50,11 @@ type exitNotice struct {
 	waiting map[*func()]struct{}
 }
 
-// noticePause is how often who waits looks.
+// noticePause is how often subscribers check by themselves.
 const noticePause = 250 * time.Millisecond
 
-// await has f called, once, when the process is about to end. Whoever calls
-// forget before that is not called.
+// await registers f to be called once, when the process is about to end, unless
+// forget is called before that.
 func (e *exitNotice) await(f func()) (forget func()) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -71,7 +71,7 @@ func (e *exitNotice) await(f func()) (forget func()) {
 	}
 }
 
-// look tells of the exit if nobody else has, as long as it is waited for.
+// look checks for the exit, as long as someone waits for it.
 func (e *exitNotice) look(key *func()) {
 	e.notify()
 	e.mu.Lock()
@@ -81,7 +81,7 @@ func (e *exitNotice) look(key *func()) {
 	}
 }
 
-// notify is called where the process may be about to end.
+// notify must be called when the process may be about to end.
 func (e *exitNotice) notify() {
 	if !e.exiting() {
 		return
@@ -96,14 +96,14 @@ func (e *exitNotice) notify() {
 	endIdleRuns() // their clients would come back too late
 }
 
-// Handle implements caddyevents.Handler: Caddy says that it stops a
-// configuration, before it waits for its servers.
+// Handle implements caddyevents.Handler: Caddy stops a configuration, and has not
+// yet waited for its servers.
 func (e *exitNotice) Handle(context.Context, caddy.Event) error {
 	e.notify()
 	return nil
 }
 
-// subscribe has the notice hear of the end of a configuration.
+// subscribe makes Caddy tell the notice of the end of a configuration.
 func (e *exitNotice) subscribe(events *caddyevents.App) error {
 	return events.On("stopping", e)
 }

@@ -7,7 +7,8 @@ import (
 )
 
 // quirk is a family of clients that fail on a comment, or on the blank line after
-// one, and say who they are. heartbeat_style auto spares them.
+// one, and that can be recognised. heartbeat_style auto sends them something
+// else.
 type quirk struct {
 	client string   // for people
 	says   []string // all of these are in one value of a header below
@@ -16,7 +17,7 @@ type quirk struct {
 	fixed  string // the first version that does not; empty: none known
 }
 
-// quirkFrames is what a client can take.
+// quirkFrames is what frames a client can take.
 type quirkFrames uint8
 
 const (
@@ -25,13 +26,15 @@ const (
 	noFrames
 )
 
-// quirks are the known ones. The interop suite runs each with and without
-// its entry, so that one that is no longer needed shows; docs/clients.md has them.
+// quirks are the known ones. The interop suite runs each client with and without
+// its entry, which shows entries that are no longer needed; docs/clients.md lists
+// them.
 //
-// Google's SDKs take any line but one of data for an error, an id as well: resume
-// leaves them alone. The others take a blank line after an id field for an event, whose data they then can't decode.
-// langchain-openai says what openai-python says, and the names of the classes
-// AsyncOpenAI, AzureOpenAI, AsyncAzureOpenAI and AsyncGroq end like these.
+// Google's SDKs treat any line that is not a data line as an error, even an id,
+// so resume leaves them alone. The others treat a blank line after an id field as
+// an event, whose data they then can't decode. langchain-openai sends the same as
+// openai-python, and the class names AsyncOpenAI, AzureOpenAI, AsyncAzureOpenAI
+// and AsyncGroq end in the same way.
 var quirks = []quirk{
 	{"Google GenAI SDK for Python", []string{"google-genai-sdk/", "gl-python/"}, noFrames, "3.6", ""},
 	{"Google GenAI SDK for Go", []string{"google-genai-sdk/", "gl-go/"}, noFrames, "1.77", ""},
@@ -40,17 +43,17 @@ var quirks = []quirk{
 	{"litellm", []string{"litellm/"}, lineFrames, "1.110", ""},
 }
 
-// quirkHeaders are where clients say who they are. Some send two User-Agent
-// values, of which net/http's client sends the first only: Google's SDK for Go
-// shows in the other header alone.
+// quirkHeaders are the fields in which clients identify themselves. If a client
+// has two User-Agent values, net/http sends only the first: Google's SDK for Go
+// appears only in the other field.
 var quirkHeaders = []string{"User-Agent", "X-Goog-Api-Client"}
 
-// sparedFrames are those of clients with a quirk.
+// sparedFrames are the frames for clients with a quirk.
 type sparedFrames struct {
 	line, none frames
 }
 
-// newSparedFrames makes them of what everybody else gets.
+// newSparedFrames derives them from the configuration.
 func newSparedFrames(hb Heartbeat, retry *Retry) *sparedFrames {
 	spared := new(sparedFrames)
 	hb.Style = styleLine
@@ -73,8 +76,8 @@ func (h *Handler) framesFor(header http.Header) *frames {
 	return &h.frames
 }
 
-// quirkOf tells which frames the client of a request can take, as far as it is
-// known. Where more than one entry fits, the most careful one counts.
+// quirkOf returns which frames the client of a request can take. If several
+// entries match, the most restrictive one counts.
 func quirkOf(header http.Header) quirkFrames {
 	gets := anyFrames
 	for _, field := range quirkHeaders {

@@ -9,25 +9,24 @@ import (
 )
 
 const (
-	// The reconnection time for clients of an upstream that fails, where no
-	// range is configured.
+	// The reconnection time for clients of an upstream that fails, if no range is
+	// configured.
 	defaultReconnectMin = 2 * time.Second
 	defaultReconnectMax = 10 * time.Second
 
-	// longestRetryAfter is the most of a Retry-After that counts: a page whose
-	// stream stays away for longer looks dead.
+	// longestRetryAfter bounds a Retry-After: a page whose stream is gone for
+	// longer looks dead.
 	longestRetryAfter = time.Minute
 )
 
-// wantsReconnect reports whether the status is answered with a reconnection
-// time.
+// wantsReconnect reports whether the status is answered with a reconnection time.
 func (x *exchange) wantsReconnect(status int) bool {
 	return x.kind.eventSource && slices.Contains(x.h.ReconnectOn, status)
 }
 
-// answerReconnect answers an error with an empty stream and a reconnection
-// time. An EventSource takes a status other than 200 for final and an end for a
-// reason to come back (HTML Standard, section 9.2.3).
+// answerReconnect answers an error with an empty stream and a reconnection time.
+// An EventSource gives up after a status other than 200, and reconnects after an
+// end (HTML Standard, section 9.2.3).
 func (x *exchange) answerReconnect(status int) {
 	header := x.w.Header()
 	after := retryAfter(header.Get("Retry-After"))
@@ -44,7 +43,8 @@ func (x *exchange) answerReconnect(status int) {
 	if frames.retryMin == 0 {
 		frames.retryMin, frames.retryMax = defaultReconnectMin, defaultReconnectMax
 	}
-	// On top of it and not instead: otherwise all that were refused would come back at once.
+	// Added to the random time, not instead of it: otherwise all refused clients
+	// would come back at once.
 	frames.retryMin = sum(frames.retryMin, after)
 	frames.retryMax = sum(frames.retryMax, after)
 	x.w.WriteHeader(http.StatusOK)
@@ -56,7 +56,7 @@ func (x *exchange) answerReconnect(status int) {
 	}
 }
 
-// isOfErrorBody reports whether a header describes a body that is not sent.
+// isOfErrorBody reports whether a header field describes a body that is not sent.
 func isOfErrorBody(field string) bool {
 	switch field {
 	case "Retry-After", "Trailer":
@@ -65,7 +65,7 @@ func isOfErrorBody(field string) bool {
 	return strings.HasPrefix(field, "Content-") && !strings.HasPrefix(field, "Content-Security-Policy")
 }
 
-// retryAfter reads a Retry-After, and keeps to as much of it as a page can wait.
+// retryAfter reads a Retry-After, up to the longest that counts.
 func retryAfter(value string) time.Duration {
 	return min(statedRetryAfter(value), longestRetryAfter)
 }

@@ -9,40 +9,41 @@ import (
 	"github.com/google/uuid"
 )
 
-// registry keeps the streams by the name of their handler. A name stays when
-// its handlers go, so that totals never go backwards; configurations have few.
+// registry holds the streams by the name of their handler. A name stays when its
+// handlers are gone, so that totals never decrease; configurations have only a
+// few names.
 type registry struct {
 	mu     sync.Mutex
 	groups map[string]*group
 
-	// telling is how many streams have closed, and their ends are not yet told.
+	// telling is how many streams have closed, but have not been reported yet.
 	telling atomic.Int64
 }
 
-// group is what handlers of one name have in common.
+// group is what handlers of one name share.
 type group struct {
 	name string
 
-	// mu guards what follows. It is never held while anything is written, and
-	// nothing but a stream's facts is locked inside it.
+	// mu guards the fields that follow. It is never held during a write, and inside
+	// it only a stream's facts may be locked.
 	mu          sync.Mutex
 	oldest      *stream
 	newest      *stream
 	open        [protoCount]int
 	opened      [protoCount]uint64
 	closed      [reasonCount]uint64
-	closedTotal counts // what went by on streams that have closed
+	closedTotal counts // of streams that have closed
 
-	drains []instant // when those on reload began that still matter, oldest first
+	drains []instant // when the drains on reload began that still matter, oldest first
 
-	tries    tryQueue         // to reach upstreams that broke off; has a lock of its own
+	tries    tryQueue         // of upstream_retry; has its own lock
 	reserved int              // places of requests that may become streams
 	clients  map[clientID]int // streams and places by client; nil without such a limit
 
 	runs runs
 }
 
-// group returns the group of a name and makes it where there is none.
+// group returns the group of a name, and creates it if there is none.
 func (r *registry) group(name string) *group {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -98,7 +99,7 @@ func (r *registry) stream(id uuid.UUID) *stream {
 	return nil
 }
 
-// add counts a stream as opened, in the place that was reserved for it if any.
+// add counts a stream as opened, in its reserved place, if it has one.
 func (g *group) add(s *stream, r reservation) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -119,9 +120,8 @@ func (g *group) add(s *stream, r reservation) {
 	g.newest = s
 }
 
-// remove counts a stream as closed. What went by on it moves from the live
-// streams to the total in one step, so that no scrape sees it twice or not at
-// all.
+// remove counts a stream as closed. Its counts move from the live streams to the
+// total in one step, so that no scrape sees them twice or not at all.
 func (g *group) remove(s *stream, why reason, last counts) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -142,9 +142,9 @@ func (g *group) remove(s *stream, why reason, last counts) {
 	s.previous, s.next = nil, nil
 }
 
-// roll appends the live streams to a slice and returns what the group knows
-// without them: the counts are those of the streams that have closed. The counts
-// of these streams, read later, make up for the rest, each stream's once.
+// roll appends the live streams to a slice and returns the group's totals without
+// them: the counts are those of closed streams. The caller adds the counts of the
+// live streams, each once.
 func (g *group) roll(streams []*stream) (totals, []*stream) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -154,12 +154,12 @@ func (g *group) roll(streams []*stream) (totals, []*stream) {
 	return g.closedTotalsLocked(), streams
 }
 
-// closedTotalsLocked are the totals without what went by on live streams.
+// closedTotalsLocked are the totals without the counts of live streams.
 func (g *group) closedTotalsLocked() totals {
 	return totals{name: g.name, open: g.open, opened: g.opened, closed: g.closed, counts: g.closedTotal}
 }
 
-// totals is a group at one moment.
+// totals are those of a group at one moment.
 type totals struct {
 	name   string
 	open   [protoCount]int
@@ -180,7 +180,7 @@ func (g *group) totals() totals {
 	return t
 }
 
-// counts is what has gone by.
+// counts are what has passed through streams.
 type counts struct {
 	events, bytes, heartbeats, deferred uint64
 }

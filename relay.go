@@ -15,13 +15,13 @@ import (
 )
 
 // relay lets the handlers of an attempt run on a goroutine of their own, while
-// all that touches the client's ResponseWriter runs on the request's goroutine,
-// where handlers around sse expect it.
+// everything that uses the client's ResponseWriter runs on the request's
+// goroutine, where handlers around sse expect it.
 type relay struct {
 	mu    sync.Mutex    // one call at a time
 	calls chan func()   // to the request's goroutine
-	done  chan struct{} // the call has been served
-	over  chan struct{} // closed: nobody serves any more
+	done  chan struct{} // a call has been served
+	over  chan struct{} // closed: no more calls are served
 	waits atomic.Bool   // the handlers wait for a call, or have left
 	end   func()        // closes it
 }
@@ -32,8 +32,8 @@ func newRelay() *relay {
 	return r
 }
 
-// do runs f on the request's goroutine and waits for it. A panic in f is the
-// caller's, as it would be without a relay. It returns false if the request is
+// do runs f on the request's goroutine and waits for it. A panic in f continues
+// in the caller, as it would without a relay. It returns false if the request is
 // over.
 func (r *relay) do(f func()) bool {
 	r.mu.Lock()
@@ -64,8 +64,8 @@ func (r *relay) serve(call func()) {
 }
 
 // relayedResponse is the ResponseWriter of handlers on a goroutine of their own.
-// They have a header map of their own, too: what they put there meets the
-// client's when they answer, and at the end for the trailers.
+// They also have a header map of their own. It is copied to the client's when
+// they answer, and at the end for the trailers.
 type relayedResponse struct {
 	*relay
 	rw     *response
@@ -74,7 +74,7 @@ type relayedResponse struct {
 
 func (rr *relayedResponse) Header() http.Header { return rr.header }
 
-// Unwrap lets others see what this is around. They are not to write to it.
+// Unwrap lets others find what this wraps. They must not write to it.
 func (rr *relayedResponse) Unwrap() http.ResponseWriter { return rr.rw.x.w }
 
 func (rr *relayedResponse) WriteHeader(status int) {
@@ -143,13 +143,13 @@ func (rr *relayedResponse) EnableFullDuplex() (err error) {
 	return err
 }
 
-// leaveGrace is how long handlers on a goroutine of their own have to leave when
-// their client has: their last words (placeholders for the access log) are worth
-// a moment, and not more.
+// leaveGrace is how long handlers on a goroutine of their own may take to return
+// after their client has left: their last results (placeholders for the access
+// log) are worth only a moment.
 const leaveGrace = time.Second
 
-// callRelayed lets the handlers answer on a goroutine of their own, and starts
-// the stream without them if they take too long.
+// callRelayed calls the handlers on a goroutine of their own, and starts the
+// stream without them if they take too long.
 func (x *exchange) callRelayed(next caddyhttp.Handler) outcome {
 	relay := newRelay()
 	x.rarely().relay = relay
@@ -215,11 +215,11 @@ func (x *exchange) callRelayed(next caddyhttp.Handler) outcome {
 	}
 }
 
-// takeTrailers gives the client's header map the trailers that the handlers have
-// set (net/http.ResponseWriter).
+// takeTrailers copies the trailers that the handlers have set to the client's
+// header map (net/http.ResponseWriter).
 func (x *exchange) takeTrailers(header http.Header) {
 	if x.startedEarly {
-		return // the upstream's headers are lost, and these with them
+		return // the upstream's headers are lost, and its trailers too
 	}
 	declared := header["Trailer"]
 	for field, values := range header {
@@ -233,8 +233,8 @@ func (x *exchange) takeTrailers(header http.Header) {
 	}
 }
 
-// writeInformationalWith passes a 1xx on with headers that are not the client's
-// yet.
+// writeInformationalWith passes a 1xx on, with headers that are not in the
+// client's map yet.
 func writeInformationalWith(w http.ResponseWriter, status int, header http.Header) {
 	site := w.Header().Clone()
 	replaceHeader(w.Header(), header)
@@ -242,7 +242,7 @@ func writeInformationalWith(w http.ResponseWriter, status int, header http.Heade
 	replaceHeader(w.Header(), site)
 }
 
-// replaceHeader makes header the same as another, in place.
+// replaceHeader makes header equal to another one, in place.
 func replaceHeader(header, by http.Header) {
 	clear(header)
 	maps.Copy(header, by)

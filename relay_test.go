@@ -18,8 +18,8 @@ import (
 	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
-// hooked is a client behind a handler with a hook at the headers, as a deferred
-// `header` operation has it.
+// hooked is a client whose headers pass through a hook, as with a deferred `header`
+// operation.
 type hooked struct {
 	*client
 	hook func()
@@ -91,7 +91,7 @@ func TestTheHooksOfAnEarlyStartDoNotMeetTheHandlersAtWork(t *testing.T) {
 	}
 }
 
-// Handlers that do not heed their context go on with what they have when their
+// Handlers that ignore their context go on with what they have when their
 // request is over.
 func TestHandlersThatAreLeftBehindShareNothingWithTheirRequest(t *testing.T) {
 	checkLeaks(t)

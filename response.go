@@ -11,12 +11,11 @@ import (
 )
 
 // response is the ResponseWriter that the handlers of an attempt get. At the
-// final header it has the exchange decide what the answer is, and otherwise it
-// passes everything through.
+// final header the exchange decides what the answer is; everything else passes
+// through.
 type response struct{ x *exchange }
 
-// unwrap returns the writer that another one is around, nil for a connection's
-// own.
+// unwrap returns the writer that another one wraps, nil for a connection's own.
 func unwrap(w http.ResponseWriter) http.ResponseWriter {
 	if outer, ok := w.(interface{ Unwrap() http.ResponseWriter }); ok {
 		return outer.Unwrap()
@@ -26,7 +25,7 @@ func unwrap(w http.ResponseWriter) http.ResponseWriter {
 
 func (rw *response) Header() http.Header { return rw.x.w.Header() }
 
-// Unwrap lets http.ResponseController find what this type does not have itself.
+// Unwrap lets http.ResponseController find methods that this type does not have.
 func (rw *response) Unwrap() http.ResponseWriter { return rw.x.w }
 
 // Push implements http.Pusher.
@@ -34,7 +33,7 @@ func (rw *response) Push(target string, opts *http.PushOptions) error {
 	return (&caddyhttp.ResponseWriterWrapper{ResponseWriter: rw.x.w}).Push(target, opts)
 }
 
-// Hijack gives the connection away: what follows on it is none of our business.
+// Hijack gives the connection away: what follows on it is not HTTP.
 func (rw *response) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	x := rw.x
 	if x.stream != nil {
@@ -81,8 +80,9 @@ func (x *exchange) writeInformational(status int, header http.Header) {
 }
 
 // begin decides for handlers that write or flush before they call WriteHeader,
-// which means 200 (net/http.ResponseWriter). It asks for the header only where
-// there is something to decide: that goes through every writer around this one.
+// which means 200 (net/http.ResponseWriter). It asks for the header map only if a
+// decision is needed, because that call goes through every writer around this
+// one.
 func (rw *response) begin() {
 	if rw.x.role == undecided {
 		rw.beginWith(rw.Header())
@@ -112,14 +112,14 @@ func (rw *response) Write(p []byte) (int, error) {
 	case streaming:
 		return rw.x.stream.write(p)
 	case answered:
-		return len(p), nil // the error's body, which nobody gets
+		return len(p), nil // the error's body, which is not sent
 	case refused:
 		return 0, rw.x.rare.refusal
 	}
 	return rw.x.w.Write(p)
 }
 
-// ReadFrom keeps sendfile possible for what is none of our business.
+// ReadFrom keeps sendfile possible for answers that are not streams.
 func (rw *response) ReadFrom(r io.Reader) (int64, error) {
 	rw.begin()
 	if rw.x.role != aside {
@@ -143,8 +143,8 @@ func (rw *response) FlushError() error {
 	return http.NewResponseController(rw.x.w).Flush()
 }
 
-// SetWriteDeadline takes no notice of a handler's deadlines where there is a
-// stream: its write timeout alone decides.
+// SetWriteDeadline ignores a handler's deadlines on a stream: only the stream's
+// write timeout applies.
 func (rw *response) SetWriteDeadline(deadline time.Time) error {
 	if rw.x.stream != nil {
 		return nil

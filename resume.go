@@ -15,25 +15,25 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
-// mayBeKept reports whether requests of the kind have to do with resume at all.
-// What is left out goes to the upstream as it always did, without an id of ours.
-// OPTIONS is: the preflight of a page of another origin has the query of the
-// request that follows it, an id there too (Fetch, section 4.8).
+// mayBeKept reports whether resume applies to requests of this kind at all. All
+// others go to the upstream unchanged, except for an id of ours. OPTIONS is one
+// of them: the preflight of a page of another origin has the query of the request
+// that follows it, with an id perhaps (Fetch, section 4.8).
 func (x *exchange) mayBeKept() bool {
 	return x.h.resuming != nil && x.r.Method != http.MethodOptions && !isMCP(x.r.Header) && !asksForUpgrade(x.r.Header)
 }
 
-// mayComeBack reports whether the client may be one that comes back.
+// mayComeBack reports whether the client may have come back to its stream.
 func (x *exchange) mayComeBack() bool { return x.mayBeKept() && x.broughtOurs() }
 
 // keep prepares a request whose stream may outlive its client's connection, and
-// reports whether it is one.
+// returns whether it is one.
 func (x *exchange) keep(next caddyhttp.Handler) bool {
 	if !x.mayBeKept() || !x.h.resuming.any && !x.kind.resumable {
 		return false
 	}
 	if quirkOf(x.r.Header) == noFrames {
-		// It fails on an id as it does on a comment, and comes back for nothing.
+		// It fails on an id as it does on a comment, and never comes back.
 		return false
 	}
 	k := &keeping{x: x, site: x.w.Header().Clone()}
@@ -50,8 +50,8 @@ func (x *exchange) keep(next caddyhttp.Handler) bool {
 // keeps reports whether the request's stream may outlive the client's connection.
 func (x *exchange) keeps() bool { return x.rare != nil && x.rare.keeping != nil }
 
-// place is what must be the same when a client comes back: the name, the host
-// and the path that it asked for, and who it is.
+// keptPlace is a hash of what must be the same when a client comes back: the
+// name, the requested host and path, and the values of bind.
 func (x *exchange) keptPlace() [sha256.Size]byte {
 	var b []byte
 	add := func(text string) {
@@ -71,7 +71,7 @@ func (x *exchange) keptPlace() [sha256.Size]byte {
 	return sha256.Sum256(b)
 }
 
-// originalPath is the path as the client asked.
+// originalPath is the path that the client requested.
 func originalPath(r *http.Request) string {
 	if original, ok := r.Context().Value(caddyhttp.OriginalRequestCtxKey).(http.Request); ok && original.URL != nil {
 		return original.URL.EscapedPath()
@@ -79,9 +79,8 @@ func originalPath(r *http.Request) string {
 	return r.URL.EscapedPath()
 }
 
-// findKept finds the run that the client's id is of. How long that takes, and
-// what comes of it, is the same for an id that nobody has and for somebody
-// else's.
+// findKept finds the run to which the client's id belongs. The time it takes and
+// the result are the same for an unknown id and for someone else's.
 func (x *exchange) findKept() (r *run, n uint64) {
 	id, ok := parseRunID(x.rare.brought)
 	if !ok {
@@ -100,7 +99,7 @@ func (x *exchange) findKept() (r *run, n uint64) {
 }
 
 // comeBack answers a client that has come back with an id of ours. done is false
-// where the request goes on as a new one.
+// if the request continues as a new one.
 func (x *exchange) comeBack() (out outcome, done bool) {
 	r, n := x.findKept()
 	if r == nil && x.h.resuming.depot != nil {
@@ -113,11 +112,11 @@ func (x *exchange) comeBack() (out outcome, done bool) {
 	}
 	if r != nil && x.kind.eventSource && r.hasNothingAfter(n) {
 		if !r.isCut() {
-			// It has all of it, and comes back for what is next. What is kept stays: its
-			// connection may break once more before it has another id.
+			// It has everything, and comes back for what is next. The run stays: the
+			// connection may break once more before the client has another id.
 			return outcome{}, false
 		}
-		r = nil // it has all that was kept, and is told that there was more
+		r = nil // it has everything that was kept, and must be told that there was more
 	}
 	if r != nil {
 		if reader := (&runReader{run: r}); r.enterAt(n, reader) {
@@ -134,8 +133,7 @@ func (x *exchange) comeBack() (out outcome, done bool) {
 	return outcome{}, false
 }
 
-// hasNothingAfter reports whether the run has ended, and event n was the last
-// one.
+// hasNothingAfter reports whether the run has ended with event n.
 func (r *run) hasNothingAfter(n uint64) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -150,7 +148,7 @@ func (r *run) isCut() bool {
 	return r.kept.cut
 }
 
-// stopKept ends a run because its client says so.
+// stopKept ends a run on its client's request.
 func (x *exchange) stopKept(r *run, n uint64) error {
 	if r == nil || n > r.feed.journal.Figures().Events || !r.stop(clientClosed) {
 		return caddyhttp.Error(http.StatusNotFound, errors.New("sse: no stream of this host and path has the id"))
@@ -160,7 +158,7 @@ func (x *exchange) stopKept(r *run, n uint64) error {
 	return nil
 }
 
-// goOn makes a stream of a run that the client has come back to, from its place
+// goOn makes a stream of a run to which the client has come back, from its place
 // on.
 func (x *exchange) goOn(reader *runReader) runEnd {
 	r := reader.run
@@ -179,8 +177,8 @@ func (x *exchange) goOn(reader *runReader) runEnd {
 	return reader.followRun(feed.ctx, x.stream)
 }
 
-// takeDifference makes of the site's headers what the run's handlers have made of
-// them.
+// takeDifference applies to the site's headers what the run's handlers have
+// changed in them.
 func (x *exchange) takeDifference(added, replaced http.Header) {
 	header := x.w.Header()
 	for field, values := range replaced {
@@ -198,9 +196,9 @@ const (
 	streamLostMessage = "the stream is over, and what it had for its client is gone; ask again without Last-Event-ID"
 )
 
-// answerLost answers a request that must not go to the upstream again: an answer
-// is not paid for twice. A client that repeats its request after every error does
-// so with the last id that it has, and stops where that is empty.
+// answerLost answers a request that must not go to the upstream again, because an
+// answer must not be paid for twice. A client that repeats its request after
+// every error uses its last id, and stops if that is empty.
 func (x *exchange) answerLost() {
 	x.role = answered
 	header := x.w.Header()
@@ -220,7 +218,7 @@ func (x *exchange) answerLost() {
 }
 
 // enterAt adds a client that has come back at its place, and ends the streams of
-// those that are still there. It returns false where there is no such place.
+// clients that are still connected. It returns false if there is no such place.
 func (r *run) enterAt(n uint64, reader *runReader) bool {
 	r.mu.Lock()
 	if r.stage == runEnding || r.stage == runGone || !reader.join(journal.After(n)) {

@@ -18,57 +18,59 @@ import (
 	"github.com/caddy-sse/caddy-sse/store"
 )
 
-// Resume has a stream outlive its client's connection: a client that comes back
+// Resume lets a stream outlive its client's connection: a client that reconnects
 // with the id of the last event that it has gets the events after it, and then
-// the live stream, whatever the upstream can do. Where the upstream sends no ids,
-// each event gets one. It is for resumable requests without MCP headers; upgrades,
-// HEAD and CONNECT are left alone, and so are streams with ids of their own.
+// the live stream, without help from the upstream. If the upstream sends no ids,
+// each event gets one. It is for resumable requests without MCP headers.
+// Upgrades, HEAD and CONNECT are left alone, and so are streams with ids of their
+// own.
 type Resume struct {
-	// How long a stream goes on without its client. After that the upstream is
+	// How long a stream continues without its client. After that the upstream is
 	// cancelled, as if the client had left then. What is kept of a stream that has
-	// ended stays for as long. -1: resume is off.
+	// ended stays for the same time. -1: resume is off.
 	Window caddy.Duration `json:"window,omitempty"`
 
-	// Do so for every request, not only for resumable ones: for answers to POST,
-	// too. Default: false.
+	// Also for requests that are not resumable: for answers to POST, too. Default:
+	// false.
 	Any bool `json:"any,omitempty"`
 
-	// How many bytes of events each stream keeps, overhead included. What the
-	// client has been sent goes first. What nobody has been sent yet is never
-	// dropped: when it fills the history, the upstream is not read on.
+	// How many bytes of events each stream keeps, overhead included. Events that
+	// the client has been sent are dropped first. Events that it has not been sent
+	// are never dropped: when they fill the history, the upstream is not read any
+	// more.
 	// Default: 256KiB.
 	History int `json:"history,omitempty"`
 
-	// How many bytes all such streams of this name keep. Where that is used up,
-	// new streams are as without this setting. Default: 256MiB.
+	// How many bytes all such streams of this name keep. When that is used up, new
+	// streams run without resume. Default: 256MiB.
 	TotalHistory int `json:"total_history,omitempty"`
 
-	// Placeholders whose values must be the same when a client comes back, empty
-	// ones included. Default: `{http.auth.user.id}`.
+	// Placeholders whose values must be the same when a client reconnects, empty
+	// values included. Default: `{http.auth.user.id}`.
 	Bind []string `json:"bind,omitempty"`
 
-	// How long a stream goes on after its client has cancelled it over HTTP/2 or
-	// HTTP/3 while the connection lives, as a tab does that goes to another page.
-	// Default: window. -1: not at all.
+	// How long a stream continues after its client has cancelled it over HTTP/2 or
+	// HTTP/3 while the connection is still open, as a browser does when its page is
+	// left. Default: window. -1: not at all.
 	Cancel caddy.Duration `json:"cancel,omitempty"`
 
-	// How many streams of this name may be without a client, those that have ended
-	// included. The one that has been alone for longest goes first.
+	// How many streams of this name may be without a client, including those that
+	// have ended. The one that has been without a client longest is dropped first.
 	// Default: 10000. -1: any number.
 	Detached int `json:"detached,omitempty"`
 
-	// Ends a stream at this age, however often its client has come back.
+	// Ends a stream at this age, however often its client has reconnected.
 	// Default: no limit.
 	RunFor caddy.Duration `json:"run_for,omitempty"`
 
-	// The name of the event that tells a client what it has lost; a name that is
-	// given is told to every client, the default to an EventSource alone. `off`:
-	// nobody is told. Default: `lost`.
+	// The name of the event that tells a client what it has lost. A name that is
+	// set is sent to every client, the default only to an EventSource. `off`: it is
+	// sent to none. Default: `lost`.
 	Lost string `json:"lost,omitempty"`
 
-	// Where the events are kept besides, so that a client can come back to any of
-	// several nodes. Default: nowhere; a client comes back to the process that has
-	// its stream.
+	// Where the events are also kept, so that a client can reconnect to any of
+	// several nodes. Default: nowhere; a client must reconnect to the process that
+	// has its stream.
 	StoreRaw json.RawMessage `json:"store,omitempty" caddy:"namespace=http.handlers.sse.stores inline_key=store"`
 }
 
@@ -114,7 +116,7 @@ func (r *Resume) validate(resumable string, shares bool) error {
 	return validateText("resume: lost", "event name", r.Lost)
 }
 
-// bindNames reads the placeholders of bind, without their braces.
+// bindNames returns the placeholders of bind, without their braces.
 func bindNames(placeholders []string) ([]string, error) {
 	names := make([]string, 0, len(placeholders))
 	for _, placeholder := range placeholders {
@@ -128,7 +130,7 @@ func bindNames(placeholders []string) ([]string, error) {
 	return names, nil
 }
 
-// resumeSubdirectives are the grammar of resume's block.
+// resumeSubdirectives is the grammar of resume's block.
 var resumeSubdirectives = map[string]subdirective{
 	"history":  {"<size> [<total>]", 1, 2, setResumeHistory},
 	"bind":     {"<placeholder...>", 1, 64, setResumeBind},
@@ -191,8 +193,7 @@ func setResumeLost(h *Handler, args []string) error {
 	return validateText("resume: lost", "event name", h.Resume.Lost)
 }
 
-// resuming is what a handler's configuration says of streams that outlive their
-// client's connection.
+// resuming is the configuration of resume, as a handler uses it.
 type resuming struct {
 	window  time.Duration
 	cancel  time.Duration
@@ -205,8 +206,8 @@ type resuming struct {
 	warned  atomic.Int64 // unix nanoseconds of the last warning
 }
 
-// newResuming makes what the configuration says, and lets it be known that the
-// name has such a handler; nil where it is off.
+// newResuming makes it, and registers the handler as one with resume; nil if that
+// is off.
 func newResuming(h *Handler, ctx caddy.Context) (*resuming, error) {
 	config := h.Resume
 	if !config.isOn() {
@@ -246,8 +247,8 @@ func newResuming(h *Handler, ctx caddy.Context) (*resuming, error) {
 		detached = defaultDetached
 	}
 	h.group.addResumer(h, detached)
-	// A configuration is cancelled when another one has taken its place, and also
-	// when it has not come so far.
+	// A configuration is cancelled when another one has replaced it, and also when
+	// loading it has failed.
 	forget := func() { h.group.dropResumer(h) }
 	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
 		server.RegisterOnShutdown(forget)
@@ -256,7 +257,7 @@ func newResuming(h *Handler, ctx caddy.Context) (*resuming, error) {
 	return rs, nil
 }
 
-// openStore opens the store for as long as the configuration is in use; nil where
+// openStore opens the store for as long as the configuration is in use; nil if
 // there is none.
 func (r *Resume) openStore(h *Handler, ctx caddy.Context) (*depot, error) {
 	if r.StoreRaw == nil {

@@ -11,23 +11,22 @@ import (
 )
 
 const (
-	// defaultReconnection is the reconnection time of a stream that was told
-	// none.
+	// defaultReconnection is the reconnection time of a stream that was sent none.
 	defaultReconnection = time.Second
 
 	shortestRetryWait = 100 * time.Millisecond
 
-	// longestDoubling is how far the waits double. A stream may have been told
-	// a longer one.
+	// longestDoubling is how far the waits double. A stream may have been sent a
+	// longer time.
 	longestDoubling = 10 * time.Second
 
-	// triesPerSecond is how many tries the streams of a name make together: a
-	// proxy must not be the storm that keeps an upstream from coming back.
+	// triesPerSecond is how many tries the streams of a name make together: the
+	// proxy must not cause a storm that keeps an upstream from coming back.
 	triesPerSecond = 64
 )
 
-// reconnection is the reconnection time that a stream was told: the last one of
-// the upstream, else ours, else the default; ours is 0 where there is none.
+// reconnection is the reconnection time that a stream's client was sent: the
+// upstream's last one, else ours, else the default; ours is 0 if there is none.
 func reconnection(upstreamMS uint64, upstreamTold bool, ours time.Duration) time.Duration {
 	switch {
 	case upstreamTold:
@@ -42,22 +41,22 @@ func reconnection(upstreamMS uint64, upstreamTold bool, ours time.Duration) time
 	return defaultReconnection
 }
 
-// retryWaits draws how long a stream waits before each try to reach its
-// upstream again. The zero value, with a window, is for an upstream that has
-// just broken off.
+// retryWaits chooses how long a stream waits before each try to reach its
+// upstream again. The zero value, with a window, is for an upstream that has just
+// broken off.
 type retryWaits struct {
 	window time.Duration
 
 	first  time.Time     // when the first try is due; zero: there was none
-	next   time.Duration // the longest the next wait may be, but for a Retry-After
+	next   time.Duration // the longest the next wait may be, without a Retry-After
 	closed bool
 }
 
-// wait draws the next wait. told is the reconnection time of the stream, after
+// wait chooses the next wait. told is the reconnection time of the stream, after
 // the Retry-After of the try that has just failed, if any: the wait begins when
-// that is over, so that those that were told the same do not come at the same
-// moment. ok is false where the wait leads past the window: there is no further
-// try.
+// that is over, so that streams that got the same Retry-After do not try at the
+// same moment. ok is false if the wait would end after the window: there is no
+// further try.
 func (w *retryWaits) wait(at time.Time, told, after time.Duration) (wait time.Duration, ok bool) {
 	if w.first.IsZero() && !w.closed {
 		w.next = max(told, shortestRetryWait)
@@ -81,7 +80,7 @@ func (w *retryWaits) wait(at time.Time, told, after time.Duration) (wait time.Du
 	return wait, true
 }
 
-// resumed begins anew: a try has brought an event.
+// resumed starts again, because a try has brought an event.
 func (w *retryWaits) resumed() {
 	*w = retryWaits{window: w.window}
 }
@@ -91,8 +90,8 @@ func (w *retryWaits) end() (at time.Time, ok bool) {
 	return w.first.Add(w.window), !w.first.IsZero()
 }
 
-// position is where the upstream would go on with a stream: the last id that
-// one of its blocks committed, and the request's own before any id field.
+// position is where the upstream would continue a stream: the last id that one of
+// its blocks committed, and the request's own before any id field.
 type position struct {
 	id string
 }
@@ -107,9 +106,9 @@ func positionOf(lastEventID string) position {
 	return p
 }
 
-// commit follows an id that a block of the upstream has committed. An empty one
-// means none, and so does one that can't be sent: there is no way back to an id
-// before it, since what came with it would come again.
+// commit records an id that a block of the upstream has committed. After an empty
+// one there is no position, nor after one that can't be sent: an earlier id would
+// make the upstream send the events after it again.
 func (p *position) commit(id string) {
 	p.id = ""
 	if len(id) <= eventstream.MaxIDLength && id != eventstream.TooLongID && canBeSent(id) {
@@ -117,13 +116,13 @@ func (p *position) commit(id string) {
 	}
 }
 
-// value is what Last-Event-ID says on the next try. ok is false where there is
-// no position.
+// value is the Last-Event-ID of the next try. ok is false if there is no
+// position.
 func (p position) value() (id string, ok bool) {
 	return p.id, p.id != ""
 }
 
-// canBeSent reports whether a header can carry the id as it is (RFC 9110,
+// canBeSent reports whether a header can carry the id unchanged (RFC 9110,
 // section 5.5): no control characters, and no white space around it.
 func canBeSent(id string) bool {
 	if strings.Trim(id, " \t") != id {
@@ -150,15 +149,15 @@ type tryQueue struct {
 
 // turn is a place in the queue.
 type turn struct {
-	// come is closed when it is the stream's turn.
+	// come is closed when it is the turn of this try.
 	come chan struct{}
 
 	due   time.Time
-	order uint64 // among those that fall due at one time
+	order uint64 // among those that are due at the same time
 	index int    // in the queue, from 1; 0: it is not there
 }
 
-// enter takes a place for a try that falls due after a wait.
+// enter adds a try that is due after a wait.
 func (q *tryQueue) enter(wait time.Duration) *turn {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -171,7 +170,7 @@ func (q *tryQueue) enter(wait time.Duration) *turn {
 	return t
 }
 
-// leave gives a place up, for a stream that ends before its turn has come.
+// leave removes a try of a stream that ends before its turn.
 func (q *tryQueue) leave(t *turn) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -183,7 +182,7 @@ func (q *tryQueue) leave(t *turn) {
 	}
 }
 
-// armLocked lets the timer fire when the first one may try.
+// armLocked sets the timer for the first try.
 func (q *tryQueue) armLocked() {
 	if len(q.turns) == 0 {
 		return
@@ -202,7 +201,7 @@ func (q *tryQueue) armLocked() {
 func (q *tryQueue) fire() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	// It may fire for one that has left.
+	// The timer may fire for a try that has left.
 	if at := time.Now(); len(q.turns) > 0 && !at.Before(q.free) && !at.Before(q.turns[0].due) {
 		close(heap.Pop(&q.turns).(*turn).come)
 		q.free = at.Add(time.Second / triesPerSecond)

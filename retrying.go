@@ -5,15 +5,13 @@ import (
 	"time"
 )
 
-// What a stream does whose upstream is asked again: the client's half of it. The
-// tries themselves are in tries.go.
+// The stream's side of upstream_retry. The tries themselves are in tries.go.
 
-// isBreak reports whether the reason is one after which an upstream is asked
-// again.
+// isBreak reports whether upstream_retry applies after an end with this reason.
 func isBreak(why reason) bool { return why == upstreamError || why == upstreamTimeout }
 
-// triesLocked returns what the stream's request keeps for tries, nil for most. It
-// wants facts to be locked.
+// triesLocked returns the request's data for upstream_retry, nil for most. It
+// must be called with facts locked.
 func (s *stream) triesLocked() *tries {
 	if s.rare == nil {
 		return nil
@@ -21,7 +19,7 @@ func (s *stream) triesLocked() *tries {
 	return s.rare.tries
 }
 
-// toldReconnection notes the reconnection time that is ours; 0: none was told.
+// toldReconnection records the reconnection time that we have sent; 0: none.
 func (s *stream) toldReconnection(told time.Duration) {
 	s.facts.Lock()
 	defer s.facts.Unlock()
@@ -30,8 +28,8 @@ func (s *stream) toldReconnection(told time.Duration) {
 	}
 }
 
-// retriesLocked returns how many tries there were, -1 where there can be none. It
-// wants facts to be locked.
+// retriesLocked returns how many tries there were, -1 if there can be none. It
+// must be called with facts locked.
 func (s *stream) retriesLocked() int {
 	if t := s.triesLocked(); t != nil {
 		return t.count
@@ -42,8 +40,8 @@ func (s *stream) retriesLocked() int {
 	return -1
 }
 
-// brokeOff reports whether the upstream has broken off where it can go on, and
-// lets the stream wait for that: the handlers have left.
+// brokeOff reports whether the upstream has broken off where it can continue, and
+// lets the stream wait for it. The handlers have left.
 func (s *stream) brokeOff(out outcome) bool {
 	s.mu.Lock()
 	defer s.unlock()
@@ -62,14 +60,15 @@ func (s *stream) brokeOff(out outcome) bool {
 }
 
 // triesAfter reports whether the stream waits for its upstream, whose time is
-// over, rather than end. It gives mu back.
+// over, instead of ending. It unlocks mu.
 func (s *stream) triesAfter(why reason) bool {
 	defer s.unlock()
 	return why == upstreamTimeout && s.breakLocked(why)
 }
 
 // breakLocked lets a stream wait for its upstream, which has broken off or is
-// given up, if it is where that can go on. It wants mu to be locked.
+// given up, if it is at a place where that can continue. It must be called with
+// mu locked.
 func (s *stream) breakLocked(why reason) bool {
 	s.facts.Lock()
 	t := s.triesLocked()
@@ -85,7 +84,7 @@ func (s *stream) breakLocked(why reason) bool {
 	}
 	s.stage.Store(uint32(stageRetrying))
 	t.why, t.id = why, id
-	// Handlers that do not leave cannot be called again.
+	// Handlers that do not return cannot be called again.
 	t.until, t.inside = now()+instant(leavePatience), true
 	torn := s.splicer.Resume(nil)
 	s.facts.Unlock()
@@ -101,8 +100,8 @@ func (s *stream) breakLocked(why reason) bool {
 	return true
 }
 
-// positionLocked returns where the upstream is to go on. ok is false where it
-// can't be told. It wants the stream's facts to be locked.
+// positionLocked returns where the upstream should continue. ok is false if there
+// is no position. It must be called with the stream's facts locked.
 func (t *tries) positionLocked(s *stream) (id string, ok bool) {
 	p := positionOf(t.entered.Header.Get("Last-Event-ID"))
 	if id, committed := s.splicer.Scanner().LastEventID(); committed {
@@ -111,7 +110,7 @@ func (t *tries) positionLocked(s *stream) (id string, ok bool) {
 	return p.value()
 }
 
-// reopen lets the upstream's bytes pass again: it goes on.
+// reopen lets the upstream's bytes pass again.
 func (s *stream) reopen(upstream string) {
 	s.mu.Lock()
 	defer s.unlock()
@@ -129,7 +128,7 @@ func (s *stream) reopen(upstream string) {
 	s.scheduleLocked()
 }
 
-// giveUpWaiting ends a stream that has retried for as long as it may.
+// giveUpWaiting ends a stream that has retried for the longest allowed time.
 func (s *stream) giveUpWaiting() {
 	s.facts.Lock()
 	err := errTriesOver
@@ -140,7 +139,7 @@ func (s *stream) giveUpWaiting() {
 	s.giveUp(err)
 }
 
-// giveUp ends a stream that retries: its upstream does not come back.
+// giveUp ends a retrying stream, because its upstream does not come back.
 func (s *stream) giveUp(err error) {
 	s.facts.Lock()
 	retries := s.at() == stageRetrying
@@ -153,8 +152,8 @@ func (s *stream) giveUp(err error) {
 	}
 }
 
-// giveUpLocked wants facts to be locked. Whoever holds mu cuts the stream on
-// giving it back.
+// giveUpLocked must be called with facts locked. Whoever holds mu cuts the stream
+// on unlocking.
 func (s *stream) giveUpLocked(err error) {
 	t := s.triesLocked()
 	t.gaveUp = err
@@ -162,8 +161,8 @@ func (s *stream) giveUpLocked(err error) {
 	s.moveLocked(stageEnding, endPatience)
 }
 
-// refuseLocked gives up on a later body that is no event stream. It returns false
-// where the body is the first one. It wants facts to be locked.
+// refuseLocked gives up because a later body is not an event stream. It returns
+// false if the body is the first one. It must be called with facts locked.
 func (s *stream) refuseLocked() bool {
 	t := s.triesLocked()
 	if t == nil || t.count == 0 {
@@ -177,7 +176,7 @@ func (s *stream) refuseLocked() bool {
 }
 
 // gaveUpLocked returns why the stream has given up on its upstream; nil: it has
-// not. It wants facts to be locked.
+// not. It must be called with facts locked.
 func (s *stream) gaveUpLocked() error {
 	if t := s.triesLocked(); t != nil {
 		return t.gaveUp
@@ -186,7 +185,7 @@ func (s *stream) gaveUpLocked() error {
 }
 
 // gaveUpCleanly reports whether the stream has given up on its upstream, and its
-// client comes back after a clean end.
+// client reconnects after a clean end.
 func (s *stream) gaveUpCleanly() bool {
 	s.facts.Lock()
 	defer s.facts.Unlock()

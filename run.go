@@ -15,13 +15,13 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// run is one upstream stream that is kept apart from any client's connection.
-// What the upstream sends goes into a journal, and clients read it there. It
-// knows nothing of a client but how to end its stream.
+// run is one upstream stream that is independent of any client's connection. What
+// the upstream sends goes into a journal, from which clients read. All that it
+// knows about a client is how to end its stream.
 //
-// Attempts (calls of the handlers after sse) run on a goroutine of the run's
-// own. They answer to what has called head and then feed.write; when the last
-// one is over, finish is called, once.
+// Attempts (calls of the handlers after sse) run on the run's own goroutine.
+// Their answer goes to head first and then to feed.write. When the last one is
+// over, finish is called, once.
 type run struct {
 	h        *Handler // the configuration that began it
 	use      runUse
@@ -32,14 +32,14 @@ type run struct {
 	began    instant
 	answered chan struct{} // closed when it is known what the upstream's answer is
 
-	ctx    context.Context // of its attempts
+	ctx    context.Context // of the run's attempts
 	cancel context.CancelCauseFunc
 
-	tried atomic.Int64 // how many tries there were, after the first attempt
+	tried atomic.Int64 // tries of upstream_retry
 
-	// stays is how long the run stays without a client from now on; it is called
-	// with mu held. forget takes the run off where clients look for it; it is
-	// called again and again, without.
+	// stays returns how long the run stays without a client from now on; it must be
+	// called with mu held. forget removes the run from where clients look for it;
+	// it may be called several times, without mu.
 	stays  func() time.Duration
 	forget func()
 
@@ -49,24 +49,24 @@ type run struct {
 	mu      sync.Mutex
 	stage   runStage
 	answer  runAnswer
-	why     reason // of an early end that was asked for
+	why     reason // of an early end that was requested
 	end     runEnd
 	readers map[*runReader]struct{}
-	joined  int     // how many clients it has had
-	alone   instant // since when there is none
+	joined  int     // clients in total
+	alone   instant // since when it has had no client
 	idle    *time.Timer
 	limits  []*time.Timer
 	silence silence
 
 	catchUps      catchUps
-	upstream      string // of the last attempt that was answered
+	upstream      string // of the last attempt with an answer
 	attempts      int
 	cancelAttempt context.CancelCauseFunc
 
-	kept *keptRun // of a resumedRun
+	kept *keptRun // only of a resumedRun
 }
 
-// runUse is what a run is for.
+// runUse is whether a run belongs to share or to resume.
 type runUse uint8
 
 const (
@@ -74,14 +74,15 @@ const (
 	resumedRun
 )
 
-// runStage is where a run is in its life. A run only moves on, but for retrying.
+// runStage is where a run is in its life. A run only moves forward, except for
+// retrying.
 type runStage uint8
 
 const (
 	runAsking   runStage = iota // the upstream has not answered yet
 	runOpen                     // it sends
-	runRetrying                 // it broke off, and will be asked again
-	runEnding                   // an early end was asked for
+	runRetrying                 // it broke off, and will be tried again
+	runEnding                   // an early end was requested
 	runEnded                    // it has ended; what the journal has is kept for clients
 	runGone                     // accounted for
 )
@@ -99,19 +100,19 @@ var runStageNames = [...]string{
 type runAnswer struct {
 	kind     answerKind
 	status   int
-	header   http.Header // of the run's own; readers copy it
+	header   http.Header // must not be modified; readers copy it
 	upstream string
 	body     []byte // of a failure
 	err      error  // of a failure without an answer
 }
 
-// answerKind is what the clients that wait for a run's answer make of it.
+// answerKind says what the clients that wait for a run's answer do with it.
 type answerKind uint8
 
 const (
 	answerPending answerKind = iota
 	answerStream             // they join
-	answerOther              // each asks the upstream by itself
+	answerOther              // each asks the upstream itself
 	answerFailure            // each gets it
 )
 
@@ -119,23 +120,23 @@ const (
 type runEnd struct {
 	reason reason
 	err    error
-	soft   bool // an upstream_error that is clean to an EventSource
-	told   bool // an upstream_error that an event has told, so the end is clean
+	soft   bool // an upstream_error after which an EventSource gets a clean end
+	told   bool // an upstream_error that an event has reported, so the end is clean
 }
 
 var (
 	// errRunEnded is the cause of the context of a run that is over. It is a
-	// cancellation, as errStreamEnded is.
+	// cancellation, like errStreamEnded.
 	errRunEnded = fmt.Errorf("sse: the run has ended: %w", context.Canceled)
 
-	// errUpstreamSilent is the cause of that of an attempt which has met
+	// errUpstreamSilent is the cause of the context of an attempt that has exceeded
 	// upstream_timeout.
 	errUpstreamSilent = fmt.Errorf("sse: the upstream is silent: %w", context.Canceled)
 
 	errNoAnswer = errors.New("the upstream has not answered")
 )
 
-// newRun makes a run and lets it be known. It asks nobody yet.
+// newRun makes a run and registers it. It does not call the upstream yet.
 func (h *Handler) newRun(use runUse, f *feed) *run {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	r := h.makeRun(use, f, ctx, cancel)
@@ -143,8 +144,8 @@ func (h *Handler) newRun(use runUse, f *feed) *run {
 	return r
 }
 
-// makeRun makes a run whose attempts have a context that is there already. Nobody
-// knows of it yet.
+// makeRun makes a run whose attempts have a context already. It is not
+// registered.
 func (h *Handler) makeRun(use runUse, f *feed, ctx context.Context, cancel context.CancelCauseFunc) *run {
 	r := &run{
 		h:        h,
@@ -164,8 +165,8 @@ func (h *Handler) makeRun(use runUse, f *feed, ctx context.Context, cancel conte
 // token is what the ids of the run begin with.
 func (r *run) token() runToken { return r.feed.token }
 
-// head takes the upstream's answer. A stream opens the run; after anything else
-// the run is over before it was one.
+// head takes the upstream's answer. A stream opens the run; after any other
+// answer the run is over before it began.
 func (r *run) head(answer runAnswer) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -185,7 +186,7 @@ func (r *run) headLocked(answer runAnswer) {
 	close(r.answered)
 }
 
-// endAfter stops the run with a reason when a time is over; 0: never.
+// endAfter stops the run with a reason after a time; 0: never.
 func (r *run) endAfter(d time.Duration, why reason) {
 	if d <= 0 {
 		return
@@ -197,28 +198,28 @@ func (r *run) endAfter(d time.Duration, why reason) {
 	}
 }
 
-// breakOff cancels all attempts. Handlers that do not heed that are not waited
-// for.
+// breakOff cancels all attempts. It does not wait for handlers that ignore that.
 func (r *run) breakOff(end runEnd) {
 	r.cancel(errRunEnded)
 	time.AfterFunc(leavePatience, func() { r.finish(end) })
 }
 
-// beginAttempt makes the context of the next attempt. What cancels it says why.
+// beginAttempt makes the context of the next attempt. Its cause says why it was
+// cancelled.
 func (r *run) beginAttempt() context.Context {
 	ctx, cancel := context.WithCancelCause(r.ctx)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.attempts++
 	if over := r.cancelAttempt; over != nil {
-		over(errRunEnded) // else it is kept for as long as the run
+		over(errRunEnded) // or it would be kept as long as the run
 	}
 	r.cancelAttempt = cancel
 	return ctx
 }
 
-// isSilent breaks off an attempt whose upstream has sent nothing for too long.
-// If its handlers do not heed that, they are left, and the run ends.
+// isSilent breaks off an attempt whose upstream has sent nothing for too long. If
+// its handlers ignore that, they are left behind, and the run ends.
 func (r *run) isSilent() {
 	r.mu.Lock()
 	attempts, cancel := r.attempts, r.cancelAttempt
@@ -237,19 +238,20 @@ func (r *run) isSilent() {
 	})
 }
 
-// stop ends the run early: nobody finds it any more, its clients end at an event
-// boundary, for this reason, and then its upstream is left. Nothing stays. It
-// returns false where the run is about to end, or has ended, already.
+// stop ends the run early: clients can't find it any more, its clients' streams
+// end at an event boundary with this reason, and then its upstream is cancelled.
+// Nothing is kept. It returns false if the run is already about to end, or has
+// ended.
 func (r *run) stop(why reason) bool {
 	r.mu.Lock()
 	if r.stage >= runEnding {
 		ended := r.stage == runEnded
 		if ended {
-			r.why = why // nothing stays when its clients have left
+			r.why = why // nothing is kept once its clients have left
 		}
 		readers := r.readersLocked()
 		r.mu.Unlock()
-		if ended { // its clients have not got the rest yet
+		if ended { // its clients have not received the rest yet
 			r.forget()
 			for _, reader := range readers {
 				reader.endStream(why)
@@ -285,8 +287,8 @@ func (r *run) readersLocked() []*runReader {
 	return all
 }
 
-// finish says that the attempts are over, and how the last one ended. The first
-// call counts.
+// finish says that the attempts are over, and how the last one ended. Only the
+// first call counts.
 func (r *run) finish(end runEnd) {
 	r.mu.Lock()
 	if r.stage >= runEnded {
@@ -319,7 +321,7 @@ func (r *run) finish(end runEnd) {
 	r.restIfAlone()
 }
 
-// restIfAlone decides what becomes of a run that has no client.
+// restIfAlone decides what to do with a run that has no client.
 func (r *run) restIfAlone() {
 	r.mu.Lock()
 	if len(r.readers) > 0 || r.stage == runGone {
@@ -350,11 +352,11 @@ func (r *run) restIfAlone() {
 		r.forget()
 		r.remove()
 	case !r.stop(clientClosed):
-		r.breakOff(runEnd{reason: clientClosed}) // its last client has left while it ends
+		r.breakOff(runEnd{reason: clientClosed}) // its last client has left while it was ending
 	}
 }
 
-// restIsOver ends a run that has been without a client for long enough.
+// restIsOver ends a run that has been without a client for too long.
 func (r *run) restIsOver() {
 	r.mu.Lock()
 	alone := len(r.readers) == 0
@@ -364,7 +366,7 @@ func (r *run) restIsOver() {
 	}
 }
 
-// giveWay ends a run that has no client, as if the last one had left only now.
+// giveWay ends a run without a client before its time, to make room.
 func (r *run) giveWay() {
 	r.mu.Lock()
 	if len(r.readers) > 0 || r.stage == runGone {

@@ -15,11 +15,11 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
-// runWriter is what the handlers of a run's attempt answer to.
+// runWriter is the ResponseWriter for the handlers of a run's attempt.
 type runWriter interface {
 	http.ResponseWriter
 
-	// asked says which request they get.
+	// asked says which request they got.
 	asked(request *http.Request)
 
 	// yield leaves the answer to an inner sse handler: no client of the run gets
@@ -27,12 +27,12 @@ type runWriter interface {
 	yield()
 }
 
-// runKey is the context key of the runWriter that a request's handlers answer
-// to.
+// runKey is the context key of the runWriter to which a request's handlers
+// answer.
 type runKey struct{}
 
-// ask makes the attempts of a run, one after the other, and returns how it
-// ended. It belongs to a goroutine of its own.
+// ask makes the attempts of a run, one after the other, and returns how the run
+// ended. It must run on a goroutine of its own.
 func (r *run) ask(lastEventID string) runEnd {
 	w := &runResponse{run: r, header: make(http.Header)}
 	ctx := r.beginAttempt()
@@ -49,12 +49,12 @@ func (r *run) attempt(ctx context.Context, lastEventID string, w *runResponse) e
 	defer w.close()
 	err := r.callSafely(ctx, lastEventID, w)
 	if errors.Is(err, errPanic) {
-		w.failed = err // a bug, and no upstream that comes back
+		w.failed = err // a bug, not an upstream that may come back
 	}
 	return err
 }
 
-// callSafely recovers what the handlers panic with: no server would.
+// callSafely recovers panics of the handlers, because no server would.
 func (r *run) callSafely(ctx context.Context, lastEventID string, w runWriter) (err error) {
 	defer func() {
 		switch panicked := recover(); {
@@ -74,7 +74,7 @@ var errPanic = errors.New("panic")
 // errBrokenOff is the error of a run whose upstream has broken off.
 var errBrokenOff = errors.New("the upstream broke off")
 
-// endOf tells how an attempt ended, after which there is none.
+// endOf returns how the run ends after an attempt, if there is no other.
 func (r *run) endOf(ctx context.Context, w *runResponse, err error) runEnd {
 	cause := context.Cause(ctx)
 	switch {
@@ -85,7 +85,7 @@ func (r *run) endOf(ctx context.Context, w *runResponse, err error) runEnd {
 	case w.try != nil && w.kind != answerStream:
 		return runEnd{reason: upstreamError, err: cmp.Or(err, errNoAnswer)}
 	case w.kind == answerPending && err == nil:
-		r.head(runAnswer{kind: answerOther}) // the handlers have answered nothing
+		r.head(runAnswer{kind: answerOther}) // the handlers have not answered
 		return runEnd{reason: upstreamClosed}
 	case w.kind == answerPending:
 		if errors.Is(err, errBrokenOff) {
@@ -99,9 +99,9 @@ func (r *run) endOf(ctx context.Context, w *runResponse, err error) runEnd {
 	return runEnd{reason: upstreamClosed}
 }
 
-// answeredOther reports whether each client is to ask the upstream by itself. What
-// handlers answer to a run that has been left meanwhile is no answer of the
-// upstream's: reverse_proxy says 499.
+// answeredOther reports whether each client must ask the upstream itself. An
+// answer after the run has been given up is not the upstream's: reverse_proxy
+// answers 499 then.
 func (r *run) answeredOther(end runEnd) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -122,18 +122,18 @@ type runResponse struct {
 
 	header http.Header
 	kind   answerKind
-	answer runAnswer // of a failure, until its body is there
-	failed error     // what ended the run from here
+	answer runAnswer // a failure, until its body is complete
+	failed error     // an error of this module that ended the run
 	soft   bool
-	try    *runTry // nil: it is the first attempt
+	try    *runTry // nil: this is the first attempt
 }
 
 func (w *runResponse) asked(request *http.Request) { w.request = request }
 
 func (w *runResponse) Header() http.Header { return w.header }
 
-// WriteHeader decides what the answer is. 1xx do not reach clients: those of a
-// client that comes later would be missing.
+// WriteHeader decides what the answer is. 1xx do not reach clients, because
+// clients that join later would miss them.
 func (w *runResponse) WriteHeader(status int) {
 	if status < 200 && status != http.StatusSwitchingProtocols || w.kind != answerPending {
 		return
@@ -150,7 +150,7 @@ func (w *runResponse) WriteHeader(status int) {
 	case status >= 500:
 		answer.kind = answerFailure
 		w.answer = answer
-		// Its body is worth a moment, and not more.
+		// Wait a moment for its body, but no longer.
 		time.AfterFunc(failureBodyWait, func() {
 			w.run.head(answer)
 			w.run.cancel(errRunEnded)
@@ -168,18 +168,19 @@ func (w *runResponse) yield() {
 	}
 }
 
-// standAside has each client ask the upstream by itself.
+// standAside makes each client ask the upstream itself.
 func (w *runResponse) standAside(answer runAnswer) {
 	w.kind, answer.kind, w.failed = answerOther, answerOther, errOtherBody
 	w.run.head(answer)
 	w.run.cancel(errRunEnded)
 }
 
-// notOfRun are the fields of an upstream's answer that no client of a run gets.
+// notOfRun are the header fields of an upstream's answer that no client of a run
+// gets.
 var notOfRun = []string{"Alt-Svc", "Date", "Set-Cookie", "Trailer", "Via"}
 
-// upstream returns the upstream that reverse_proxy has chosen, if it has. It is
-// for the goroutine of the handlers.
+// upstream returns the upstream that reverse_proxy has chosen, if any. Only the
+// handlers' goroutine may call it.
 func (w *runResponse) upstream() string {
 	if w.request == nil {
 		return ""
@@ -222,13 +223,14 @@ func (w *runResponse) Write(p []byte) (int, error) {
 	return 0, errRunEnded
 }
 
-// What of an error's body is given to the clients that wait.
+// How much of an error's body the waiting clients get, and how long to wait for
+// it.
 const (
 	maxFailureBody  = 64 << 10
 	failureBodyWait = time.Second
 )
 
-// fail notes that the journal takes no more.
+// fail records that the journal takes no more.
 func (w *runResponse) fail(err error) {
 	w.failed = err
 	if errors.Is(err, journal.ErrEventTooLarge) {
@@ -243,7 +245,7 @@ func (w *runResponse) close() {
 	}
 }
 
-// FlushError is what http.ResponseController flushes with. What is there has
+// FlushError is what http.ResponseController flushes with. Everything has already
 // been published.
 func (w *runResponse) FlushError() error {
 	w.WriteHeader(http.StatusOK)

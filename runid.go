@@ -17,8 +17,8 @@ import (
 )
 
 const (
-	// runIDPrefix begins every id that this module adds to a stream. What
-	// begins with it is of this form, malformed or not.
+	// runIDPrefix begins every id that this module adds to a stream. Every id with
+	// this prefix counts as one of ours, even if it is malformed.
 	runIDPrefix = "sse1-"
 
 	runTokenLength = 22 // of 128 bits in base64url, without padding
@@ -26,8 +26,8 @@ const (
 	longestRunID = len(runIDPrefix) + runTokenLength + len(".18446744073709551615")
 )
 
-// runToken names a run. Whoever has it may read what the run has kept: it goes
-// into ids, and nowhere else.
+// runToken names a run. Anyone who has it may read what the run has kept, so it
+// appears only in ids.
 type runToken [16]byte
 
 // runID is the place after event n of a run; n is 0 before the first one.
@@ -54,17 +54,16 @@ func (id runID) String() string {
 	return string(id.token.append(nil, id.n))
 }
 
-// isRunID reports whether an id is of the form that this module adds, malformed
-// or not.
+// isRunID reports whether an id has the prefix of those that this module adds.
 func isRunID(id string) bool {
 	return strings.HasPrefix(id, runIDPrefix)
 }
 
-// runIDEncoding refuses bits that no token has, so that each id has one
+// runIDEncoding refuses bits that no token has, so that each id has only one
 // spelling.
 var runIDEncoding = base64.RawURLEncoding.Strict()
 
-// parseRunID reads an id as it was written.
+// parseRunID parses an id exactly as it was written.
 func parseRunID(s string) (id runID, ok bool) {
 	rest, ok := strings.CutPrefix(s, runIDPrefix)
 	if !ok || len(rest) < runTokenLength+len(".0") || rest[runTokenLength] != '.' {
@@ -86,8 +85,8 @@ func parseRunID(s string) (id runID, ok bool) {
 	return id, true
 }
 
-// shortID is an id as it may be shown: an upstream's as it is, one of ours
-// without the part that makes it a capability.
+// shortID is an id in a form that may be shown: an upstream's unchanged, one of
+// ours without the part that makes it a capability.
 func shortID(s string) string {
 	if !isRunID(s) {
 		return s
@@ -108,8 +107,8 @@ func (t runToken) short() string {
 	return runIDPrefix + base64.RawURLEncoding.EncodeToString(t[:])[:4] + "…"
 }
 
-// runTable finds runs by their tokens. It compares hashes of them: how long
-// that takes says nothing of a token that exists.
+// runTable finds runs by their tokens. It compares hashes, so that the time it
+// takes reveals nothing about existing tokens.
 type runTable[R any] struct {
 	mu   sync.Mutex
 	runs map[[sha256.Size]byte]R
@@ -128,7 +127,7 @@ func (t *runTable[R]) get(token runToken) (run R, ok bool) {
 	return t.find(hashOf(token))
 }
 
-// find is get for who has the hash alone.
+// find is get for callers that have only the hash.
 func (t *runTable[R]) find(hash [sha256.Size]byte) (run R, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -144,16 +143,16 @@ func (t *runTable[R]) drop(token runToken) {
 	delete(t.runs, hashOf(token))
 }
 
-// lastEventIDHeader is sent by clients that come back (HTML Standard, section
+// lastEventIDHeader is sent by clients that reconnect (HTML Standard, section
 // 9.2.4).
 const lastEventIDHeader = "Last-Event-Id"
 
-// takenRunIDKey is the context key of the id that an outer handler has taken
-// out of the request.
+// takenRunIDKey is the context key of the id that an outer handler has removed
+// from the request.
 type takenRunIDKey struct{}
 
-// broughtID is the id that a client comes back with: that of the header, else
-// that of the query, which polyfills of EventSource use.
+// broughtID is the id that a client brings: in the header, else in the query,
+// which polyfills of EventSource use.
 func broughtID(r *http.Request) string {
 	for _, id := range r.Header[lastEventIDHeader] {
 		if id != "" {
@@ -171,9 +170,9 @@ func broughtID(r *http.Request) string {
 
 // withoutRunIDs is the request as the handlers after this one should see it:
 // without ids of the form that this module adds, in the header, the URL and the
-// original request. It is the request itself where there are none, else a
-// shallow copy: nothing that belongs to the request is written to. An inner sse
-// handler still finds the id that counted.
+// original request. If there are none, it is the request itself, else a shallow
+// copy: the request itself is not modified. An inner sse handler still finds the
+// id that counted.
 func withoutRunIDs(r *http.Request) *http.Request {
 	inHeader := slices.ContainsFunc(r.Header[lastEventIDHeader], isRunID)
 	query := withoutRunIDPairs(r.URL.RawQuery)
@@ -215,8 +214,8 @@ func withoutRunIDs(r *http.Request) *http.Request {
 	return r
 }
 
-// withoutRunIDPairs is a query without the pairs that bring an id of ours. All
-// else stays as it was written, and in its order.
+// withoutRunIDPairs removes the pairs from a query that contain an id of ours.
+// The rest stays as it was written, and in its order.
 func withoutRunIDPairs(query string) string {
 	if !strings.Contains(query, "=") {
 		return query
@@ -248,8 +247,8 @@ func withoutRunIDInURI(uri string) string {
 	return path + "?" + kept
 }
 
-// idOfPair is the id that a pair of a query brings, if it is one of those that
-// bring one.
+// idOfPair is the id that a pair of a query contains, if it has one of the names
+// for ids.
 func idOfPair(pair string) (id string, ok bool) {
 	key, value, _ := strings.Cut(pair, "=")
 	switch unescapeLoosely(key) {
@@ -259,8 +258,8 @@ func idOfPair(pair string) (id string, ok bool) {
 	return "", false
 }
 
-// unescapeLoosely decodes what is percent-encoded. What is not well-formed
-// stays as it is: some upstream may read it that way.
+// unescapeLoosely decodes percent-encoding. What is not well-formed stays as it
+// is, because some upstream may read it that way.
 func unescapeLoosely(s string) string {
 	if decoded, err := url.QueryUnescape(s); err == nil {
 		return decoded

@@ -6,7 +6,7 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
-// runReader is one client of a run, from when it waits for the answer.
+// runReader is one client of a run, from the moment when it waits for the answer.
 type runReader struct {
 	baton  baton           // of a resumedRun
 	cursor *journal.Cursor // nil until it has a place
@@ -16,11 +16,11 @@ type runReader struct {
 
 	mu     sync.Mutex
 	stream *stream
-	why    reason // of an early end that was asked for before there was a stream
+	why    reason // of an early end that was requested before there was a stream
 	left   bool
 }
 
-// enter adds a client. It returns nil where the run takes none any more.
+// enter adds a client. It returns nil if the run takes no more clients.
 func (r *run) enter() *runReader {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -29,7 +29,7 @@ func (r *run) enter() *runReader {
 	}
 	reader := &runReader{run: r}
 	if r.answer.kind == answerPending {
-		// A client that waits for the answer gets all that follows it.
+		// A client that waits for the answer gets everything after it.
 		reader.join(journal.Live())
 	}
 	r.addReaderLocked(reader)
@@ -78,7 +78,7 @@ func (reader *runReader) leave() {
 	}
 }
 
-// join gives the client a place in the journal, instead of the one that it has.
+// join gives the client a place in the journal, instead of its present one.
 func (reader *runReader) join(at journal.Start) bool {
 	c, ok := reader.run.feed.journal.Join(at, func() { reader.endStream(lagged) })
 	if !ok {
@@ -91,7 +91,7 @@ func (reader *runReader) join(at journal.Start) bool {
 	return true
 }
 
-// leaveJournal gives up the client's place: who does not read falls behind.
+// leaveJournal gives up the client's place: if it does not read, it falls behind.
 func (reader *runReader) leaveJournal() {
 	if reader.cursor != nil {
 		reader.cursor.Leave()
@@ -99,7 +99,7 @@ func (reader *runReader) leaveJournal() {
 	}
 }
 
-// feeds says which stream the client's is.
+// feeds tells the reader which stream is its client's.
 func (reader *runReader) feeds(s *stream) {
 	reader.mu.Lock()
 	reader.stream = s

@@ -13,40 +13,40 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
-// runs is every run of a name, across reloads. It is guarded by the group's lock.
+// runs are all runs of a name, across reloads. The group's lock guards them.
 type runs struct {
 	byID map[uuid.UUID]*run
-	idle []*run // have no client, and an upstream; longest first
+	idle []*run // without a client, but with an upstream; longest without first
 
-	// Of those whose clients may come back.
-	resumers    map[*Handler]struct{} // the handlers to which they may
-	detached    list.List             // of *run: those without a client, longest first
+	// Of resume.
+	resumers    map[*Handler]struct{} // the current handlers with resume
+	detached    list.List             // of *run: those without a client, longest without first
 	maxDetached int                   // -1: any number
 
 	resumes [resumeResultCount]uint64
 
-	// What the journals of a name hold together, by their policy. The latest
-	// configuration says how much that may be.
+	// The limits for the journals of a name together, by policy. They are those of
+	// the latest configuration.
 	budgets [2]*journal.Budget
 }
 
-// resumeResult is what became of an id that a client came back with.
+// resumeResult is the result for an id that a client brought.
 type resumeResult uint8
 
 const (
-	resumeFound   resumeResult = iota // it goes on there
+	resumeFound   resumeResult = iota // it continues after it
 	resumeGap                         // the events after it are gone
 	resumeUnknown                     // there is no such place
-	resumeRefused                     // and the upstream is not asked instead
+	resumeRefused                     // the same, and the upstream is not asked instead
 	resumeResultCount
 )
 
 var resumeResultNames = [resumeResultCount]string{"resumed", "gap", "unknown", "refused"}
 
-// runTokens finds the runs of the process by what their ids begin with.
+// runTokens finds the runs of the process by the tokens in their ids.
 var runTokens runTable[*run]
 
-// runTable is where the handler finds runs.
+// runTable is the table in which the handler finds runs.
 func (h *Handler) runTable() *runTable[*run] {
 	if h.resuming != nil && h.resuming.depot != nil {
 		return h.resuming.depot.runs
@@ -54,7 +54,7 @@ func (h *Handler) runTable() *runTable[*run] {
 	return &runTokens
 }
 
-// budget is what the journals of one policy may hold together.
+// budget is the common limit for the journals of one policy.
 func (g *group) budget(policy journal.Policy, limit int) *journal.Budget {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -86,8 +86,8 @@ func (g *group) removeRun(r *run) {
 	g.dropDetachedLocked(r)
 }
 
-// addIdle counts a run as one without a client. It counts as an open stream, and
-// gives its place to a new one.
+// addIdle counts a run as one without a client. It counts as an open stream, but
+// gives up its place when a new one needs it.
 func (g *group) addIdle(r *run) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -97,7 +97,7 @@ func (g *group) addIdle(r *run) {
 	g.runs.idle = append(g.runs.idle, r)
 	client := r.clientID()
 	g.countClientLocked(client, +1)
-	// The place of its last client may have been taken already.
+	// Its last client's place may have been taken already.
 	limits := r.h.limits
 	switch {
 	case limits.perClient > 0 && client.isKnown() && g.clients[client] > limits.perClient:
@@ -107,7 +107,7 @@ func (g *group) addIdle(r *run) {
 	}
 }
 
-// openLocked is how many streams, places and runs without a client there are.
+// openLocked is the number of streams, reserved places and runs without a client.
 func (g *group) openLocked() int {
 	open := g.reserved + len(g.runs.idle)
 	for _, n := range g.open {
@@ -129,8 +129,8 @@ func (g *group) dropIdleLocked(r *run) {
 	}
 }
 
-// oldestIdleLocked takes off the run that has been without a client for longest:
-// of all, or of those with that client.
+// oldestIdleLocked removes the run that has been without a client longest from
+// the list: of all runs, or of those of that client.
 func (g *group) oldestIdleLocked(client clientID) *run {
 	for _, r := range g.runs.idle {
 		if !client.isKnown() || r.clientID() == client {
@@ -141,7 +141,7 @@ func (g *group) oldestIdleLocked(client clientID) *run {
 	return nil
 }
 
-// countResume counts what became of a client's id.
+// countResume counts the result for a client's id.
 func (g *group) countResume(result resumeResult) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -182,22 +182,22 @@ func (r *registry) run(id uuid.UUID) *run {
 	return nil
 }
 
-// endRuns ends every run when the process exits. Those without a client have no
-// reason to stay until then.
+// endRuns ends every run when the process exits. Those without a client need not
+// stay until then.
 func endRuns() {
 	for _, r := range live.runs() {
 		r.stop(serverClosed)
 	}
 }
 
-// endIdleRuns ends those that have no client.
+// endIdleRuns ends the runs without a client.
 func endIdleRuns() {
 	for _, r := range live.runs() {
 		r.giveWay()
 	}
 }
 
-// What a run may be in, as metrics tell it.
+// The states of a run in metrics.
 type runState uint8
 
 const (
@@ -222,8 +222,8 @@ type runFigures struct {
 	upstream    string
 	began       time.Time
 	age         time.Duration
-	idle        time.Duration // since the upstream sent something last
-	detached    time.Duration // since it has no client; 0: it has one
+	idle        time.Duration // since the upstream last sent something
+	detached    time.Duration // since it has had no client; 0: it has one
 	clients     int
 	joined      int
 	events      uint64
@@ -282,7 +282,7 @@ func (r *run) figuresLocked() runFigures {
 	return f
 }
 
-// runTotals is the runs of a name at one moment.
+// runTotals are those of a name's runs at one moment.
 type runTotals struct {
 	states   [runStateCount]int
 	resumes  [resumeResultCount]uint64
@@ -306,8 +306,8 @@ func (g *group) runTotals() runTotals {
 	return t
 }
 
-// tellRunEnded tells of a run that has been accounted for, by the logger of the
-// configuration that is current: its own may be long gone.
+// tellRunEnded logs the end of a run that has been accounted for. It uses the
+// logger of the current configuration, because the run's own may be long gone.
 func (h *Handler) tellRunEnded(f runFigures) {
 	logger := h.logger
 	if current := caddy.ActiveContext(); current.Context != nil {
@@ -325,7 +325,7 @@ func (h *Handler) tellRunEnded(f runFigures) {
 		zap.String("reason", f.end.reason.String()))
 }
 
-// addResumer takes note of a handler to which clients may come back. Its
+// addResumer registers a handler to which clients may come back. Its
 // configuration says how many runs may be without a client.
 func (g *group) addResumer(h *Handler, maxDetached int) {
 	g.mu.Lock()
@@ -345,8 +345,8 @@ func (g *group) resumes() bool {
 }
 
 // dropResumer is called when a handler's configuration is no longer the current
-// one. Its runs stay for their clients, up to a limit; where there is no other
-// handler of the name, nobody can come back.
+// one. Its runs stay for their clients, up to a limit; if there is no other
+// handler of the name, no client can come back.
 func (g *group) dropResumer(h *Handler) {
 	g.mu.Lock()
 	_, known := g.runs.resumers[h]
@@ -369,8 +369,9 @@ func (g *group) dropResumer(h *Handler) {
 	}
 }
 
-// addDetached counts a run as one without a client to which that may come back.
-// Where there are too many, the one that has been alone for longest goes.
+// addDetached counts a run as one without a client, to which that may come back.
+// If there are too many, the one that has been without a client longest is
+// dropped.
 func (g *group) addDetached(r *run) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -381,7 +382,7 @@ func (g *group) addDetached(r *run) {
 	if g.runs.maxDetached >= 0 && g.runs.detached.Len() > g.runs.maxDetached {
 		oldest := g.runs.detached.Front().Value.(*run)
 		g.dropDetachedLocked(oldest)
-		go oldest.giveWay() // which wants the group's lock
+		go oldest.giveWay() // needs the group's lock
 	}
 }
 

@@ -9,7 +9,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// runTry is one more attempt of a run whose upstream has broken off.
+// runTry is one try of upstream_retry for a run.
 type runTry struct {
 	run    *run
 	waits  *retryWaits
@@ -18,15 +18,14 @@ type runTry struct {
 	after  time.Duration // the Retry-After of its answer
 }
 
-// brokeOff reports whether an attempt ended in a way after which the upstream is
-// asked again.
+// brokeOff reports whether upstream_retry applies after an attempt.
 func (w *runResponse) brokeOff(end runEnd) bool {
 	return isBreak(end.reason) && w.failed == nil
 }
 
-// tryAgain asks an upstream that has broken off until it stays away for too
-// long, or ends cleanly. broken is how it broke off, and how the run ends if it
-// does not come back.
+// tryAgain repeats the request to an upstream that has broken off, until it stays
+// away for too long, or ends cleanly. broken is how it broke off, and how the run
+// ends if it does not come back.
 func (r *run) tryAgain(broken runEnd) runEnd {
 	waits := &retryWaits{window: r.h.UpstreamRetry.window()}
 	if waits.window == 0 {
@@ -70,8 +69,8 @@ func (r *run) tryAgain(broken runEnd) runEnd {
 	}
 }
 
-// awaitTry waits until the run may try again. It returns false where it must
-// not, or has ended meanwhile.
+// awaitTry waits until the run may try again. It returns false if it must not, or
+// has ended in the meantime.
 func (r *run) awaitTry(waits *retryWaits, after time.Duration) bool {
 	told, upstreams := r.feed.upstreamRetry()
 	if !upstreams {
@@ -102,8 +101,8 @@ func (r *run) awaitTry(waits *retryWaits, after time.Duration) bool {
 	return r.stage == runRetrying
 }
 
-// retries says that the run waits for its upstream. It returns false where the
-// run is about to end.
+// retries moves the run to runRetrying. It returns false if the run is about to
+// end.
 func (r *run) retries() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -114,7 +113,7 @@ func (r *run) retries() bool {
 	return true
 }
 
-// endTryAt breaks off a try that has not been answered when the window is over.
+// endTryAt breaks off a try that has no answer when the window is over.
 func (r *run) endTryAt(waits *retryWaits) (forget func()) {
 	over, _ := waits.end()
 	timer := time.AfterFunc(time.Until(over), func() {
@@ -127,7 +126,7 @@ func (r *run) endTryAt(waits *retryWaits) (forget func()) {
 	return func() { timer.Stop() }
 }
 
-// reopen lets the run go on: its upstream has come back.
+// reopen moves the run back to runOpen, because its upstream has come back.
 func (r *run) reopen(upstream string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -140,13 +139,13 @@ func (r *run) reopen(upstream string) {
 	r.watchSilenceLocked()
 }
 
-// isAway reports whether a status says that the upstream may come back.
+// isAway reports whether a status means that the upstream may come back.
 func isAway(status int) bool {
 	return status == http.StatusBadGateway || status == http.StatusServiceUnavailable || status == http.StatusGatewayTimeout
 }
 
-// answered takes the headers of a try. All that counts is whether the upstream
-// goes on.
+// answered takes the headers of a try. All that matters is whether the upstream
+// continues.
 func (t *runTry) answered(status int, w *runResponse) answerKind {
 	switch {
 	case isAway(status):
@@ -161,7 +160,7 @@ func (t *runTry) answered(status int, w *runResponse) answerKind {
 	return answerOther
 }
 
-// unanswered takes an error of the handlers for the answer that it would become.
+// unanswered treats an error of the handlers as the answer that it would become.
 func (t *runTry) unanswered(w *runResponse, err error) {
 	status := http.StatusOK
 	if err != nil {
@@ -173,14 +172,14 @@ func (t *runTry) unanswered(w *runResponse, err error) {
 	t.answered(status, w)
 }
 
-// noteEvents finds out whether the try has brought an event.
+// noteEvents checks whether the try has brought an event.
 func (t *runTry) noteEvents() {
 	if t.run.feed.events > t.events {
 		t.finish(resumedTry)
 	}
 }
 
-// finish counts what came of the try, once.
+// finish counts the result of the try, once.
 func (t *runTry) finish(result tryResult) {
 	if t.result != pendingTry {
 		return

@@ -17,12 +17,12 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
-// sharing is the shared runs of one handler: one for all requests that have a
-// key in common. A reload makes a new one, and so new runs.
+// sharing has the shared runs of one handler: one for all requests with the same
+// key. A reload makes a new one, and so new runs.
 type sharing struct {
 	h       *Handler
 	names   shareNames
-	last    uint64 // how many events a client starts with; 0: with what comes from now on
+	last    uint64 // how many events a new client starts with; 0: with what comes from now on
 	history int
 	linger  time.Duration
 	runFor  time.Duration
@@ -38,10 +38,10 @@ type sharing struct {
 // shareSum is a shareKey as a key of a map.
 type shareSum = [sha256.Size]byte
 
-// lostEvent says how a gap is told to a client.
+// lostEvent says how a client is told about a gap.
 type lostEvent struct {
-	name     string // empty: not at all
-	everyone bool   // not to an EventSource alone
+	name     string // empty: it is not told
+	everyone bool   // not only an EventSource
 }
 
 const (
@@ -64,7 +64,7 @@ func (l lostEvent) isToldTo(eventSource bool) bool {
 	return l.name != "" && (l.everyone || eventSource)
 }
 
-// shareRequest is what counts of a client's request for the run that it shares.
+// shareRequest is what matters of a client's request for the run that it shares.
 type shareRequest struct {
 	key shareKey
 	sum shareSum
@@ -78,15 +78,15 @@ func (x *exchange) mayShare() bool {
 	return x.kind.resumable && hasNoBody(x.r)
 }
 
-// hasNoBody reports whether a request has no body. Over HTTP/3 its length is not
-// known where there is none.
+// hasNoBody reports whether a request has no body. Over HTTP/3 a length of -1
+// does not mean that there is one.
 func hasNoBody(r *http.Request) bool {
 	return r.ContentLength == 0 || r.Body == nil || r.Body == http.NoBody ||
 		r.ProtoMajor == 3 && r.ContentLength < 0
 }
 
-// find enters the run of a request, if there is one. Whoever is in it keeps it
-// from giving way to another stream.
+// find enters the run of a request, if there is one. A client in a run keeps it
+// from being ended to make room.
 func (sh *sharing) find(sum shareSum) *runReader {
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
@@ -96,8 +96,8 @@ func (sh *sharing) find(sum shareSum) *runReader {
 	return nil
 }
 
-// findOrBegin enters the run of a request, and begins it where there is none. It
-// returns nil where the request is to ask the upstream by itself.
+// findOrBegin enters the run of a request, and starts it if there is none. It
+// returns nil if the request must ask the upstream itself.
 func (sh *sharing) findOrBegin(x *exchange, next caddyhttp.Handler) *runReader {
 	share := x.rare.share
 	sh.mu.Lock()
@@ -144,8 +144,8 @@ func (sh *sharing) forget(sum shareSum, r *run) {
 	}
 }
 
-// serve lets the handlers after sse answer a run. It keeps nothing of the
-// client that began it but the key.
+// serve calls the handlers after sse for a run. It keeps nothing of the client
+// that started the run except the key.
 func (sh *sharing) serve(r *run, share *shareRequest, server *caddyhttp.Server, began string, next caddyhttp.Handler) {
 	r.call = func(ctx context.Context, lastEventID string, w runWriter) error {
 		request := sh.names.request(context.WithValue(ctx, runKey{}, w), share.key, lastEventID, w, server)
@@ -159,7 +159,7 @@ func (sh *sharing) serve(r *run, share *shareRequest, server *caddyhttp.Server, 
 	r.finish(end)
 }
 
-// notShared remembers that the upstream's answer is no stream, and warns of it
+// notShared records that the upstream's answer is not a stream, and warns of it
 // at most once a minute.
 func (sh *sharing) notShared(sum shareSum, path string) {
 	sh.mu.Lock()
@@ -175,8 +175,8 @@ func (sh *sharing) notShared(sum shareSum, path string) {
 		zap.String("path", path))
 }
 
-// replace says that another configuration has taken the place of this one: its
-// runs stay as long as they have clients, up to a limit.
+// replace says that another configuration has replaced this one: its runs stay as
+// long as they have clients, up to a limit.
 func (sh *sharing) replace() {
 	sh.mu.Lock()
 	all := slices.Collect(maps.Values(sh.runs))
@@ -188,14 +188,14 @@ func (sh *sharing) replace() {
 }
 
 // replacedLimit is how long a run stays with a configuration that a reload has
-// replaced: it keeps all of it in memory.
+// replaced: it keeps all of that configuration in memory.
 const replacedLimit = 10 * time.Minute
 
-// otherAnswers remembers for which keys the upstream's answer was no stream.
-// Keys are chosen by clients, so there is a bound.
+// otherAnswers records for which keys the upstream's answer was not a stream.
+// Clients choose the keys, so there is a limit.
 type otherAnswers struct {
 	until map[shareSum]instant
-	order []shareSum // the oldest first
+	order []shareSum // oldest first
 }
 
 const (

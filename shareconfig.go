@@ -10,41 +10,42 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
-// Share has one upstream stream for all resumable requests without a body that
-// have the same scheme, host, URI, `Origin`, `root` and key. The upstream gets to
-// see nothing else of a client, so access control belongs in front. Clients start
-// at an event boundary and get events whole.
+// Share uses one upstream stream for all resumable requests without a body that
+// have the same scheme, host, URI, `Origin`, `root` and key. The upstream sees
+// nothing else of a client, so access control must come before this handler.
+// Clients start at an event boundary and get whole events.
 type Share struct {
-	// Header fields, and placeholders in braces, whose values make requests share
-	// a stream or not. `Accept`, `Accept-Encoding`, `Forwarded`, `Host`,
+	// Header fields, and placeholders in braces: requests share a stream only if
+	// their values are the same. `Accept`, `Accept-Encoding`, `Forwarded`, `Host`,
 	// `Last-Event-ID`, `X-Forwarded-*` and hop-by-hop fields can't be named.
 	Key []string `json:"key,omitempty"`
 
-	// Where a client starts that does not come back: `live`, with what comes from
-	// now on, or `last`, with the last events. Default: `live`.
+	// Where a new client starts: `live`, with what comes from now on, or `last`,
+	// with the last events. Default: `live`.
 	Join string `json:"join,omitempty"`
 
 	// With how many events, at most. Required by join `last`, and only used there.
 	JoinLast int `json:"join_last,omitempty"`
 
-	// How many bytes of events each run keeps for clients that come back or fall
+	// How many bytes of events each run keeps for clients that reconnect or fall
 	// behind, overhead included. The newest event is always kept. Default: 1MiB.
 	History int `json:"history,omitempty"`
 
 	// How many bytes all shared runs of this name keep. Above that the oldest
-	// events of the longest go, and no new run begins. Default: 256MiB.
+	// events of the longest journal are dropped, and no new run begins. Default:
+	// 256MiB.
 	TotalHistory int `json:"total_history,omitempty"`
 
-	// How long a run stays when its last client has gone. Default: 10s. -1: not
-	// at all.
+	// How long a run stays after its last client has left. Default: 10s. -1: not at
+	// all.
 	Linger caddy.Duration `json:"linger,omitempty"`
 
 	// Ends a run at this age. Default: no limit.
 	RunFor caddy.Duration `json:"run_for,omitempty"`
 
-	// The name of the event that tells a client what it has lost; a name that is
-	// given is told to every client, the default to an EventSource alone. `off`:
-	// nobody is told. Default: `lost`.
+	// The name of the event that tells a client what it has lost. A name that is
+	// set is sent to every client, the default only to an EventSource. `off`: it is
+	// sent to none. Default: `lost`.
 	Lost string `json:"lost,omitempty"`
 }
 
@@ -91,7 +92,7 @@ func (s *Share) validate(resumable string) error {
 	return validateText("share: lost", "event name", s.Lost)
 }
 
-// validateHistory looks at the sizes of journals.
+// validateHistory checks the sizes of journals.
 func validateHistory(setting string, history, total int) error {
 	if history < 0 {
 		return fmt.Errorf("sse: %s: history: %d is not a positive size", setting, history)
@@ -108,7 +109,7 @@ func validateHistory(setting string, history, total int) error {
 	return nil
 }
 
-// shareSubdirectives are the grammar of share's block.
+// shareSubdirectives is the grammar of share's block.
 var shareSubdirectives = map[string]subdirective{
 	"join":    {"live|last <n>", 1, 2, setShareJoin},
 	"history": {"<size> [<total>]", 1, 2, setShareHistory},
@@ -162,7 +163,7 @@ func setShareLost(h *Handler, args []string) error {
 	return h.Share.validate("")
 }
 
-// newSharing makes what the configuration says; nil where it is off.
+// newSharing makes the runtime configuration of share; nil if it is off.
 func newSharing(h *Handler, config *Share) (*sharing, error) {
 	if config == nil {
 		return nil, nil

@@ -11,14 +11,14 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
-// feedContext ends with the client's request, or when a stream that a run feeds
-// is over.
+// feedContext ends with the client's request, or when a stream that is fed by a
+// run is over.
 type feedContext struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 }
 
-// context is what attempts of the request are made under.
+// context is the parent context of the request's attempts.
 func (x *exchange) context() context.Context {
 	if x.keeps() {
 		return x.rare.keeping.ctx
@@ -37,7 +37,7 @@ func (x *exchange) cancelFeed() context.CancelCauseFunc {
 	return x.attempt.cancel
 }
 
-// upstream is the upstream that answers the request, as far as it is known.
+// upstream is the upstream that answers the request, if it is known.
 func (x *exchange) upstream() string {
 	switch {
 	case x.attempt != nil:
@@ -50,28 +50,28 @@ func (x *exchange) upstream() string {
 	return ""
 }
 
-// takeID takes an id of ours out of the request, before the handlers after this
+// takeID removes an id of ours from the request, before the handlers after this
 // one are called.
 func (x *exchange) takeID() {
 	id := broughtID(x.r)
 	x.rarely().brought = id
 	if isRunID(id) && x.h.foreignIDs.Load() {
 		parsed, ok := parseRunID(id)
-		// The upstream may be a site of this process, too, whose runs have another
+		// The upstream may also be a site of this process, whose runs have another
 		// name.
 		r, known := x.h.runTable().get(parsed.token)
 		known = known && r.group() == x.h.group
 		if !ok || !known && !x.isKnownElsewhere(parsed.token) {
-			return // it is the upstream's
+			return // an upstream's id
 		}
 	}
 	if stripped := withoutRunIDs(x.r); stripped != x.r {
 		x.rare.given, x.r = x.r, stripped
 	}
-	x.rare.taken = isRunID(id) // perhaps by an outer handler
+	x.rare.taken = isRunID(id) // removed by an outer handler, perhaps
 }
 
-// lastEventID is the id that the client came with.
+// lastEventID is the id that the client brought.
 func (x *exchange) lastEventID() string {
 	if x.rare != nil && x.rare.brought != "" {
 		return x.rare.brought
@@ -79,20 +79,20 @@ func (x *exchange) lastEventID() string {
 	return x.r.Header.Get(lastEventIDHeader)
 }
 
-// broughtOurs reports whether that is one of those that this module adds.
+// broughtOurs reports whether that id is one of those that this module adds.
 func (x *exchange) broughtOurs() bool {
 	return x.rare != nil && x.rare.taken
 }
 
-// upstreamsID is the upstream's id that the client came back with in the header,
-// empty for none. One in the query is part of the key.
+// upstreamsID is the upstream's id that the client brought in the header, empty
+// for none. One in the query is part of the key.
 func (x *exchange) upstreamsID() string {
 	var p position
-	p.commit(x.r.Header.Get(lastEventIDHeader)) // one of ours has been taken out
+	p.commit(x.r.Header.Get(lastEventIDHeader)) // ours have been removed
 	return p.id
 }
 
-// findRun enters the run that the request shares, if it is there.
+// findRun enters the run that the request shares, if there is one.
 func (x *exchange) findRun() {
 	key := x.h.sharing.names.key(x.r)
 	x.rarely().share = &shareRequest{key: key, sum: key.sum()}
@@ -115,11 +115,11 @@ func (x *exchange) joinRun(next caddyhttp.Handler) bool {
 	if x.rare.reader == nil {
 		x.rare.reader = x.h.sharing.findOrBegin(x, next)
 	}
-	x.rare.share = nil // a quiet client need not hold it
+	x.rare.share = nil // a quiet client does not need it
 	return x.rare.reader != nil
 }
 
-// earlyStartIn is how long to wait for the upstream's headers from now on.
+// earlyStartIn is how long to wait for the upstream's headers, from now on.
 func (x *exchange) earlyStartIn() time.Duration {
 	if x.startedEarly || !x.mayStartEarly() {
 		return never
@@ -128,7 +128,7 @@ func (x *exchange) earlyStartIn() time.Duration {
 }
 
 // callShared answers the request from the run that it has entered. It returns
-// false where the request is to ask the upstream by itself after all.
+// false if the request must ask the upstream itself after all.
 func (x *exchange) callShared() (out outcome, shared bool) {
 	reader := x.rare.reader
 	onOwnStack(func() {
@@ -154,7 +154,7 @@ func (x *exchange) callShared() (out outcome, shared bool) {
 	return outcome{}, false
 }
 
-// followAnswer makes a stream of the run and passes on what comes.
+// followAnswer makes a stream of the run and passes on its events.
 func (x *exchange) followAnswer(reader *runReader) (end runEnd) {
 	var p placing
 	open := false
@@ -168,8 +168,8 @@ func (x *exchange) followAnswer(reader *runReader) (end runEnd) {
 	return reader.followRun(x.rare.feed.ctx, x.stream)
 }
 
-// awaitAnswer waits for the answer to the run. It returns false where the client
-// has left, or its stream has ended.
+// awaitAnswer waits for the answer to the run. It returns false if the client has
+// left, or its stream has ended.
 func (x *exchange) awaitAnswer(ctx context.Context, reader *runReader) bool {
 	var early <-chan time.Time
 	if x.mayStartEarly() {
@@ -193,7 +193,7 @@ func (x *exchange) awaitAnswer(ctx context.Context, reader *runReader) bool {
 	}
 }
 
-// passFailure gives the client a failure that all who wait for the run get.
+// passFailure sends the client a failure that all clients of the run get.
 func (x *exchange) passFailure(answer runAnswer) error {
 	if answer.status == 0 {
 		return answer.err
@@ -210,12 +210,12 @@ func (x *exchange) passFailure(answer runAnswer) error {
 		}
 	}
 	x.response.WriteHeader(answer.status)
-	_, _ = x.response.Write(answer.body) // who has left needs none
+	_, _ = x.response.Write(answer.body) // a client that has left needs none
 	return nil
 }
 
 // openShared makes a stream of the run, from the client's place on. It returns
-// false where the client has left.
+// false if the client has left.
 func (x *exchange) openShared(reader *runReader, answer runAnswer) (p placing, open bool) {
 	p = x.placeIn(reader)
 	x.h.group.countPlace(p)
@@ -224,7 +224,7 @@ func (x *exchange) openShared(reader *runReader, answer runAnswer) (p placing, o
 	if x.stream != nil {
 		x.role = streaming
 		x.stream.answered(answer.status, answer.header, answer.upstream)
-		greeting.retry = 0 // it has been told
+		greeting.retry = 0 // it has been sent
 		return p, x.stream.greet(greeting.text()) == nil
 	}
 	header := x.w.Header()
@@ -241,9 +241,9 @@ func (x *exchange) openShared(reader *runReader, answer runAnswer) (p placing, o
 	return p, true
 }
 
-// onOwnStack calls f on a goroutine of its own and waits for it. A goroutine's stack
-// is as large as the deepest call that it has ever made: what is called here, once,
-// would double that of each quiet client. A panic in f is the caller's.
+// onOwnStack calls f on a goroutine of its own and waits for it. A goroutine's
+// stack stays as large as its deepest call: f, which is called only once, would
+// double the stack of each quiet client. A panic in f continues in the caller.
 func onOwnStack(f func()) {
 	returned := make(chan any, 1)
 	go func() {
@@ -255,7 +255,7 @@ func onOwnStack(f func()) {
 	}
 }
 
-// notePlace keeps what is told of the client's place. Its stream may have started
+// notePlace records the client's place for logs. Its stream may have started
 // already.
 func (x *exchange) notePlace(p placing) {
 	if s := x.stream; s != nil {
@@ -267,14 +267,14 @@ func (x *exchange) notePlace(p placing) {
 
 // placing is where a client starts.
 type placing struct {
-	brought bool   // it came with an id
+	brought bool   // it brought an id
 	found   bool   // which is known
 	missed  uint64 // how many events after it are gone
-	catchUp string // the upstream's id that it has to catch up from
-	lost    string // what it is told of that; empty: nothing
+	catchUp string // the upstream's id after which it has to catch up
+	lost    string // the reason in the event lost; empty: none
 }
 
-// What the data of the event lost says.
+// The reasons in the data of the event lost.
 const (
 	lostUnknown = `{"reason":"unknown"}`
 	lostHistory = `{"reason":"history","events":%d}`
@@ -312,14 +312,14 @@ func (x *exchange) placeIn(reader *runReader) placing {
 	return p
 }
 
-// newFed is what the request's stream is to know of the run that feeds it.
+// newFed is what the request's stream must know about the run that feeds it.
 func (x *exchange) newFed(r *run, g greeting) *fed {
 	f := x.newFedBy(r, r.token(), g)
 	f.feed = r.feed
 	return f
 }
 
-// newFedBy is newFed for whatever feeds it.
+// newFedBy is newFed for any source.
 func (x *exchange) newFedBy(source feedSource, token runToken, g greeting) *fed {
 	f := &fed{run: token.short(), source: source, tried: source.tries(), greeting: g}
 	if x.h.spared != nil && x.frames == &x.h.frames && !x.kind.eventSource {
@@ -328,7 +328,7 @@ func (x *exchange) newFedBy(source feedSource, token runToken, g greeting) *fed 
 	return f
 }
 
-// newGreeting tells a client its reconnection time, and nothing else.
+// newGreeting has only the client's reconnection time.
 func (x *exchange) newGreeting() greeting {
 	g := greeting{eventSource: x.kind.eventSource}
 	if x.frames.retryMin > 0 && x.kind.resumable {
@@ -361,11 +361,11 @@ func (x *exchange) greeting(reader *runReader, p placing) greeting {
 	return g
 }
 
-// firstEvent is the name of the event that a stream begins with, so that its
-// client can come back before it has seen an event of the upstream.
+// firstEvent is the name of the event with which a stream begins, so that its
+// client can come back before it has received an event from the upstream.
 const firstEvent = "sse"
 
-// countPlace counts what became of the id that a client came back with.
+// countPlace counts the result for the id that a client brought.
 func (g *group) countPlace(p placing) {
 	switch {
 	case p.found && p.missed > 0:

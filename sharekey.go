@@ -18,19 +18,19 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// nobody is the address of who asks for a shared stream (TEST-NET-1, RFC 5737):
-// in no private range, and nobody's. An empty one would cost the upstream its
-// X-Forwarded headers.
-var nobody = &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1)}
+// noClient is the client address of requests for a shared stream (TEST-NET-1, RFC
+// 5737): it is in no private range, and belongs to no one. With an empty address,
+// reverse_proxy would send the upstream no X-Forwarded headers.
+var noClient = &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1)}
 
-// shareNames are the header fields and placeholders of a request that, beside
-// what always counts, make requests share a stream or not.
+// shareNames are the header fields and placeholders whose values must be the same
+// for requests to share a stream, in addition to what must always be the same.
 type shareNames struct {
 	headers      []string // canonical
 	placeholders []string // without braces
 }
 
-// newShareNames reads the names of a configuration: header fields, and
+// newShareNames parses the names in a configuration: header fields, and
 // placeholders in braces.
 func newShareNames(names []string) (shareNames, error) {
 	var n shareNames
@@ -57,26 +57,26 @@ func newShareNames(names []string) (shareNames, error) {
 	return n, nil
 }
 
-// notInShareKey are the fields that a run's request sets by itself, and those
-// that belong to one connection (RFC 9110, section 7.6.1).
+// notInShareKey are the fields that a run's request sets itself, and those that
+// belong to one connection (RFC 9110, section 7.6.1).
 var notInShareKey = []string{
 	"Accept", "Accept-Encoding", "Forwarded", "Host", lastEventIDHeader,
 	"Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization", "Proxy-Connection",
 	"Te", "Trailer", "Transfer-Encoding", "Upgrade",
 }
 
-// shareKey is all that the requests of one shared stream have in common, and
-// all that the upstream gets to see of them. What is not in it can't reach the
-// upstream, and so not another client either.
+// shareKey is everything that the requests of one shared stream have in common,
+// and everything that the upstream sees of them. What is not in it can reach
+// neither the upstream nor another client.
 type shareKey struct {
 	tls            bool
-	trusted        bool // the client's address is that of a trusted proxy
+	trusted        bool // the client's address is a trusted proxy's
 	forwardedProto string
 	forwardedHost  string
 	host           string
-	received       url.URL // as the client asked
+	received       url.URL // as the client sent it
 	receivedURI    string
-	rewritten      url.URL // as the handlers before this one made it
+	rewritten      url.URL // as the handlers before this one left it
 	rewrittenURI   string
 	origin         []string
 	root           string
@@ -85,8 +85,8 @@ type shareKey struct {
 	placeholders   []string
 }
 
-// key is the request's key. An id of ours must have been taken out of the
-// request before. Values are copied: handlers edit those of a request in place.
+// key is the request's key. An id of ours must have been removed from the request
+// before. Values are copied, because handlers edit those of a request in place.
 func (n shareNames) key(r *http.Request) shareKey {
 	k := shareKey{
 		tls:          r.TLS != nil,
@@ -124,14 +124,14 @@ func (n shareNames) key(r *http.Request) shareKey {
 	return k
 }
 
-// pathAndQuery is a URL without what a request target in absolute form brings:
-// the host counts as the request's, and a password is nobody else's.
+// pathAndQuery is a URL without the extra parts of a request target in absolute
+// form: the host is the request's, and a password belongs to one client.
 func pathAndQuery(u *url.URL) url.URL {
 	return url.URL{Path: u.Path, RawPath: u.RawPath, ForceQuery: u.ForceQuery, RawQuery: u.RawQuery}
 }
 
-// lastValue is the value that counts where a proxy has added one to what came,
-// as reverse_proxy reads it.
+// lastValue is the value that counts if a proxy has added one to those that it
+// received, as reverse_proxy does.
 func lastValue(values []string) string {
 	if len(values) == 0 {
 		return ""
@@ -139,8 +139,8 @@ func lastValue(values []string) string {
 	return values[len(values)-1]
 }
 
-// sum is the key for a map: of one size, whatever clients send, and without
-// their secrets.
+// sum is the key for a map: it has a fixed size, whatever clients send, and does
+// not contain their secrets.
 func (k shareKey) sum() [sha256.Size]byte {
 	var b []byte
 	add := func(values ...string) {
@@ -165,10 +165,10 @@ func (k shareKey) sum() [sha256.Size]byte {
 	return sha256.Sum256(b)
 }
 
-// request makes the request of a run, which holds nothing but the key and,
-// where the client that began it brought one, the upstream's last event id. It
-// needs a context of its own, the writer that its answer goes to, and the
-// server, which no client has a part in.
+// request makes the request of a run, which contains nothing but the key and, if
+// the client that started the run brought one, the upstream's last event id. It
+// needs a context of its own, the writer for its answer, and the server, which is
+// independent of the client.
 func (n shareNames) request(ctx context.Context, k shareKey, lastEventID string, w http.ResponseWriter, server *caddyhttp.Server) *http.Request {
 	received := k.received
 	r := &http.Request{
@@ -179,7 +179,7 @@ func (n shareNames) request(ctx context.Context, k shareKey, lastEventID string,
 		ProtoMajor: 1,
 		ProtoMinor: 1,
 		Host:       k.host,
-		RemoteAddr: nobody.String(),
+		RemoteAddr: noClient.String(),
 		Body:       http.NoBody,
 		Header: http.Header{
 			"Accept":          {eventStreamType},
@@ -187,7 +187,7 @@ func (n shareNames) request(ctx context.Context, k shareKey, lastEventID string,
 		},
 	}
 	if k.tls {
-		// Without HandshakeComplete the upstream would be told of early data.
+		// Without HandshakeComplete, the upstream would get Early-Data: 1.
 		r.TLS = &tls.ConnectionState{HandshakeComplete: true, ServerName: hostname(k.host)}
 	}
 	setValues(r.Header, "Origin", k.origin)
@@ -204,15 +204,15 @@ func (n shareNames) request(ctx context.Context, k shareKey, lastEventID string,
 		}
 	}
 
-	// Placeholders read it, and fail without.
-	ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(nobody))
+	// Placeholders read it, and fail if it is missing.
+	ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(noClient))
 	repl := caddy.NewReplacer()
 	r = caddyhttp.PrepareRequest(r.WithContext(ctx), repl, w, server)
 	rewritten := k.rewritten
 	r.URL, r.RequestURI = &rewritten, k.rewrittenURI
 
 	ctx = r.Context()
-	caddyhttp.SetVar(ctx, caddyhttp.ClientIPVarKey, nobody.IP.String())
+	caddyhttp.SetVar(ctx, caddyhttp.ClientIPVarKey, noClient.IP.String())
 	if k.root != "" {
 		caddyhttp.SetVar(ctx, "root", k.root)
 	}
@@ -230,7 +230,7 @@ func (n shareNames) request(ctx context.Context, k shareKey, lastEventID string,
 	return r
 }
 
-// typedVars are variables that Caddy expects to be other than text.
+// typedVars are variables that Caddy expects to have a type other than string.
 var typedVars = []string{caddyhttp.TrustedProxyVarKey, "start_time", "uuid"}
 
 // setValues copies the values: handlers edit them in place.

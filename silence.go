@@ -2,13 +2,13 @@ package caddysse
 
 import "time"
 
-// silence measures for how long an upstream has sent nothing, without the time
-// in which the process did not run: it looks again and again, and what is
-// between two looks counts for no longer than it should have been.
+// silence measures for how long an upstream has sent nothing, without the time in
+// which the process did not run. It looks at regular intervals, and the time
+// between two looks counts as at most that interval.
 type silence struct {
 	timer  *time.Timer
 	looked instant
-	since  time.Duration // of silence at the last look
+	since  time.Duration // silence up to the last look
 }
 
 func (s *silence) stop() {
@@ -17,8 +17,8 @@ func (s *silence) stop() {
 	}
 }
 
-// look returns how long the silence has been. pulse is when to look at the
-// latest after the last look.
+// look returns how long the silence has been. pulse is the longest time until the
+// next look.
 func (s *silence) look(at, heard instant, pulse time.Duration) time.Duration {
 	if heard > s.looked {
 		s.since, s.looked = 0, heard
@@ -28,8 +28,8 @@ func (s *silence) look(at, heard instant, pulse time.Duration) time.Duration {
 	return s.since
 }
 
-// watchSilenceLocked ends the upstream of a run when that has sent nothing for
-// too long.
+// watchSilenceLocked ends the upstream of a run that has sent nothing for too
+// long.
 func (r *run) watchSilenceLocked() {
 	timeout := r.h.upstreamTimeout
 	if timeout <= 0 {
@@ -45,7 +45,7 @@ func (r *run) watchSilenceLocked() {
 			return
 		}
 		if r.feed.waits.Load() {
-			r.feed.hears() // it is not listened to
+			r.feed.hears() // it is not read
 		}
 		left := timeout - r.silence.look(now(), instant(r.feed.heard.Load()), pulse)
 		if left > 0 {

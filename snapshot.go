@@ -9,32 +9,32 @@ import (
 	"time"
 )
 
-// watchedStreams is how many streams a snapshot shows. More is nothing to look
-// at, and 10,000 each second would be work for both sides.
+// watchedStreams is how many streams a snapshot shows. More would help no reader,
+// and 10,000 a second would be work for both sides.
 const watchedStreams = 200
 
-// snapshotJSON is what a watch tells each time.
+// snapshotJSON is one snapshot of a watch.
 type snapshotJSON struct {
 	At       time.Time     `json:"at"`
-	Seconds  float64       `json:"seconds"` // since the snapshot before; 0: this is the first
+	Seconds  float64       `json:"seconds"` // since the previous snapshot; 0: this is the first
 	Totals   figuresJSON   `json:"totals"`
-	Deltas   figuresJSON   `json:"deltas"` // since the snapshot before
+	Deltas   figuresJSON   `json:"deltas"` // since the previous snapshot
 	Names    []handlerJSON `json:"names"`
 	Matching int           `json:"matching"`
 	Streams  []streamJSON  `json:"streams"`
 }
 
 // observer takes the snapshots of one watch, one after the other. It makes no
-// report of a stream that it does not show, and holds each lock for no longer
-// than it takes to read a few numbers: a snapshot of many streams delays none.
+// report of a stream that it does not show, and holds each lock only long enough
+// to read a few numbers: a snapshot of many streams delays none of them.
 type observer struct {
 	filter filter
 	order  order
 
-	before figuresJSON // as the snapshot before told them
+	before figuresJSON // in the previous snapshot
 	when   instant     // of that one; 0: there was none
 
-	// Room that each snapshot uses again. It holds on to no stream in between.
+	// Memory that snapshots reuse. It keeps no stream alive in between.
 	streams []*stream
 	top     []sighting
 	seen    sighting
@@ -80,7 +80,7 @@ func (o *observer) observe() snapshotJSON {
 	return snapshot
 }
 
-// show tells of the streams that have come out on top.
+// show reports the streams at the top.
 func (o *observer) show(at time.Time) []streamJSON {
 	if o.order.key != nil {
 		slices.SortFunc(o.top, func(a, b sighting) int { return o.order.compare(&a, &b) })
@@ -95,7 +95,7 @@ func (o *observer) show(at time.Time) []streamJSON {
 }
 
 // offer keeps the stream that was seen if it is one of the first so far. Without
-// an order these are the first ones in the list.
+// an order, these are the first ones in the list.
 func (o *observer) offer() {
 	switch {
 	case len(o.top) < watchedStreams:
@@ -109,8 +109,8 @@ func (o *observer) offer() {
 	}
 }
 
-// rise and sink keep top a heap while there is an order: the last of all that
-// are kept is at the root, so that most streams cost one comparison.
+// rise and sink keep top a heap if there is an order: the last one is at the
+// root, so that most streams cost one comparison.
 func (o *observer) rise(child int) {
 	for child > 0 {
 		parent := (child - 1) / 2
@@ -138,23 +138,22 @@ func (o *observer) sink() {
 	}
 }
 
-// sighting is what an observer takes note of when it comes by a stream.
+// sighting is what an observer records of a stream.
 type sighting struct {
 	s              *stream
 	at             stage
 	duration, idle time.Duration
 	counts         counts
-	text           string // what it is ordered by, if that is text
+	text           string // the sort key, if that is text
 }
 
-// take takes note of what a stream is at a moment: of its counts alone, unless it
-// may be shown.
+// take records a stream at a moment: only its counts, unless it may be shown.
 func (seen *sighting) take(s *stream, moment instant, by order, shown bool) {
 	s.facts.Lock()
 	defer s.facts.Unlock()
 	seen.counts = s.countsLocked()
 	if s.ended != nil {
-		seen.counts = s.ended.counts // as they have gone into the total
+		seen.counts = s.ended.counts // as they were added to the total
 	}
 	if !shown {
 		return
@@ -169,8 +168,8 @@ func (seen *sighting) take(s *stream, moment instant, by order, shown bool) {
 	}
 }
 
-// report is what the stream was when it was seen, so that what is shown agrees
-// with its order.
+// report is the stream as it was when it was seen, so that what is shown agrees
+// with the order.
 func (seen *sighting) report(at time.Time, by order) report {
 	r := seen.s.report()
 	r.state = seen.at.state()
@@ -193,14 +192,14 @@ type order struct {
 type sortKey struct {
 	name string
 
-	// number is what the largest, longest or newest of comes first.
+	// number is a numeric sort key; the largest, longest or newest comes first.
 	number func(*sighting) int64
 
-	// text is what sorts from A to Z, where it is no number. It wants the
-	// stream's facts to be locked.
+	// text is a sort key that is text, from A to Z. It must be called with the
+	// stream's facts locked.
 	text func(*stream) string
 
-	// restore puts a text that may have changed meanwhile into a report.
+	// restore puts a text that may have changed in the meantime into a report.
 	restore func(r *report, text string)
 }
 
@@ -243,7 +242,7 @@ var sortKeys = []sortKey{
 	},
 }
 
-// parseOrder reads a key of a stream, with a - in front for the other way round.
+// parseOrder parses a key of a stream; a leading - reverses the order.
 func parseOrder(text string) (order, error) {
 	name, reversed := strings.CutPrefix(text, "-")
 	i := slices.IndexFunc(sortKeys, func(key sortKey) bool { return key.name == name })
@@ -258,8 +257,8 @@ func parseOrder(text string) (order, error) {
 	return order{key: &sortKeys[i], reversed: reversed}, nil
 }
 
-// compare is negative where a comes before b. It is 0 only for the same
-// stream, so that streams that are equal do not change places.
+// compare is negative if a comes before b. It is 0 only for the same stream, so
+// that equal streams keep their order.
 func (by order) compare(a, b *sighting) int {
 	var result int
 	if by.key.text != nil {
@@ -279,7 +278,7 @@ func (by order) compare(a, b *sighting) int {
 	return result
 }
 
-// add adds what has gone by elsewhere.
+// add adds other figures.
 func (f *figuresJSON) add(other figuresJSON) {
 	f.Open += other.Open
 	f.Opened += other.Opened
@@ -291,7 +290,7 @@ func (f *figuresJSON) add(other figuresJSON) {
 	f.Heartbeats += other.Heartbeats
 }
 
-// since is what has gone by since f was before.
+// since is the difference to earlier figures.
 func (f figuresJSON) since(before figuresJSON) figuresJSON {
 	passed := figuresJSON{
 		Open:       f.Open - before.Open,

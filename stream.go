@@ -16,7 +16,7 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/peer"
 )
 
-// bodyKind says what a stream's body is, and with it whether frames may go.
+// bodyKind says what a stream's body is, and so whether frames are allowed.
 type bodyKind uint8
 
 const (
@@ -28,28 +28,28 @@ const (
 // stream is one live stream, the client's half: the only owner of its
 // ResponseWriter from the headers on. It does not know who feeds it.
 //
-// There are many of them, most of them quiet: mind what it weighs. What a write
-// uses stands together, as most streams have left the processor's caches by the
-// time of their next write.
+// There are many streams, most of them quiet, so every field costs. The fields
+// that a write uses are next to each other, because most streams have left the
+// processor's caches by the time of their next write.
 type stream struct {
-	// mu guards w and all that decides what may be written next. It is
-	// held across writes, so a client that does not read holds it too: whoever
-	// must not wait for that client uses TryLock. It is given back by unlock.
+	// mu guards w and everything that decides what may be written next. It is held
+	// during writes, so it may be held as long as a client does not read: code that
+	// must not wait for the client uses TryLock. Unlock it with unlock.
 	mu sync.Mutex
 
-	// facts guards what observers ask for. It is never held across a write.
-	// Inside it only the agenda's lock may be taken, and a journal's.
+	// facts guards what observers read. It is never held during a write. Inside it,
+	// only the agenda's lock and a journal's may be taken.
 	facts sync.Mutex
 
 	w      http.ResponseWriter
-	frames *frames // what its client can take
+	frames *frames // which frames its client can take
 
 	arrived   instant       // when the request came; ages count from here
-	lastHeard time.Duration // age at which the client heard something last; mu
-	lastBytes time.Duration // age at which the upstream sent something last; facts
+	lastHeard time.Duration // age at which the client was last sent something; mu
+	lastBytes time.Duration // age at which the upstream last sent something; facts
 
-	// moved is the age at which the write that is on its way got further last; 0:
-	// none is.
+	// moved is the age at which the current write last made progress; 0: there is
+	// none.
 	moved atomic.Int64
 
 	longestGap time.Duration // the longest time the upstream sent nothing; facts
@@ -58,38 +58,38 @@ type stream struct {
 
 	stage     atomic.Uint32 // a stage; changes with facts locked
 	body      bodyKind      // changes with both locked
-	failed    reason        // what the writer's first error means; nothing goes out after it; mu
+	failed    reason        // what the writer's first error means; nothing is sent after it; mu
 	unflushed bool          // mu
-	told      bool          // the client has been told of the error; mu
-	why       reason        // of an early end that has been asked for; facts
+	told      bool          // the client has been sent the error event; mu
+	why       reason        // of an early end that was requested; facts
 	gone      bool          // the handlers have left, and the ResponseWriter with them; changes with both locked
 	broken    bool          // a write was broken off by an early end; facts
-	kind      kind          // does its client come back by itself?
-	started   bool          // it is among the live ones
+	kind      kind          // does its client reconnect by itself?
+	started   bool          // it is registered
 	headed    bool          // the headers have gone out; facts
 	proto     proto
 
-	// splicer decides which bytes go out. What it says of the upstream's body
+	// splicer decides which bytes are sent. What it says about the upstream's body
 	// changes with both locked.
 	splicer eventstream.Splicer
 
-	// What a write seldom uses.
+	// The fields that a write rarely uses.
 	h          *Handler      // the settings and the totals
 	firstEvent time.Duration // age at which the client had the first event; 0: none yet; facts
 	opened     time.Duration // age at which the headers went out
-	due        instant       // when the stage is over, if nothing happens before; facts
+	due        instant       // when the stage is over, if nothing happens first; facts
 	heartbeats uint32        // facts
-	deferred   uint32        // heartbeats that were due where none may go; facts
+	deferred   uint32        // heartbeats that were due where none is allowed; facts
 
 	agendaIndex    int32  // kept by the agenda
-	status         uint16 // what the client got
-	upstreamStatus uint16 // what the upstream answered; facts
+	status         uint16 // of the client's response
+	upstreamStatus uint16 // of the upstream's response; facts
 
 	ctx    context.Context         // the client's request's
 	cancel context.CancelCauseFunc // ends the upstream's half
 	rare   *rareStream             // nil for most; facts, once the stream has started
-	fed    *fed                    // by a run; nil: by the handlers themselves
-	chunks net.Conn                // where chunks may be written to; nil: nowhere; mu
+	fed    *fed                    // if a run feeds it; nil: its handlers do
+	chunks net.Conn                // to which chunks may be written; nil: none; mu
 
 	// Neighbours among the live streams of the same name, guarded by the
 	// group's lock.
@@ -104,16 +104,16 @@ type stream struct {
 
 // rareStream is what few streams need.
 type rareStream struct {
-	key      keyHash                  // what the client is to the limit, if not its address
-	panicked any                      // on a goroutine where no server would recover it
-	control  *http.ResponseController // of the connection, where writers in between hide it
-	tries    *tries                   // nil: the upstream is not asked again; set before the stream starts
-	letGo    func()                   // lets the request go on without its handlers; nil: it can't
+	key      keyHash                  // the client's key for the limit, if not its address
+	panicked any                      // a panic on a goroutine where no server would recover it
+	control  *http.ResponseController // of the connection, if writers in between hide it
+	tries    *tries                   // nil: no upstream_retry; set before the stream starts
+	letGo    func()                   // lets the request continue without its handlers; nil: impossible
 	drainDue instant                  // when a drain ends it; 0: none does; facts
 }
 
-// rarely returns the rare part and makes it where there is none. It wants facts to
-// be locked, once the stream has started.
+// rarely returns the rare part, and makes it if there is none. Once the stream
+// has started, the caller must hold facts.
 func (s *stream) rarely() *rareStream {
 	if s.rare == nil {
 		s.rare = new(rareStream)
@@ -164,7 +164,7 @@ func (x *exchange) newStream(status int) *stream {
 // age is the time since the request came.
 func (s *stream) age() time.Duration { return time.Duration(now() - s.arrived) }
 
-// countsLocked wants facts to be locked.
+// countsLocked must be called with facts locked.
 func (s *stream) countsLocked() counts {
 	if s.fed.hasNothing() {
 		return counts{heartbeats: uint64(s.heartbeats), deferred: uint64(s.deferred)}
@@ -177,8 +177,8 @@ func (s *stream) countsLocked() counts {
 	}
 }
 
-// start sends the headers, takes the place that was reserved for the stream if
-// any, and lets it be known.
+// start sends the headers, takes the reserved place, if there is one, and
+// registers the stream.
 func (s *stream) start(reserved *place) {
 	s.ownWriteTimeouts()
 	if s.h.writeTimeout > 0 {
@@ -203,7 +203,7 @@ func (s *stream) open() {
 	err := s.sendHeadersLocked()
 	s.facts.Lock()
 	if s.id == uuid.Nil {
-		s.id = newID(s.ctx) // handlers around this one may have asked for it on seeing the headers
+		s.id = newID(s.ctx) // handlers around this one may have used it on seeing the headers
 	}
 	s.opened = s.age()
 	s.headed = true
@@ -239,7 +239,7 @@ func (s *stream) sendHeadersLocked() error {
 	return s.flushLocked()
 }
 
-// scheduleLocked has tick called when the next thing is due, if any.
+// scheduleLocked makes the agenda call tick when the next thing is due, if any.
 func (s *stream) scheduleLocked() {
 	s.facts.Lock()
 	defer s.facts.Unlock()
@@ -257,28 +257,30 @@ func (s *stream) scheduleLocked() {
 	}
 }
 
-// watchWrite has tick called when a write that begins now has taken too long.
+// watchWrite makes the agenda call tick when a write that begins now has taken
+// too long.
 func (s *stream) watchWrite() {
 	if timeout := s.h.writeTimeout; timeout > 0 {
 		s.h.agenda.hasten(s, now().plus(timeout))
 	}
 }
 
-// moves notes that a write has begun, or got further, at an age.
+// moves records that a write has begun, or made progress, at an age.
 func (s *stream) moves(age time.Duration) { s.moved.Store(max(int64(age), 1)) }
 
-// rests notes that it is done.
+// rests records that the write is done.
 func (s *stream) rests() { s.moved.Store(0) }
 
-// callIn has tick called. It wants facts to be locked, so that the deadline of a
-// stage that begins at the same time is not lost.
+// callIn makes the agenda call tick after a wait. It must be called with facts
+// locked, so that the deadline of a stage that begins at the same time is not
+// lost.
 func (s *stream) callIn(wait time.Duration) {
 	s.h.agenda.set(s, now().plus(wait))
 }
 
-// untilEndLocked returns how long it is at least until the stream's own limits
-// end it, and which. While something is being written, the upstream is not
-// silent. It wants facts to be locked.
+// untilEndLocked returns the shortest time until the stream's own limits end it,
+// and which limit. During a write, the upstream does not count as silent. It must
+// be called with facts locked.
 func (s *stream) untilEndLocked(age time.Duration, writing bool) (wait time.Duration, why reason) {
 	wait = never
 	retrying := s.at() == stageRetrying
@@ -294,7 +296,7 @@ func (s *stream) untilEndLocked(age time.Duration, writing bool) (wait time.Dura
 			wait, why = left, writeTimeout
 		}
 	}
-	isRuns := s.fed != nil && s.at() != stageWaiting // the run has its own
+	isRuns := s.fed != nil && s.at() != stageWaiting // the run has its own limits
 	if timeout := s.h.upstreamTimeout; timeout > 0 && s.headed && !writing && !retrying && !isRuns {
 		silentSince := s.arrived + instant(s.lastBytes)
 		if left := sum(s.lastBytes, timeout, s.h.agenda.stoppedSince(silentSince)) - age; left < wait {
@@ -315,27 +317,27 @@ func (s *stream) untilEndLocked(age time.Duration, writing bool) (wait time.Dura
 	return wait, why
 }
 
-// share is a number from 0 to 1 that differs from stream to stream. It comes
+// share is a number from 0 to 1 that differs from stream to stream. It is derived
 // from the id, so that it needs no memory.
 func (s *stream) share() float64 {
 	return float64(binary.BigEndian.Uint64(s.id[8:])<<2) / math.MaxUint64
 }
 
-// resumes reports whether the stream may be ended on purpose: its client comes
-// back by itself, and its body has event boundaries to end at.
+// resumes reports whether the stream may be ended early: its client reconnects by
+// itself, and its body has event boundaries to end at.
 func (s *stream) resumes() bool {
 	s.facts.Lock()
 	defer s.facts.Unlock()
 	return s.resumesLocked()
 }
 
-// resumesLocked wants facts to be locked.
+// resumesLocked must be called with facts locked.
 func (s *stream) resumesLocked() bool {
 	return s.kind.resumable && s.body == eventStreamBody
 }
 
-// unlock gives mu back. An end that was asked for meanwhile could not get it
-// and relies on being looked for here.
+// unlock unlocks mu. An early end that was requested in the meantime could not lock
+// mu, and relies on this check.
 func (s *stream) unlock() {
 	s.mu.Unlock()
 	if s.isEnding() {

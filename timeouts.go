@@ -12,25 +12,25 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/peer"
 )
 
-// The timeouts and minimum rates of the server do not end a stream: a write that
-// gets no further is noticed by the stream's agenda, at no cost for all others,
-// and a request's body may come as slowly as its answer. What is changed for
-// that belongs to one request: the next one on the connection gets the server's
-// timeouts again (net/http sets a connection's deadlines for each request, Caddy
-// wraps the writer and the body of each).
+// The timeouts and minimum rates of the server do not end a stream. The stream's
+// agenda detects writes that make no progress, at no cost for the others, and a
+// request's body may arrive as slowly as its answer. Everything that is changed
+// for this belongs to one request: the next one on the connection gets the
+// server's timeouts again (net/http sets a connection's deadlines for each
+// request, Caddy wraps the writer and the body of each).
 
 // progressUnit is how much of a write has to get into the kernel's buffer within
-// the write timeout. (That takes more from the client: see peer.LimitUnsent.)
+// the write timeout. (The client must read more than that: see peer.LimitUnsent.)
 const progressUnit = 4 << 10
 
-// What a writer gets that sets a deadline before each write: a controller that
-// supports none, and nowhere to say so.
+// For a writer that sets a deadline before each write: a controller that supports
+// none, and a logger that discards the complaint.
 var (
 	noDeadlines = http.NewResponseController(struct{ http.ResponseWriter }{})
 	noLog       = zap.NewNop()
 )
 
-// ownWriteTimeouts takes a stream out of the server's write timeouts, and out of
+// ownWriteTimeouts removes the server's write timeouts from a stream, and
 // deadlines that handlers have set.
 func (s *stream) ownWriteTimeouts() {
 	reader, idle := caddyhttp.IdleTimeoutsFromContext(s.ctx)
@@ -45,8 +45,8 @@ func (s *stream) ownWriteTimeouts() {
 	if connectionWriter(s.w).SetWriteDeadline(time.Time{}) == nil {
 		return
 	}
-	// A writer in between does not say what it is around. What Caddy sets its own
-	// timeouts with knows the way. Where nobody does, there is no deadline to clear.
+	// If a writer in between hides what it wraps, the writer of Caddy's own
+	// timeouts knows the way. If there is none, there is no deadline to clear.
 	for _, control := range inner {
 		if control != nil && control.SetWriteDeadline(time.Time{}) == nil {
 			s.rarely().control = control
@@ -55,8 +55,8 @@ func (s *stream) ownWriteTimeouts() {
 	}
 }
 
-// controlLocked controls the deadlines of the stream's response. It wants facts
-// to be locked.
+// controlLocked controls the deadlines of the stream's response. It must be
+// called with facts locked.
 func (s *stream) controlLocked() *http.ResponseController {
 	if s.rare != nil && s.rare.control != nil {
 		return s.rare.control
@@ -64,30 +64,29 @@ func (s *stream) controlLocked() *http.ResponseController {
 	return connectionWriter(s.w)
 }
 
-// expireWritesLocked makes a write that blocks return, now and from now on. It
-// wants facts to be locked.
+// expireWritesLocked makes writes return, one that blocks and all later ones. It
+// must be called with facts locked.
 func (s *stream) expireWritesLocked() {
 	past := time.Unix(1, 0)
 	control := s.controlLocked()
 	if control.SetWriteDeadline(past) != nil {
-		// There is no way to the response alone.
+		// There is no way to reach only the response.
 		peer.Expire(peer.Accepted(s.ctx))
 	}
 	if s.proto == http1 {
-		// Before the headers, net/http reads what is left of the request's body.
+		// Before the headers, net/http reads the rest of the request's body.
 		_ = control.SetReadDeadline(past)
 	}
 }
 
-// expireWrites is expireWritesLocked for who has not locked facts.
+// expireWrites is expireWritesLocked for callers that have not locked facts.
 func (s *stream) expireWrites() {
 	s.facts.Lock()
 	defer s.facts.Unlock()
 	s.expireWritesLocked()
 }
 
-// boundLastWrite sets a deadline for what is written when the agenda does not
-// look any more.
+// boundLastWrite sets a deadline for writes after the agenda has stopped looking.
 func (s *stream) boundLastWrite() {
 	if timeout := s.h.writeTimeout; timeout > 0 {
 		s.facts.Lock()
@@ -96,7 +95,8 @@ func (s *stream) boundLastWrite() {
 	}
 }
 
-// connectionWriter controls the connection's own writer, past all around it.
+// connectionWriter controls the connection's own writer, past everything around
+// it.
 func connectionWriter(w http.ResponseWriter) *http.ResponseController {
 	return http.NewResponseController(innermost(w))
 }
@@ -109,8 +109,9 @@ func innermost(w http.ResponseWriter) http.ResponseWriter {
 }
 
 // idleTimeoutsOfHandlers is what handlers after sse find as the server's idle
-// timeouts, and override (the timeouts handler does). They get a writer's of
-// their own: a stream's heartbeats use the server's, on another goroutine.
+// timeouts, and override (the timeouts handler does). They get those of a
+// separate writer, because a stream's heartbeats use the server's, on another
+// goroutine.
 func (x *exchange) idleTimeoutsOfHandlers() any {
 	ctx := x.r.Context()
 	reader, writer := caddyhttp.IdleTimeoutsFromContext(ctx)
@@ -130,14 +131,14 @@ func (x *exchange) idleTimeoutsOfHandlers() any {
 	return caddyhttp.ContextWithIdleTimeouts(ctx, reader, rare.idle).Value(idleTimeoutsKey)
 }
 
-// lendIdleTimeouts gives the server's writer what handlers have overridden, where
-// the answer is no stream.
+// lendIdleTimeouts gives the server's writer what handlers have overridden, if
+// the answer is not a stream.
 func (x *exchange) lendIdleTimeouts() {
 	if x.role != aside || x.rare == nil || x.rare.idle == nil {
 		return
 	}
 	if x.rare.idle.Deadline == x.rare.lent {
-		return // what the server's has counted for its minimum rate stays
+		return // what the server has counted for its minimum rate stays
 	}
 	_, writer := caddyhttp.IdleTimeoutsFromContext(x.r.Context())
 	x.rare.lent = x.rare.idle.Deadline
@@ -145,18 +146,18 @@ func (x *exchange) lendIdleTimeouts() {
 }
 
 // uploads is between the body of a request and its connection. Caddy sets a
-// deadline before each read, on whatever goroutine reads, and does so until
-// there is a stream. It is nil where Caddy sets none, and for requests without a
-// body.
+// deadline before each read, on whatever goroutine reads; uploads passes it on
+// only until there is a stream. It is nil if Caddy sets none, and for requests
+// without a body.
 type uploads struct {
-	http.ResponseWriter // none: it is for http.NewResponseController
+	http.ResponseWriter // unused: http.NewResponseController needs one
 	next                *http.ResponseController
 
 	mu        sync.Mutex
 	suspended bool
 }
 
-// newUploads puts one in, as long as nobody reads.
+// newUploads inserts one. The body must not be in use yet.
 func newUploads(r *http.Request) *uploads {
 	if r.ContentLength == 0 {
 		return nil
@@ -180,15 +181,15 @@ func (u *uploads) SetReadDeadline(deadline time.Time) error {
 	return u.next.SetReadDeadline(deadline)
 }
 
-// SetWriteDeadline is for who comes this way because there is no other (see
-// stream.ownWriteTimeouts).
+// SetWriteDeadline is for callers for which this is the only way to the
+// connection (see stream.ownWriteTimeouts).
 func (u *uploads) SetWriteDeadline(deadline time.Time) error {
 	return u.next.SetWriteDeadline(deadline)
 }
 
-// suspend takes a stream out of the server's read timeouts, which would show up
-// as if the client had left. Its headers have been sent: before, net/http may
-// have had to read what is left of the body.
+// suspend removes the server's read timeouts from a stream; they would look as if
+// the client had left. The headers must have been sent: before that, net/http may
+// have to read the rest of the body.
 func (u *uploads) suspend(w http.ResponseWriter) {
 	if u == nil {
 		_ = connectionWriter(w).SetReadDeadline(time.Time{})
@@ -202,7 +203,7 @@ func (u *uploads) suspend(w http.ResponseWriter) {
 	}
 }
 
-// resume lets the server bound how long it reads what is left of the body.
+// resume lets the server limit again how long it reads the rest of the body.
 func (u *uploads) resume() {
 	if u == nil {
 		return

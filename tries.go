@@ -14,13 +14,14 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// tries is what a request keeps whose upstream is asked again when it breaks
-// off: the request as it came, and how far the tries are.
+// tries is what a request needs for upstream_retry: the request as it arrived,
+// and the progress of the tries.
 type tries struct {
 	live bool
 
-	// entered is the request as it came to sse, without a body, and state is what
-	// handlers find in its context: both as they were before the first attempt.
+	// entered is the request as it arrived at sse, without a body, and state is
+	// what handlers find in its context: both as they were before the first
+	// attempt.
 	entered *http.Request
 	state   *isolation
 	body    *watchedBody // nil: there is none
@@ -35,43 +36,42 @@ type tries struct {
 	after  time.Duration // the Retry-After of the last answer
 	events uint64        // the stream's events before the present try
 	result tryResult     // of the present try
-	over   bool          // there is no further try
+	over   bool          // there is no other try
 
 	// What follows is guarded by the stream's facts.
 	attempt *attempt      // the present one
 	count   int           // how many tries there were
-	told    time.Duration // the reconnection time that is ours; 0: none
-	why     reason        // the upstream broke off
+	told    time.Duration // the reconnection time that we have sent; 0: none
+	why     reason        // why the upstream broke off
 	until   instant       // when the stream gives up, while it retries
-	id      string        // where the upstream is to go on; empty: no position
-	inside  bool          // the handlers have not left an upstream that was given up
-	noBody  bool          // a later body has turned out to be no event stream
+	id      string        // where the upstream should continue; empty: no position
+	inside  bool          // the handlers of an upstream that was given up have not returned
+	noBody  bool          // a later body turned out not to be an event stream
 	gaveUp  error         // why it has given up; nil: it has not
 }
 
-// tryResult is what came of a try.
+// tryResult is the result of a try.
 type tryResult uint8
 
 const (
 	pendingTry tryResult = iota
 	resumedTry           // a stream with an event
-	failedTry            // no event, no answer, or a status that says to come again
-	refusedTry           // an answer that is no stream
+	failedTry            // no event, no answer, or a status after which another try makes sense
+	refusedTry           // an answer that is not a stream
 )
 
 var tryResults = [...]string{resumedTry: "resumed", failedTry: "failed", refusedTry: "refused"}
 
 func (r tryResult) String() string { return tryResults[r] }
 
-// Why a stream gives up, where no answer of the upstream says so.
+// Why a stream gives up, if no answer of the upstream says so.
 var (
 	errTriesOver      = errors.New("upstream_retry: the upstream has not come back within the window")
 	errHandlersStay   = errors.New("upstream_retry: the handlers have not left")
 	errConfigReplaced = errors.New("upstream_retry: the configuration has been replaced")
 )
 
-// tries returns what the request keeps for tries; nil: its upstream is not asked
-// again.
+// tries returns the request's data for upstream_retry; nil: it does not apply.
 func (x *exchange) tries() *tries {
 	if x.rare == nil {
 		return nil
@@ -79,7 +79,7 @@ func (x *exchange) tries() *tries {
 	return x.rare.tries
 }
 
-// prepareTries keeps the request as it is, if its upstream may be asked again.
+// prepareTries keeps the request as it is, if upstream_retry may apply to it.
 func (x *exchange) prepareTries() bool {
 	window := x.h.UpstreamRetry.window()
 	if window == 0 || !mayLackBody(x.r) || !x.kind.resumable {
@@ -96,7 +96,7 @@ func (x *exchange) prepareTries() bool {
 	return true
 }
 
-// withoutBody is the request as it is, for later attempts.
+// withoutBody is a copy of the request without a body, for later attempts.
 func withoutBody(r *http.Request) *http.Request {
 	r = r.Clone(r.Context())
 	r.Body, r.ContentLength = http.NoBody, 0
@@ -104,17 +104,17 @@ func withoutBody(r *http.Request) *http.Request {
 	return r
 }
 
-// mayLackBody reports whether a request has no body. One over HTTP/2 or HTTP/3
-// that does not tell has none as far as is known: HTTP/3 has no other way to say
-// so.
+// mayLackBody reports whether a request may have no body. Over HTTP/2 or HTTP/3,
+// a request that does not say whether it has one counts as one without: HTTP/3
+// has no other way to say so.
 func mayLackBody(r *http.Request) bool {
 	return r.ContentLength == 0 || r.ContentLength < 0 && r.ProtoMajor > 1
 }
 
-// watchedBody is the body of a request that does not tell whether it has one.
+// watchedBody is the body of a request that does not say whether it has one.
 type watchedBody struct {
 	io.ReadCloser
-	found atomic.Bool // there is one
+	found atomic.Bool // it is not empty
 }
 
 func (b *watchedBody) Read(p []byte) (int, error) {
@@ -125,7 +125,7 @@ func (b *watchedBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// watchBody takes note of whether the handlers of the first attempt find a body.
+// watchBody records whether the handlers of the first attempt find a body.
 func (x *exchange) watchBody() {
 	if t := x.tries(); t != nil && x.r.ContentLength < 0 && x.r.Body != nil {
 		t.body = &watchedBody{ReadCloser: x.r.Body}
@@ -133,8 +133,8 @@ func (x *exchange) watchBody() {
 	}
 }
 
-// callAgain lets the handlers answer, and calls them again each time that the
-// upstream breaks off where it can go on.
+// callAgain calls the handlers, and repeats that each time the upstream breaks
+// off where it can continue.
 func (x *exchange) callAgain(next caddyhttp.Handler) (out outcome) {
 	defer func() { x.rare.tries.over = true }()
 	if x.mayStartEarly() || x.startedEarly {
@@ -150,8 +150,8 @@ func (x *exchange) callAgain(next caddyhttp.Handler) (out outcome) {
 	return out
 }
 
-// callHere lets the handlers answer on the request's goroutine. A panic goes on
-// only if there is no stream that has to be told of it first.
+// callHere calls the handlers on the request's goroutine. A panic continues only
+// if there is no stream that must be told first.
 func (x *exchange) callHere(next caddyhttp.Handler, w http.ResponseWriter) (out outcome) {
 	out.left = true
 	defer func() {
@@ -163,8 +163,8 @@ func (x *exchange) callHere(next caddyhttp.Handler, w http.ResponseWriter) (out 
 	return out
 }
 
-// awaitTry waits until the stream may try again. It returns false where it must
-// not, or has ended meanwhile.
+// awaitTry waits until the stream may try again. It returns false if it must not,
+// or has ended in the meantime.
 func (x *exchange) awaitTry() bool {
 	s, t := x.stream, x.rare.tries
 	s.facts.Lock()
@@ -197,15 +197,15 @@ func (x *exchange) awaitTry() bool {
 }
 
 // isReplaced reports whether a reload has replaced the handler's configuration:
-// its upstreams' health checks have stopped, and what was down then stays down.
+// its health checks have stopped, so upstreams that were down then stay down.
 func (h *Handler) isReplaced() bool {
 	return h.drain.replaced.Load() || h.ctx.Err() != nil && !exit.exiting()
 }
 
-// try calls the handlers once more, for a stream that is open already.
+// try calls the handlers once more, for a stream that is already open.
 func (x *exchange) try(next caddyhttp.Handler) outcome {
 	s, t := x.stream, x.rare.tries
-	x.attempt.cancel(errStreamEnded) // else it is kept for as long as the client stays
+	x.attempt.cancel(errStreamEnded) // or it would be kept as long as the client stays
 	w := &laterResponse{response: &x.response, header: make(http.Header)}
 	a := x.newAttemptOf(t.entered, t.ctx, w, t.state.copy())
 	a.context.replacer.Set(requestUUID, s.id.String())
@@ -227,13 +227,13 @@ func (x *exchange) try(next caddyhttp.Handler) outcome {
 	if x.role == undecided && out.panicked == nil && t.ctx.Err() == nil {
 		x.unansweredAgain(out.err, w.header)
 	}
-	x.role = streaming // also where there was no answer: the stream has one
+	x.role = streaming // even if there was no answer: there is a stream
 	x.finishTry(failedTry)
 	return out
 }
 
-// unansweredAgain takes an error of the handlers for the answer that it would
-// become, where it says more than that there was none.
+// unansweredAgain treats an error of the handlers as the answer that it would
+// become, if it says more than that there was none.
 func (x *exchange) unansweredAgain(err error, header http.Header) {
 	handlerErr, stated := errors.AsType[caddyhttp.HandlerError](err)
 	switch {
@@ -255,12 +255,12 @@ func (x *exchange) triesAgain() bool {
 	return t.count > 0
 }
 
-// answeredAgain takes the headers of a later try. All that counts is whether the
-// upstream goes on.
+// answeredAgain takes the headers of a later try. All that matters is whether the
+// upstream continues.
 func (x *exchange) answeredAgain(status int, header http.Header) {
 	s, t := x.stream, x.rare.tries
 	switch {
-	case t.ctx.Err() != nil: // it is the proxy that answers, for a stream that ends
+	case t.ctx.Err() != nil: // the proxy answers, for a stream that is ending
 	case status == http.StatusBadGateway, status == http.StatusServiceUnavailable, status == http.StatusGatewayTimeout:
 		t.after = statedRetryAfter(header.Get("Retry-After"))
 		x.attempt.cancel(errStreamEnded)
@@ -272,7 +272,7 @@ func (x *exchange) answeredAgain(status int, header http.Header) {
 	}
 }
 
-// finishTry counts what came of the present try, once.
+// finishTry counts the result of the present try, once.
 func (x *exchange) finishTry(result tryResult) {
 	t := x.rare.tries
 	if t.result != pendingTry {
@@ -285,7 +285,7 @@ func (x *exchange) finishTry(result tryResult) {
 	}
 }
 
-// noteEvents finds out whether the present try has brought an event.
+// noteEvents checks whether the present try has brought an event.
 func (x *exchange) noteEvents() {
 	s, t := x.stream, x.rare.tries
 	if t.result != pendingTry {
@@ -302,8 +302,8 @@ func (x *exchange) noteEvents() {
 	}
 }
 
-// laterResponse is the ResponseWriter of a later try. Its headers go nowhere:
-// the stream's have been sent.
+// laterResponse is the ResponseWriter of a later try. Its headers are discarded,
+// because the stream's have been sent.
 type laterResponse struct {
 	*response
 	header http.Header

@@ -167,9 +167,9 @@ func validateDuration(setting string, d caddy.Duration) error {
 	return nil
 }
 
-// validateMilliseconds accepts what validateDuration does, but not what is below the
-// unit of a reconnection time, nor a silence so short that frames would be all
-// that is sent.
+// validateMilliseconds accepts what validateDuration does, except durations below
+// the unit of a reconnection time, and silences so short that only frames would
+// be sent.
 func validateMilliseconds(setting string, d caddy.Duration) error {
 	if err := validateDuration(setting, d); err != nil {
 		return err
@@ -180,8 +180,8 @@ func validateMilliseconds(setting string, d caddy.Duration) error {
 	return nil
 }
 
-// validateText refuses what would not stay one line of an event stream, and what
-// is not known when a configuration is loaded.
+// validateText refuses what would not stay one line of an event stream, and
+// placeholders of a request.
 func validateText(setting, what, text string) error {
 	if err := validateLine(setting, what, text); err != nil {
 		return err
@@ -217,8 +217,7 @@ func validateStyle(style, event, data string) error {
 	}
 }
 
-// maxPad is how long a padded comment may be: more than any buffer on the way is
-// known to hold.
+// maxPad is the largest padded comment: larger than any known buffer on the way.
 const maxPad = 64 << 10
 
 func validatePad(style string, pad int) error {

@@ -19,19 +19,18 @@ const (
 	minWatchInterval     = 100 * time.Millisecond
 	maxWatchInterval     = time.Minute
 
-	// watchRetry is when the client of a watch comes back after its end.
+	// watchRetry is when the client of a watch reconnects after its end.
 	watchRetry = time.Second
 
-	// watchPatience is how long a client may take for a snapshot.
+	// watchPatience is how long a client may take to read a snapshot.
 	watchPatience = 10 * time.Second
 
-	// lastWatchPatience is how long it may take for the rest when the listener
-	// stops. Caddy waits for it.
+	// lastWatchPatience is how long it may take to read the rest when the listener
+	// stops. Caddy waits for that.
 	lastWatchPatience = 500 * time.Millisecond
 )
 
-// watches are those on one admin listener, which ends at a reload and at an
-// exit.
+// watches are those on one admin listener, which ends at a reload and at an exit.
 type watches struct {
 	once sync.Once
 	over context.Context // done when the listener stops
@@ -44,31 +43,31 @@ func newWatches() *watches {
 	return ws
 }
 
-// heed has the watches end with the server that they are requests of. Only a
-// request knows which that is.
-func (ws *watches) heed(r *http.Request) {
+// endWithServer makes the watches end together with their server, which only a
+// request knows.
+func (ws *watches) endWithServer(r *http.Request) {
 	server, ok := r.Context().Value(http.ServerContextKey).(*http.Server)
 	if !ok {
 		return
 	}
 	ws.once.Do(func() {
 		server.RegisterOnShutdown(ws.end)
-		// One that has begun to stop calls nobody any more.
+		// A server that has begun to stop makes no more calls.
 		if errors.Is(server.Serve(noListener{}), http.ErrServerClosed) {
 			ws.end()
 		}
 	})
 }
 
-// noListener is a listener that has nothing to accept: whoever serves it learns
-// whether the server stops.
+// noListener is a listener that accepts nothing: Serve returns when the server
+// stops.
 type noListener struct{}
 
 func (noListener) Accept() (net.Conn, error) { return nil, net.ErrClosed }
 func (noListener) Addr() net.Addr            { return new(net.TCPAddr) }
 func (noListener) Close() error              { return nil }
 
-// serve sends a snapshot at once, and then one each interval, until the client
+// serve sends a snapshot at once, and then one every interval, until the client
 // leaves or the listener stops.
 func (ws *watches) serve(w http.ResponseWriter, r *http.Request) error {
 	if r.Method != http.MethodGet {
@@ -78,10 +77,10 @@ func (ws *watches) serve(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return badRequest(err)
 	}
-	ws.heed(r)
+	ws.endWithServer(r)
 	watch := &watch{w: w, control: http.NewResponseController(w)}
-	// The listener's read timeout is there for requests; when it is over, the
-	// request of a stream would be taken for cancelled.
+	// The listener's read timeout is meant for requests; when it expired, the
+	// request of a stream would seem cancelled.
 	_ = watch.control.SetReadDeadline(time.Time{})
 	defer watch.hurryAfter(ws.over)()
 
@@ -99,10 +98,10 @@ func (ws *watches) serve(w http.ResponseWriter, r *http.Request) error {
 			return nil
 		}
 	}
-	return nil // of a client that does not read there is nothing to tell
+	return nil // a client that does not read can't be sent an error
 }
 
-// parseWatch reads what is to be watched, and how often.
+// parseWatch parses what to watch, and how often.
 func parseWatch(r *http.Request) (*observer, time.Duration, error) {
 	values, err := parseQuery(r.URL, append([]string{"interval", "sort"}, filterKeys...)...)
 	if err != nil {
@@ -133,15 +132,15 @@ func parseWatch(r *http.Request) (*observer, time.Duration, error) {
 type watch struct {
 	w       http.ResponseWriter
 	control *http.ResponseController
-	next    bytes.Buffer // what goes out next
+	next    bytes.Buffer // what is sent next
 
 	mu      sync.Mutex
-	hurries bool // the listener stops
+	hurries bool // the listener is stopping
 	left    bool // the answer is complete
 }
 
-// hurryAfter has the client get little time for the rest once over is done,
-// until the returned function is called.
+// hurryAfter gives the client little time for the rest once over is done, until
+// the returned function is called.
 func (w *watch) hurryAfter(over context.Context) (leave func()) {
 	stop := context.AfterFunc(over, func() {
 		w.mu.Lock()
@@ -159,7 +158,7 @@ func (w *watch) hurryAfter(over context.Context) (leave func()) {
 	}
 }
 
-// extendLocked lets the client take so long from now on. A connection's
+// extendLocked gives the client this much time from now on. A connection's
 // deadlines may be set while another goroutine writes.
 func (w *watch) extendLocked(patience time.Duration) {
 	_ = w.control.SetWriteDeadline(time.Now().Add(patience))
@@ -167,7 +166,7 @@ func (w *watch) extendLocked(patience time.Duration) {
 
 func (w *watch) send(snapshot snapshotJSON) error {
 	w.next.WriteString("event: snapshot\ndata: ")
-	if err := json.NewEncoder(&w.next).Encode(snapshot); err != nil { // one line, with its end
+	if err := json.NewEncoder(&w.next).Encode(snapshot); err != nil { // one line, with its line end
 		return err
 	}
 	w.next.WriteByte('\n')

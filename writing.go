@@ -9,14 +9,14 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
-// slowWrite is how long a write may take before it counts that the upstream can
-// send nothing meanwhile.
+// slowWrite is how long a write may take before it counts that the upstream can't
+// send anything in that time.
 const slowWrite = 100 * time.Millisecond
 
-// write passes on what the upstream sent, and flushes it. Only a stream whose
-// first bytes meet a frame or a retry field can take bytes without passing them
-// on: those of a BOM, which must not follow anything, or an LF that the client
-// has already.
+// write passes on what the upstream sent, and flushes it. It can take bytes
+// without passing them on only if a frame or a retry field comes before the
+// upstream's first bytes: the bytes of a BOM, which must not follow anything, or
+// an LF that the client already has.
 func (s *stream) write(p []byte) (int, error) {
 	if _, err := s.pass(p); err != nil {
 		return 0, err
@@ -24,15 +24,15 @@ func (s *stream) write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// pass is write, and returns how much of p the stream has had use for: less than
-// all where it ends early.
+// pass is write, and returns how much of p the stream has used: less than all if
+// it ends early.
 func (s *stream) pass(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.unlock()
 	return s.passOnLocked(p)
 }
 
-// passOnLocked is pass for who has locked the stream.
+// passOnLocked is pass for callers that have locked the stream.
 func (s *stream) passOnLocked(p []byte) (int, error) {
 	if s.at() == stageRetrying {
 		return 0, errStreamEnded // of an attempt that is over
@@ -45,7 +45,7 @@ func (s *stream) passOnLocked(p []byte) (int, error) {
 	first := events == 0 && s.splicer.Scanner().Events() > 0 && !s.fed.hasNothing()
 	if len(lead) == 0 && len(body) == 0 {
 		if s.splicer.Overdue() {
-			s.beatLocked() // the silence is still on, and here a frame may go
+			s.beatLocked() // the silence goes on, and a frame is allowed here
 		}
 		return n, s.errLocked()
 	}
@@ -67,8 +67,8 @@ func (s *stream) passOnLocked(p []byte) (int, error) {
 }
 
 // passBlocks is pass for the next bytes of a shared run's reader: whole blocks,
-// which the run has followed. The client gets all of them or, where its stream
-// ends early, none. A worker has its framing; nil: there is none.
+// which the run has scanned. The client gets all of them or, if its stream ends
+// early, none. A worker passes its framing; nil: there is none.
 func (s *stream) passBlocks(c *journal.Cursor, p []byte, f *framing) error {
 	s.mu.Lock()
 	defer s.unlock()
@@ -93,11 +93,11 @@ func (s *stream) passBlocks(c *journal.Cursor, p []byte, f *framing) error {
 	return nil
 }
 
-// isSentLocked is called when what the upstream sent has been written.
+// isSentLocked is called after bytes from the upstream have been written.
 func (s *stream) isSentLocked(first bool) {
 	if first || s.lastHeard-s.lastBytes > slowWrite {
 		s.facts.Lock()
-		s.lastBytes = s.lastHeard // the upstream was not listened to meanwhile
+		s.lastBytes = s.lastHeard // the upstream was not read in the meantime
 		s.facts.Unlock()
 	}
 	if first {
@@ -106,8 +106,8 @@ func (s *stream) isSentLocked(first bool) {
 	}
 }
 
-// followBlocksLocked takes note of blocks, and returns what goes before them, and
-// whether they have the client's first event. A stream that is to end is at a
+// followBlocksLocked records blocks, and returns what goes before them, and
+// whether they contain the client's first event. A stream that is to end is at a
 // boundary already.
 func (s *stream) followBlocksLocked(c *journal.Cursor, p []byte) (lead []byte, first, passes bool) {
 	events, invalid, at := c.Coming()
@@ -135,8 +135,8 @@ func (s *stream) followBlocksLocked(c *journal.Cursor, p []byte) (lead []byte, f
 	return lead, first, true
 }
 
-// addsIDsLocked is for the first id that the client gets: from then on the frames
-// are those for clients of a stream to which this module adds ids, if it does.
+// addsIDsLocked is called for the first id that the client gets: from then on,
+// the frames are those for streams to which this module adds ids, if it does.
 func (s *stream) addsIDsLocked() {
 	if !s.fed.source.hasUpstreamsIDs() {
 		s.frames = s.fed.line
@@ -150,8 +150,8 @@ func (s *stream) noteFirstEvent(age time.Duration) {
 	s.firstEvent = age
 }
 
-// followLocked takes note of what the upstream sent and returns what the client
-// gets for it, and for how much of it.
+// followLocked scans what the upstream sent, and returns what the client gets for
+// it, and for how much of it.
 func (s *stream) followLocked(p []byte) (lead, body []byte, n int) {
 	age := s.age()
 	s.facts.Lock()
@@ -185,8 +185,8 @@ func (s *stream) followLocked(p []byte) (lead, body []byte, n int) {
 }
 
 // flush sends what a handler may have left in a buffer on the way. Every write
-// has been flushed already, so there is nothing to do, and doing nothing keeps
-// one write one flush.
+// has been flushed already, so there is nothing to do, and each write stays one
+// flush.
 func (s *stream) flush() error {
 	s.mu.Lock()
 	defer s.unlock()
@@ -208,7 +208,7 @@ func (s *stream) errLocked() error {
 	return nil
 }
 
-// failLocked notes that the client can't be written to any more.
+// failLocked records that the client can't be written to any more.
 func (s *stream) failLocked(err error) {
 	s.failed = clientClosed
 	if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -216,7 +216,7 @@ func (s *stream) failLocked(err error) {
 	}
 }
 
-// sendLocked writes and flushes. since is the age at which the bytes were there
+// sendLocked writes and flushes. since is the age at which the bytes were ready
 // to be written.
 func (s *stream) sendLocked(since time.Duration, lead, body []byte) error {
 	if err := s.passLocked(since, lead, body); err != nil {
@@ -226,15 +226,14 @@ func (s *stream) sendLocked(since time.Duration, lead, body []byte) error {
 	return nil
 }
 
-// endsSilenceLocked reports whether what is sent next ends a silence of another
-// length than the usual one: the prelude, or one in which a frame was due where
-// none may go.
+// endsSilenceLocked reports whether the next bytes end a silence of unusual
+// length: the prelude, or one in which a frame was due where none is allowed.
 func (s *stream) endsSilenceLocked() bool {
 	return s.wait > 0 && (!s.splicer.Spoken() || s.splicer.Overdue())
 }
 
-// passLocked writes piece by piece, so that a client that is slow is not taken
-// for one that takes nothing.
+// passLocked writes in pieces, so that a slow client is not mistaken for one that
+// takes nothing.
 func (s *stream) passLocked(since time.Duration, lead, body []byte) error {
 	defer s.rests() // also after a panic
 	for _, part := range [2][]byte{lead, body} {

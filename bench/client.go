@@ -39,7 +39,7 @@ type clientStream struct {
 	closed    bool     // by us
 }
 
-// received is what came, and whether it was what was sent.
+// received is what arrived, and whether it was what was sent.
 type received struct {
 	Events, Heartbeats    int
 	Corrupt, OutOfOrder   int
@@ -101,7 +101,7 @@ func (f *fleet) open(ctx context.Context) error {
 	return nil
 }
 
-// add takes note of a stream.
+// add registers a stream.
 func (f *fleet) add(conn io.Closer) *clientStream {
 	s := &clientStream{fleet: f, conn: conn}
 	f.mutex.Lock()
@@ -189,11 +189,11 @@ func number(digits []byte) (n int64) {
 
 var errBodyEnd = errors.New("the body is complete")
 
-// body takes chunks apart (RFC 9112, section 7.1), and the blocks of an event
-// stream whose lines end in LF.
+// body parses chunks (RFC 9112, section 7.1), and the blocks of an event stream
+// whose lines end in LF.
 type body struct {
 	left    int  // bytes of this chunk
-	trailer int  // bytes of CRLF behind a chunk that are still to come
+	trailer int  // bytes of CRLF after a chunk that are still to come
 	last    bool // the chunk of size 0 came
 	size    []byte
 	block   []byte // the beginning of one
@@ -268,7 +268,7 @@ func (f *fleet) openAll(ctx context.Context, n int) error {
 	return sideBySide(ctx, 50, n, func() error { return f.open(ctx) })
 }
 
-// sideBySide does something n times, so many at a time, or until it fails.
+// sideBySide calls a function n times, atATime in parallel, until it fails.
 func sideBySide(ctx context.Context, atATime, n int, do func() error) error {
 	var group sync.WaitGroup
 	var next atomic.Int64

@@ -16,9 +16,9 @@ type closerFunc func() error
 
 func (f closerFunc) Close() error { return f() }
 
-// openTLS is open for HTTP/2: a connection with one stream. It waits until the
-// request has been sent, and no longer: nginx sends the answer's headers with
-// the first event.
+// openTLS is open for HTTP/2: a connection with one stream. It waits only until
+// the request has been sent, because nginx sends the answer's headers with the
+// first event.
 func (f *fleet) openTLS(ctx context.Context) error {
 	transport := &http.Transport{
 		// The certificate is one of the bench's own.

@@ -102,10 +102,10 @@ func run() error {
 	reload := flag.Int("reload-streams", 0, "streams that are open at a reload, instead of 5000")
 	shared := flag.Int("shared-streams", 0, "clients of one stream, instead of 5000")
 	only := flag.String("only", strings.Join(scenarioNames(), ","), "scenarios")
-	names := flag.String("systems", "plain,sse,nginx,haproxy", "systems; control is plain once more, and its ratio to plain what chance does")
+	names := flag.String("systems", "plain,sse,nginx,haproxy", "systems; control is plain Caddy again, and its ratio to plain shows the effect of chance")
 	binary := flag.String("caddy", "", "a Caddy binary with the module, instead of one that is built from the checkout")
 	output := flag.String("json", "bench.json", "file for the results")
-	profiles := flag.String("profile", "", "folder for CPU profiles of both Caddys, taken behind the scenarios")
+	profiles := flag.String("profile", "", "folder for CPU profiles of both Caddys, taken after the scenarios")
 	limit := flag.Duration("timeout", time.Hour, "give up after this time")
 	flag.Parse()
 
@@ -142,7 +142,7 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	// A proxy needs two descriptors for a stream.
+	// A proxy needs two descriptors per stream.
 	for _, n := range append(pointers(s.Quiet), &s.BurstStreams, &s.ReloadStreams, &s.Streams, &s.SharedStreams) {
 		if most := (files - 200) / 2; *n > most {
 			fmt.Printf("%d streams instead of %d: a process may have %d open files here\n", most, *n, files)
@@ -159,7 +159,7 @@ func run() error {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	// The lowest user that a program may give itself has to get into it.
+	// An unprivileged user that a program switches to must be able to read it.
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return err
 	}
@@ -186,7 +186,7 @@ func run() error {
 	if err == nil && *profiles != "" {
 		err = b.profile(*profiles)
 	}
-	// What was measured before an error is shown all the same.
+	// What was measured before an error is still shown.
 	b.report.Seconds = time.Since(b.report.Started).Seconds()
 	b.report.print(os.Stdout)
 	return errors.Join(err, b.report.write(*output))
@@ -212,13 +212,13 @@ func pointers(numbers []int) []*int {
 	return all
 }
 
-// turns are the systems of a round, each round another one first.
+// turns are the systems of a round, starting with a different one in each.
 func (b *bench) turns(round int) []int {
 	order := make([]int, len(b.systems))
 	for i := range order {
 		order[i] = (i + round) % len(order)
 	}
-	// Neighbours swap sides, too: what follows a heavy one is at no disadvantage.
+	// Neighbours also swap, so that no system always comes after a heavy one.
 	if round/len(order)%2 == 1 {
 		slices.Reverse(order)
 	}

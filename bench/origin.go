@@ -66,7 +66,7 @@ func digits(into []byte, n int64) {
 	}
 }
 
-// order is what the bench wants of the upstream, a line of JSON.
+// order is a command to the upstream, a line of JSON.
 type order struct {
 	Group int `json:"group"` // the port, which is to say the system
 	// Do is "count" the streams, "send" Rounds events to each, one round per
@@ -166,8 +166,7 @@ func (g *upstreamGroup) accept(listener net.Listener) {
 
 const originHeader = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\nTransfer-Encoding: chunked\r\n\r\n"
 
-// serve answers one request with a stream, and is there until its client is
-// gone.
+// serve answers one request with a stream, and returns when its client has left.
 func (g *upstreamGroup) serve(conn net.Conn) {
 	defer conn.Close()
 	buffer := make([]byte, 1024)
@@ -269,7 +268,7 @@ func fill(streams []*upstreamStream, rounds int) (sent int) {
 	return sent
 }
 
-// origin is the upstream's process, seen from the bench.
+// origin is the upstream's process, as the bench uses it.
 type origin struct {
 	process *exec.Cmd
 	orders  *json.Encoder
@@ -326,7 +325,7 @@ func (o *origin) streams(group int) (int, error) {
 	return answer.Streams, err
 }
 
-// awaitNone waits until a system has left the upstream alone.
+// awaitNone waits until a system has no stream of the upstream open.
 func (o *origin) awaitNone(group int, within time.Duration) error {
 	for deadline := time.Now().Add(within); ; time.Sleep(20 * time.Millisecond) {
 		n, err := o.streams(group)

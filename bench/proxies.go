@@ -18,7 +18,7 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/measure"
 )
 
-// system is a proxy that takes part.
+// system is a proxy that is measured.
 type system struct {
 	name    string
 	binary  string
@@ -28,13 +28,13 @@ type system struct {
 	reload    func(p *proxy) error
 }
 
-// way is how a proxy is asked.
+// way is how clients use a proxy.
 type way struct {
 	shared bool // sse shares one upstream stream; the others can't
 	tls    bool // HTTP/2
 }
 
-// upstreams is how many streams of the upstream so many clients get.
+// upstreams is how many upstream streams this many clients need.
 func (p *proxy) upstreams(clients int) int {
 	if p.shared && p.name == "sse" {
 		return min(clients, 1)
@@ -161,7 +161,7 @@ func (b *bench) start(group int, as way) (*proxy, error) {
 	}
 }
 
-// stop does not wait for streams: with one of them open plain Caddy never ends.
+// stop does not wait for streams: plain Caddy never exits while one is open.
 func (p *proxy) stop() {
 	syscall.Kill(-p.command.Process.Pid, syscall.SIGKILL)
 	<-p.ended
@@ -225,7 +225,8 @@ func reloadCaddy(p *proxy) error {
 	return err
 }
 
-// configureNginx sets what nginx's own documentation says of streams.
+// configureNginx uses the settings that nginx's documentation recommends for
+// streams.
 func configureNginx(p *proxy, _ bool) ([]string, error) {
 	files, err := measure.RaiseFileLimit()
 	if err != nil {
@@ -273,8 +274,8 @@ http {
 		os.WriteFile(p.path("nginx.conf"), []byte(content), 0o644)
 }
 
-// configureHAProxy has abortonclose, without which it keeps the descriptors of
-// clients that left, and http-no-delay, without which it keeps events for 200 ms.
+// configureHAProxy sets abortonclose, without which it keeps the descriptors of
+// clients that left, and http-no-delay, without which it delays events by 200 ms.
 func configureHAProxy(p *proxy, _ bool) ([]string, error) {
 	files, err := measure.RaiseFileLimit()
 	if err != nil {

@@ -30,8 +30,8 @@ type row struct {
 	Scenario string `json:"scenario"`
 	Metric   string `json:"metric"`
 	Unit     string `json:"unit"`
-	// Samples by system and by turn: those of the same turn were taken one right
-	// after the other.
+	// Samples by system and by turn: those of the same turn were taken directly
+	// after each other.
 	Samples map[string]map[int]float64 `json:"samples"`
 	Medians map[string]float64         `json:"medians"`
 	// Ratios are those of sse to plain in the same turn.
@@ -42,9 +42,9 @@ type row struct {
 	Targets []target  `json:"targets,omitempty"`
 }
 
-// target is the most that sse may take.
+// target is the most that sse may cost.
 type target struct {
-	Of   string  `json:"of,omitempty"` // of what this system takes; empty: in the figure's unit
+	Of   string  `json:"of,omitempty"` // relative to this system; empty: in the figure's unit
 	Most float64 `json:"most"`
 	Is   float64 `json:"is"`
 }
@@ -135,7 +135,7 @@ func (w *row) sum() {
 	if len(w.Ratios) > 0 {
 		w.Ratio = median(w.Ratios)
 	}
-	// Without one of the two systems there is nothing to hold a target against.
+	// Without one of the two systems the target can't be checked.
 	w.Targets = slices.DeleteFunc(w.Targets, func(t target) bool {
 		return len(w.Samples["sse"]) == 0 || t.Of != "" && len(w.ratios("sse", t.Of)) == 0
 	})
@@ -214,7 +214,7 @@ func (t target) String() string {
 	return fmt.Sprintf("; sse/%s %.3f, target %.2f %s", t.Of, t.Is, t.Most, verdict)
 }
 
-// figure has three digits that count.
+// figure formats a value with three significant digits.
 func figure(value float64) string {
 	switch size := math.Abs(value); {
 	case size >= 100 || value == math.Trunc(value):

@@ -45,8 +45,8 @@ func (b *bench) newFleet(p *proxy, path string) *fleet {
 // settle is longer than the second after which the first heartbeat comes.
 const settle = 4 * time.Second
 
-// quiet says what a stream weighs on which nothing happens, and what heartbeats
-// cost where there are most of them.
+// quiet measures the memory of a stream on which nothing happens, and the cost of
+// heartbeats when there are most of them.
 func (b *bench) quiet() error {
 	most := 0
 	for _, n := range b.settings.Quiet {
@@ -135,8 +135,8 @@ func (b *bench) heartbeats(p *proxy, f *fleet, sample func(metric, unit string, 
 	return f.counts().wrong()
 }
 
-// events says what an event costs. All systems have their streams open, and
-// take turns in getting events, each turn in another order.
+// events measures the cost of an event. All systems have their streams open, and
+// get events in turn, in a different order each time.
 func (b *bench) events() error {
 	return b.eventsOf(way{}, fmt.Sprintf("%d streams, %d events/s in all", b.settings.Streams, b.settings.Rate))
 }
@@ -336,8 +336,8 @@ func (b *bench) churnStreams(p *proxy, n int) error {
 }
 
 // reload loads another configuration while streams are open. A client whose
-// stream ends comes back within a second, as an EventSource does with a retry
-// field; what it asks of is the new configuration.
+// stream ends reconnects within a second, as an EventSource does with a retry
+// field, to the new configuration.
 func (b *bench) reload() error {
 	n := b.settings.ReloadStreams
 	const watched = 14 * time.Second // the streams' ends spread over 10 s
@@ -399,7 +399,7 @@ func (b *bench) reload() error {
 		f.mutex.Lock()
 		f.ended = nil
 		f.mutex.Unlock()
-		// They must all be there and get what is sent.
+		// All must be there and get what is sent.
 		answer, err := b.origin.do(order{Group: p.group, Do: "burst"})
 		if err != nil {
 			return err

@@ -12,10 +12,10 @@ import (
 	"time"
 )
 
-// One stream that all clients ask for: the module asks the upstream once, the
-// others once for each client.
+// One stream that all clients request: the module sends one request to the
+// upstream, the other systems one per client.
 
-// sharedQuiet says what a client of it weighs while nothing happens.
+// sharedQuiet measures the memory of a client while nothing happens.
 func (b *bench) sharedQuiet() error {
 	n := b.settings.SharedStreams
 	return b.each(fmt.Sprintf("one stream for %d quiet clients", n), way{shared: true}, func(p *proxy, sample func(string, string, float64)) error {
@@ -23,7 +23,7 @@ func (b *bench) sharedQuiet() error {
 	})
 }
 
-// sharedEvents says what an event costs that goes to all of them.
+// sharedEvents measures the cost of an event that goes to all clients.
 func (b *bench) sharedEvents() error { return b.sharedEventsOver(way{shared: true}, "HTTP/1.1") }
 
 func (b *bench) sharedEventsTLS() error {
@@ -35,25 +35,25 @@ func (b *bench) sharedEventsOver(as way, protocol string) error {
 		b.settings.Streams, b.settings.Rate/b.settings.Streams, protocol))
 }
 
-// sharedBurst is one event for all of them, when nothing else happens.
+// sharedBurst is one event for all clients, while nothing else happens.
 func (b *bench) sharedBurst() error {
 	n := b.settings.SharedStreams
 	return b.burstOf(way{shared: true}, n, fmt.Sprintf("one event of one stream to %d clients", n))
 }
 
 const (
-	// What a client that reads nothing has to be sent until writing to it blocks:
-	// the kernels' buffers take that much.
+	// What a client that reads nothing must be sent until a write to it blocks: the
+	// kernel's buffers take this much.
 	fillers    = 24
 	fillerSize = 16 << 10
 
-	// While events are measured, one goes to everybody that often.
+	// While events are measured, one goes to all clients at this interval.
 	stalledInterval = 500 * time.Millisecond
 )
 
-// sharedStalled says whether clients of one stream that read nothing, or vanish,
-// delay the others. It is about the module alone: elsewhere each has a stream of
-// its own.
+// sharedStalled measures whether clients of a shared stream that read nothing, or
+// vanish, delay the others. It measures only the module: in the other systems
+// each client has a stream of its own.
 func (b *bench) sharedStalled() error {
 	bad := b.settings.SharedStreams / 3
 	good := b.settings.SharedStreams - bad
@@ -106,7 +106,7 @@ func (b *bench) tailTakes() time.Duration {
 	return time.Duration(b.settings.StalledEvents) * stalledInterval
 }
 
-// tail is how long 99 % of some events take to a fleet's clients at most.
+// tail is the time within which 99 % of some events reach a fleet's clients.
 func (b *bench) tail(p *proxy, f *fleet, clients int) (time.Duration, error) {
 	_, err := b.origin.do(order{Group: p.group, Do: "broadcast", Rounds: b.settings.StalledEvents, Interval: stalledInterval})
 	if err != nil {
@@ -116,8 +116,8 @@ func (b *bench) tail(p *proxy, f *fleet, clients int) (time.Duration, error) {
 	return quantile(took, 0.99), err
 }
 
-// fill sends comments until the kernel takes no more for who does not read, and
-// waits until the others have them.
+// fill sends comments until the kernel takes no more for clients that do not
+// read, and waits until the others have them.
 func (b *bench) fill(p *proxy, f *fleet, clients int) error {
 	want := f.counts().Heartbeats + fillers*clients
 	if _, err := b.origin.do(order{Group: p.group, Do: "fill", Rounds: fillers}); err != nil {
@@ -131,8 +131,8 @@ func (b *bench) fill(p *proxy, f *fleet, clients int) error {
 	return nil
 }
 
-// vanish has the fleet's clients go one after the other, spread over a time,
-// with a reset each.
+// vanish resets the connections of the fleet's clients one after the other,
+// spread over a time.
 func (f *fleet) vanish(ctx context.Context, within time.Duration) {
 	all := f.all()
 	rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })

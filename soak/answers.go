@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// answersWindow is shorter, as some clients come back after it.
+// answersWindow is short, because some clients come back after it.
 const answersWindow = 15 * time.Second
 
 func answersSite(_ size, upstream string) string {
@@ -24,13 +24,13 @@ func answersSite(_ size, upstream string) string {
 `, answersWindow, upstream)
 }
 
-// lateClients is one of how many clients comes back after the window.
+// One in lateClients clients comes back after the window.
 const lateClients = 25
 
-// answers is: clients ask for short answers by POST, are cut off, and repeat the
-// same POST with the last id, as fetch-event-source does. The upstream has each
-// request once. Whoever comes back after the window is told by an event that
-// its answer is lost, and stops.
+// answers is a trial: clients request short answers by POST, are cut off, and
+// repeat the same POST with the last id, as fetch-event-source does. The upstream
+// gets each request once. A client that comes back after the window gets an event
+// that says that its answer is lost, and stops.
 func (s *stage) answers() error {
 	ctx, cancel := context.WithTimeout(s.ctx, s.length*2+3*time.Minute)
 	defer cancel()
@@ -72,7 +72,8 @@ func (s *stage) answers() error {
 	return nil
 }
 
-// repeats reads on over a connection that may be cut, until on wants no more.
+// repeat continues over connections that may be cut, until on returns that it is
+// done.
 func (f *follower) repeat(ctx context.Context, c cut, on func(message) bool) (end visitEnd, wrong, err error) {
 	end, err = f.visit(ctx, c, nil, func(event message) bool {
 		wrong = f.take(event)
@@ -83,7 +84,7 @@ func (f *follower) repeat(ctx context.Context, c cut, on func(message) bool) (en
 
 // firstCut cuts the first connection after its first id.
 func (f *follower) firstCut() (c cut, leaveAt int) {
-	if f.secure { // the hop sees no ids there: the client cancels
+	if f.secure { // the hop can't see ids in TLS: the client cancels
 		return never, 1 + f.random.IntN(10)
 	}
 	c = f.cutSomewhere(500)
@@ -116,7 +117,7 @@ func (s *stage) readAnswer(ctx context.Context, f *follower, want numbers) error
 	}
 }
 
-// comeTooLate repeats the request when its run is gone.
+// comeTooLate repeats the request after its run has ended.
 func (s *stage) comeTooLate(ctx context.Context, f *follower, want numbers) error {
 	for f.token == "" {
 		c, leaveAt := f.firstCut()
@@ -125,7 +126,7 @@ func (s *stage) comeTooLate(ctx context.Context, f *follower, want numbers) erro
 			return fmt.Errorf("%w %w", wrong, err)
 		}
 	}
-	// The window begins when the upstream has ended, too.
+	// The window also begins when the upstream has ended.
 	longest := time.Duration(want.last) * 2 * want.pace
 	if !pause(ctx, answersWindow+longest+10*time.Second) {
 		return ctx.Err()

@@ -22,15 +22,15 @@ import (
 	"github.com/quic-go/quic-go/http3"
 )
 
-// crowd are the clients. Each has one stream at a time, and another one after
-// it, until it is told to stop.
+// crowd are the clients. Each has one stream at a time, one after the other,
+// until it is told to stop.
 type crowd struct {
 	proxy *proxy
 	book  *ledger
 
 	open     atomic.Int64 // streams at this moment
 	opened   atomic.Int64
-	unopened atomic.Int64 // requests that got no answer, of clients that wanted one
+	unopened atomic.Int64 // requests without an answer, of clients that waited for one
 	refused  atomic.Int64
 }
 
@@ -50,7 +50,7 @@ func (c *crowd) run(ctx context.Context, n int, seed uint64) {
 		}
 		member := &client{crowd: c, random: rand.New(rand.NewPCG(seed, uint64(i))), shared: shared[proto]}
 		group.Go(func() {
-			// They do not all come at once.
+			// They do not all start at once.
 			if pause(ctx, time.Duration(member.random.Int64N(int64(5*time.Second)))) {
 				for ctx.Err() == nil {
 					member.stream(ctx)
@@ -118,9 +118,9 @@ func (c *crowd) newTransport(proto string) *transport {
 	return &transport{proto: proto, base: base, http: t, close: open.close}
 }
 
-// connections are those of a transport. In the end all have to be closed, also
-// those that it has dialed for a client that did not wait for it, and those that
-// HTTP/2 does not take for idle yet.
+// connections are those of a transport. In the end all must be closed, even those
+// that were dialed for a client that did not wait, and those that HTTP/2 does not
+// consider idle yet.
 type connections struct {
 	mu     sync.Mutex
 	set    map[io.Closer]struct{}
@@ -155,7 +155,7 @@ func (cs *connections) close() {
 	}
 }
 
-// connection is one of HTTP/1.1 or HTTP/2.
+// connection is a connection of HTTP/1.1 or HTTP/2.
 type connection struct {
 	net.Conn
 	of *connections
@@ -166,21 +166,21 @@ func (c *connection) Close() error {
 	return c.Conn.Close()
 }
 
-// quicConnection is one of HTTP/3.
+// quicConnection is a connection of HTTP/3.
 type quicConnection struct{ *quic.Conn }
 
 func (c quicConnection) Close() error {
 	return c.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeNoError), "")
 }
 
-// client is one of the crowd.
+// client is a member of the crowd.
 type client struct {
 	crowd  *crowd
 	random *rand.Rand
 	shared *transport
 }
 
-// stream makes one request and sees it through, in one of several ways.
+// stream makes one request and reads its answer in one of several ways.
 func (c *client) stream(ctx context.Context) {
 	s := &sighting{
 		site: sites[c.random.IntN(len(sites))], kind: "script", seed: c.random.Uint64(),
@@ -196,8 +196,8 @@ func (c *client) stream(ctx context.Context) {
 	var stay, stall time.Duration // 0: to the end, not at all
 	switch dice := c.random.IntN(200); {
 	case dice == 0:
-		// On a connection of its own, as a client that reads nothing from its
-		// connection of HTTP/3 stalls all streams on it.
+		// On a connection of its own, because over HTTP/3 a client that reads nothing
+		// stalls all streams on its connection.
 		s.kind, stall = "flood", 8*time.Second
 		over = c.crowd.newTransport(over.proto)
 		defer over.close()
@@ -211,7 +211,7 @@ func (c *client) stream(ctx context.Context) {
 	}
 }
 
-// follow makes the request and tells the ledger what came of it.
+// follow makes the request and records the result in the ledger.
 func (c *crowd) follow(ctx context.Context, over *transport, path string, s *sighting, stay, stall time.Duration) {
 	defer c.book.saw(path, s)
 	ctx, leave := context.WithCancelCause(ctx)
@@ -266,7 +266,7 @@ func (c *crowd) follow(ctx context.Context, over *transport, path string, s *sig
 
 var errLeft = errors.New("the client leaves")
 
-// pause is false when ctx was done before it was over.
+// pause returns false if ctx was done first.
 func pause(ctx context.Context, d time.Duration) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()

@@ -11,12 +11,12 @@ import (
 	"time"
 )
 
-// downTime is how long an upstream is away that is deployed.
+// downTime is how long a deployed upstream is down.
 const downTime = 5 * time.Second
 
-// triesPerSecond is the most that the module may ask of an upstream. What it
-// sends evenly arrives in clumps where one of the processes has to wait for the
-// machine, so what comes in half a second is allowed for.
+// triesPerSecond is the most requests that the module may send an upstream in a
+// second. If one of the processes has to wait for the CPU, evenly sent requests
+// arrive in clumps, so half a second's more are allowed.
 const (
 	triesPerSecond = 64
 	clumped        = triesPerSecond / 2
@@ -32,7 +32,7 @@ func deploysSite(_ size, upstream string) string {
 `, upstream)
 }
 
-// urls is how many streams there are where many clients share one.
+// urls is how many streams there are if many clients share one.
 const urls = 10
 
 func sharedDeploysSite(_ size, upstream string) string {
@@ -47,9 +47,9 @@ func sharedDeploysSite(_ size, upstream string) string {
 `, upstream)
 }
 
-// deploys is: an upstream with ids that replays is killed and comes back. No
-// client sees its connection end, each gets every event once and in order, and
-// the upstream is never asked more often than 64 times a second.
+// deploys is a trial: an upstream with ids and replay is killed and comes back.
+// No client sees its connection end, each gets every event once and in order, and
+// the upstream never gets more than 64 requests a second.
 func (s *stage) deploys() error { return s.deploy(s.clients, false) }
 
 // sharedDeploys is deploys with clients that share the upstream's streams, and
@@ -61,7 +61,7 @@ func (s *stage) deploy(streams int, shared bool) error {
 	ctx, cancel := context.WithTimeout(s.ctx, s.length+3*time.Minute)
 	defer cancel()
 	cycle := s.length / time.Duration(s.times)
-	// After the last deployment everybody is back in this time.
+	// After the last deploy, all clients are back within this time.
 	want.last = int((s.length + downTime + time.Duration(s.clients)*time.Second/triesPerSecond) / want.pace)
 	var told requestsTold
 	troubles := make(chan error, 1)
@@ -93,14 +93,14 @@ func (s *stage) deploy(streams int, shared bool) error {
 	if told.InASecond > triesPerSecond+clumped || told.InTenSeconds > 10*triesPerSecond+clumped {
 		s.problems.add("the upstream was asked again %d times in a second, %d times in ten", told.InASecond, told.InTenSeconds)
 	}
-	// What has no answer is no stream that ends: Caddy may not have its certificate
-	// yet, and while a reload replaces a listener, the system resets connections that
-	// nobody has accepted.
+	// A request without an answer does not count as a stream that ended: Caddy may
+	// not have its certificate yet, and while a reload replaces a listener, the
+	// system resets connections that were not accepted.
 	if endings[broken] > 0 || !shared && endings[clean] > 0 {
 		s.problems.add("clients saw their connections end: %d cleanly, %d broken", endings[clean], endings[broken])
 	}
-	// A run that retries is not asked for again through a configuration that has
-	// been replaced, and ends.
+	// A retrying run makes no tries through a configuration that has been replaced,
+	// and ends.
 	if ended := s.tally.closed("drained") + s.tally.closed("upstream_error"); ended < endings[clean] {
 		s.problems.add("clients saw %d clean ends, and %d streams were ended by reloads", endings[clean], ended)
 	}
@@ -115,7 +115,7 @@ func (s *stage) deploy(streams int, shared bool) error {
 	return nil
 }
 
-// add is for what the upstream told before it was killed.
+// add adds what the upstream reported before it was killed.
 func (t *requestsTold) add(more requestsTold) {
 	t.Requests += more.Requests
 	t.Returns += more.Returns
@@ -125,7 +125,7 @@ func (t *requestsTold) add(more requestsTold) {
 }
 
 // kills kills the upstream in the middle of each cycle, and reloads at the end of
-// every other one.
+// every second one.
 func (s *stage) kills(ctx context.Context, cycle time.Duration, reloads bool, told *requestsTold) error {
 	for i := range s.times {
 		if !pause(ctx, cycle/2) {
@@ -155,8 +155,8 @@ func (s *stage) kills(ctx context.Context, cycle time.Duration, reloads bool, to
 	return nil
 }
 
-// followDeploys returns when the client has the last event. Who shares a stream
-// begins with what comes from then on.
+// followDeploys returns when the client has the last event. A client of a shared
+// stream begins with what comes from then on.
 func (s *stage) followDeploys(ctx context.Context, f *follower, want numbers, shared bool, ends chan<- visitEnd) error {
 	for {
 		var wrong error
@@ -190,7 +190,7 @@ func (s *stage) followDeploys(ctx context.Context, f *follower, want numbers, sh
 	}
 }
 
-// retries says what the metrics have of tries.
+// retries reports the metrics about tries.
 func (s *stage) retries() {
 	if answer, err := s.proxy.ask(http.MethodGet, "/metrics", "", nil); err != nil {
 		s.problems.add("%v", err)

@@ -15,21 +15,20 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/measure"
 )
 
-// hopArgument makes this program the hop between clients and Caddy. The two
-// addresses of Caddy follow, the one with TLS second.
+// hopArgument makes this program the hop between clients and Caddy. Caddy's two
+// addresses follow, the one with TLS second.
 const hopArgument = "soak-hop"
 
-// cut is what the hop does to a connection. A client says it before anything
-// else.
+// cut is what the hop does to a connection. The client sends it first.
 type cut struct {
 	secure bool
 	// bytes of the answer pass, then it is cut; -1: never.
 	bytes int
-	// afterID: they are counted from the end of the first event with an id of
-	// Caddy's on. Before it has one, a client has nothing to come back with.
+	// afterID: count from the end of the first event with an id of Caddy's. Before
+	// that, a client can't come back.
 	afterID bool
-	reset   bool // the client is told by a reset
-	// gone: Caddy is not told yet. The hop reads nothing meanwhile.
+	reset   bool // reset the client's connection
+	// gone: Caddy is not told for this long, and the hop reads nothing.
 	gone time.Duration
 }
 
@@ -81,7 +80,7 @@ func serveHop(plain, secure string) error {
 	}
 }
 
-// pass passes on what both sides say, until one has closed or the cut is due.
+// pass forwards in both directions, until one side has closed or the cut is due.
 func (c cut) pass(client *net.TCPConn, fromClient io.Reader, proxy *net.TCPConn) {
 	defer proxy.Close()
 	defer client.Close()
@@ -126,8 +125,7 @@ func (c cut) pass(client *net.TCPConn, fromClient io.Reader, proxy *net.TCPConn)
 	time.Sleep(c.gone)
 }
 
-// afterFirstID is where the event ends that has the first id; 0: it is not there
-// yet.
+// afterFirstID is the end of the event with the first id; 0: there is none yet.
 func afterFirstID(text []byte) int {
 	at := bytes.Index(text, []byte("id: sse1-"))
 	if at < 0 {
@@ -142,7 +140,7 @@ func afterFirstID(text []byte) int {
 	return end
 }
 
-// hop is the hop's process.
+// hop is the process of the hop.
 type hop struct {
 	addr    string
 	process *exec.Cmd

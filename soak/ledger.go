@@ -19,13 +19,13 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/eventstream/eventstreamtest"
 )
 
-// ledger brings both sides of every stream together: what its client saw and
-// what Caddy logged. It keeps only those of which one side is missing.
+// ledger compares both sides of every stream: what its client saw and what Caddy
+// logged. It keeps only streams of which one side is missing.
 type ledger struct {
 	mu       sync.Mutex
 	open     map[string]*entry // by path, which no two streams share
 	judged   int
-	events   int // that clients have got
+	events   int // that clients have received
 	late     int // early ends that waited in vain for an event or a write
 	received int64
 	reasons  map[string]int
@@ -38,8 +38,9 @@ type ledger struct {
 type entry struct {
 	seen   *sighting
 	closed *closedLine
-	// dying: it was closed while the upstream died. The system takes its time
-	// with that, in which an upstream with many streams is silent in mid-event.
+	// dying: it was closed while the upstream was being killed. That takes the
+	// system a while, in which an upstream with many streams is silent in the
+	// middle of an event.
 	dying bool
 }
 
@@ -59,7 +60,7 @@ type sighting struct {
 	method string
 	proto  string
 	ending ending
-	err    error // that the body ended with, if it was aborted
+	err    error // with which the body ended, if it was aborted
 	body   []byte
 }
 
@@ -110,8 +111,8 @@ func (l *ledger) problemLocked(format string, args ...any) {
 	l.problems = append(l.problems, time.Now().Format(time.TimeOnly)+" "+fmt.Sprintf(format, args...))
 }
 
-// readLog takes Caddy's log until it ends. It does not let Caddy wait for what is
-// made of a line: a stream ends when its line is written.
+// readLog reads Caddy's log until it ends. Caddy does not wait while a line is
+// processed: a stream ends when its line has been written.
 func (l *ledger) readLog(log *bufio.Reader) error {
 	var lines sync.WaitGroup
 	defer lines.Wait()
@@ -134,8 +135,8 @@ func (l *ledger) last() []byte {
 	return l.lastLine
 }
 
-// line takes one line of Caddy's log. What is no log line is a problem: a panic
-// or a complaint of the runtime.
+// line processes one line of Caddy's log. A line that is not a log line is a
+// problem: a panic or a message of the runtime.
 func (l *ledger) line(text []byte) {
 	l.mu.Lock()
 	l.lastLine = text
@@ -213,9 +214,10 @@ func (l *ledger) judge(path string, e *entry) {
 	}
 }
 
-// settle judges those of which one side never came, at the end. Of a client
-// that left before it had headers, there may be either. An answer that asks the
-// client to come back is no stream: at least and at most so many were seen.
+// settle judges, at the end, streams of which one side never came. If a client
+// left before it had headers, either may be missing. An answer that asks the
+// client to reconnect is not a stream: between atLeast and atMost of those were
+// seen.
 func (l *ledger) settle() (atLeast, atMost int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -295,12 +297,12 @@ func (e *entry) compare() (int, error) {
 	return events, nil
 }
 
-// errLate is what the module does when it has waited long enough: it ends a
-// stream inside an event, or breaks a write off. On a machine that has more to
-// do than it can, it may have to, but seldom.
+// errLate is what happens when the module has waited long enough: it ends a
+// stream inside an event, or breaks a write off. On an overloaded machine this
+// may happen, but rarely.
 var errLate = errors.New("an early end came inside an event or a write")
 
-// explains wants a reason that can be the cause of what the client saw.
+// explains requires that the reason can be the cause of what the client saw.
 func (line *closedLine) explains(s *sighting, script script) error {
 	var can []string
 	switch s.ending {
@@ -333,9 +335,9 @@ func (line *closedLine) explains(s *sighting, script script) error {
 	return fmt.Errorf("expected a reason of %v (the client: %v)", can, s.err)
 }
 
-// parse returns what a client makes of the body, less what the configuration
-// asks for: the configured reconnection time, heartbeats that are events, and
-// the news that the upstream failed after an early start.
+// parse returns what a client sees of the body, without what the configuration
+// adds: the reconnection time, heartbeats that are events, and the error event of
+// a failed early start.
 func (s *sighting) parse() (eventstreamtest.Result, error) {
 	got := eventstreamtest.Parse(s.body)
 	got.Events = s.withoutHeartbeats(got.Events)
@@ -352,15 +354,15 @@ func (s *sighting) parse() (eventstreamtest.Result, error) {
 	return got, fmt.Errorf("reconnection times %v: the configured one is not the first", got.Retries)
 }
 
-// comesBack reports whether the client opens its stream again when that ends:
-// it asks as an EventSource does, unless it sends a body.
+// comesBack reports whether the client reconnects when its stream ends: it sends
+// what an EventSource sends, and no body.
 func (s *sighting) comesBack() bool {
 	return s.method == http.MethodGet
 }
 
 // getsRetry reports whether the configured reconnection time comes first: only
-// for a client that comes back, and not in a body that shows by its first byte
-// that it is JSON.
+// for a client that reconnects, and not in a body whose first byte shows that it
+// is JSON.
 func (s *sighting) getsRetry() bool {
 	first := bytes.TrimLeft(bytes.TrimPrefix(s.body, []byte("\uFEFF")), " \t\r\n")
 	return s.site.retryMax > 0 && s.comesBack() && len(first) > 0 && first[0] != '{' && first[0] != '['

@@ -75,8 +75,8 @@ func main() {
 	}
 }
 
-// warmUp is what Caddy gets before it is measured for the first time, so that
-// what it makes once is there.
+// warmUp is how long Caddy runs before it is measured for the first time, so that
+// what it allocates once is there.
 const warmUp = 15 * time.Second
 
 // soak is one run.
@@ -181,10 +181,9 @@ func (s *soak) phases(ctx context.Context, length time.Duration) error {
 	return compare(before, after)
 }
 
-// compare allows for what is there or not by chance: the runtime keeps what it
-// knows of a goroutine, half a KiB, for as many as there were at most, and the
-// module keeps the totals of each name. In half an hour, a leak of 20 bytes a
-// stream would be more.
+// compare tolerates what varies by chance: the runtime keeps half a KiB for each
+// goroutine of the largest number so far, and the module keeps the totals of each
+// name. In half an hour, a leak of 20 bytes per stream would exceed that.
 func compare(before, after sample) error {
 	var errs []error
 	for _, c := range []struct {
@@ -204,7 +203,7 @@ func compare(before, after sample) error {
 	return errors.Join(errs...)
 }
 
-// phase is a time of trouble and the calm after it, in which it measures.
+// phase is a time of trouble, and then calm in which it measures.
 func (s *soak) phase(ctx context.Context, name string, length time.Duration, suits func(sample) bool) (sample, error) {
 	trouble, end := context.WithTimeout(ctx, length)
 	defer end()
@@ -230,7 +229,7 @@ func (s *soak) phase(ctx context.Context, name string, length time.Duration, sui
 	if err := ctx.Err(); err != nil {
 		return sample{}, err
 	}
-	// A new upstream, so that the connections to the old one are gone.
+	// A new upstream, so that no connections to the old one are left.
 	s.upstream.kill()
 	if err := s.upstream.start(); err != nil {
 		return sample{}, err
@@ -256,7 +255,7 @@ func (s *soak) calm(suits func(sample) bool) (last sample, err error) {
 		if err != nil {
 			return last, err
 		}
-		// The descriptor of the connection that asks is there or not.
+		// The descriptor of the measuring connection may or may not be included.
 		still := now.Goroutines == last.Goroutines && math.Abs(float64(now.files-last.files)) <= 2
 		isOver := time.Now().After(deadline)
 		if s.last["streams"] == 0 && still && (isOver || suits(now)) {
@@ -335,8 +334,8 @@ func (s *soak) watch(name string, length time.Duration) func(context.Context) er
 	}
 }
 
-// scrape wants every stream to be in the metrics exactly once, and no counter to
-// go backwards.
+// scrape checks that every stream is in the metrics exactly once, and that no
+// counter decreases.
 func (s *soak) scrape() error {
 	now, err := s.proxy.scrape()
 	if err != nil {
@@ -354,7 +353,7 @@ func (s *soak) scrape() error {
 	return nil
 }
 
-// finish ends Caddy and settles the accounts.
+// finish ends Caddy and does the final checks.
 func (s *soak) finish() error {
 	err := s.proxy.stop()
 	atLeast, atMost := s.book.settle()

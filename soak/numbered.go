@@ -19,7 +19,7 @@ import (
 )
 
 // numbered is the upstream of trials. Its streams have the events 1, 2, 3 …, and
-// it counts who asks for them.
+// it counts its requests.
 type numbered struct {
 	mu       sync.Mutex
 	paths    map[string]int // requests
@@ -28,7 +28,7 @@ type numbered struct {
 	told     requestsTold
 }
 
-// requestsTold is what the upstream tells of the requests that it has had.
+// requestsTold is what the upstream reports about its requests.
 type requestsTold struct {
 	Requests int `json:"requests"`
 	Paths    int `json:"paths"` // that were asked for
@@ -37,7 +37,7 @@ type requestsTold struct {
 	// The most of them in any second, and in any ten seconds.
 	InASecond    int `json:"in_a_second"`
 	InTenSeconds int `json:"in_ten_seconds"`
-	Foreign      int `json:"foreign"` // ids that the proxy has made
+	Foreign      int `json:"foreign"` // requests with an id that the proxy has made
 }
 
 func (u *numbered) handle(mux *http.ServeMux) {
@@ -79,15 +79,15 @@ func (u *numbered) tell(w http.ResponseWriter, _ *http.Request) {
 	_ = json.NewEncoder(w).Encode(told)
 }
 
-// numbers says what a stream has, in the query of its request.
+// numbers describes a stream, in the query of its request.
 type numbers struct {
 	last int           // the number of its last event, after which it ends
 	pace time.Duration // the mean time between two
 	size int           // of what is added to each number
 	ids  bool
 
-	// from is when a stream with ids has begun. It goes on while nobody listens,
-	// and whoever comes back gets what was meanwhile.
+	// from is when a stream with ids began. It continues without clients, and a
+	// client that comes back gets what it missed.
 	from time.Time
 }
 
@@ -106,7 +106,7 @@ func readNumbers(query url.Values) numbers {
 	}
 }
 
-// at is the number of the event that there is at a time.
+// at is the number of the newest event at a time.
 func (n numbers) at(now time.Time) int { return min(int(now.Sub(n.from)/n.pace), n.last) }
 
 func (u *numbered) serve(w http.ResponseWriter, r *http.Request) {

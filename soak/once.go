@@ -13,8 +13,8 @@ import (
 // resumeWindow is the window of `resume` in short trials.
 const resumeWindow = 20 * time.Second
 
-// window is for trials of any length. Thousands of clients that come back on a
-// machine that has more to do than it can take a while.
+// window is for trials of any length. On an overloaded machine, thousands of
+// clients can take a while to come back.
 func (s size) window() time.Duration { return max(resumeWindow, min(s.length/4, time.Minute)) }
 
 func onceSite(s size, upstream string) string {
@@ -30,15 +30,15 @@ func onceSite(s size, upstream string) string {
 `, s.length/20+2*time.Second, s.length/10, s.window(), upstream)
 }
 
-// follower holds what a client gets of a numbered stream against what there is.
+// follower checks what a client gets of a numbered stream.
 type follower struct {
 	visitor
 	seen  int    // the last number
 	token string // of the run
-	lost  int    // events of which it was told that they are gone
+	lost  int    // events that it was told are gone
 }
 
-// take wants the next event, with an id that fits.
+// take checks the next event, which must have a matching id.
 func (f *follower) take(event message) error {
 	switch {
 	case event.name == "sse" && f.token == "":
@@ -72,9 +72,9 @@ func (f *follower) cutSomewhere(mean int) cut {
 	return c
 }
 
-// once is: connections are cut at any byte, streams age and are drained by
-// reloads, and an upstream without ids and without a replay has one request of
-// each client, which gets each event once and in order.
+// once is a trial: connections are cut at any byte, streams reach max_duration
+// and are drained by reloads. The upstream has neither ids nor a replay, and gets
+// one request from each client, which gets each event once and in order.
 func (s *stage) once() error {
 	want := numbers{pace: max(s.length/1200, 100*time.Millisecond), size: 20}
 	want.last = int(s.length / want.pace)
@@ -114,17 +114,17 @@ func (s *stage) once() error {
 
 // followOnce returns when the client has all of its stream.
 func (s *stage) followOnce(ctx context.Context, f *follower, want numbers) error {
-	// They do not all come at once.
+	// They do not all start at once.
 	pause(ctx, time.Duration(f.random.Int64N(int64(s.length/20))))
 	mean := 100 * int(15*time.Second/want.pace) // about 15 seconds of events
 	for {
 		c := f.cutSomewhere(mean)
 		leaves := false
 		if f.token == "" {
-			// Before its first id a client has nothing to come back with.
+			// Before its first id a client can't come back.
 			c.bytes, c.afterID = f.random.IntN(300), true
 			if f.secure {
-				c, leaves = never, f.random.IntN(2) == 0 // the hop sees no ids there
+				c, leaves = never, f.random.IntN(2) == 0 // the hop can't see ids in TLS
 			}
 		}
 		var wrong error

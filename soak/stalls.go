@@ -40,9 +40,9 @@ type gaps struct {
 	missed map[string]int // as the log tells it: by path and user agent
 }
 
-// stalls is: clients read 20 KiB a second, or nothing for 20 seconds, and are
-// then cut. The kernel has taken more for them than the journal holds; what is
-// lost of that is told, to the event.
+// stalls is a trial: clients read 20 KiB a second, or nothing for 20 seconds, and
+// are then cut off. The kernel has accepted more for them than the journal holds;
+// each client is told exactly how many events it has lost.
 func (s *stage) stalls() error {
 	// 200 KiB a second.
 	want := numbers{pace: 5 * time.Millisecond, size: 1000}
@@ -136,7 +136,7 @@ func stalling(ctx context.Context, slowly bool) func() {
 	}
 }
 
-// takeLost wants a gap that begins after the last event.
+// takeLost checks that a gap begins after the last event.
 func (f *follower) takeLost(event message, path string, g *gaps) error {
 	var lost struct {
 		Reason string

@@ -22,9 +22,9 @@ import (
 	"time"
 )
 
-// A trial is a promise that is kept or not: clients that come back, an upstream
-// that is killed, connections that a hop cuts, and an account of every event.
-// Each has a Caddy, an upstream and a hop of its own.
+// A trial checks one promise: clients come back, an upstream is killed, a hop
+// cuts connections, and every event is accounted for. Each trial has a Caddy, an
+// upstream and a hop of its own.
 type trial struct {
 	name  string
 	small size // beside the soak
@@ -59,7 +59,7 @@ func findTrials(names string) (found []trial, err error) {
 	return found, nil
 }
 
-// runTrials runs them side by side, and prints what each has shown.
+// runTrials runs the trials in parallel, and prints the result of each.
 func runTrials(ctx context.Context, some []trial, sized func(trial) size, binary, dir string) error {
 	var all sync.WaitGroup
 	var printing sync.Mutex
@@ -81,7 +81,7 @@ func runTrials(ctx context.Context, some []trial, sized func(trial) size, binary
 	return errors.Join(errs...)
 }
 
-// stage is where one trial takes place.
+// stage is what one trial uses.
 type stage struct {
 	size
 	ctx      context.Context
@@ -147,8 +147,8 @@ func (s *stage) reloads(ctx context.Context) error {
 	return nil
 }
 
-// awaitNoRuns waits until no run is left, which those are for their window whose
-// clients have not come back to the end.
+// awaitNoRuns waits until no run is left. Runs whose clients have not come back
+// for the end stay for their window.
 func (s *stage) awaitNoRuns(window time.Duration) error {
 	for deadline := time.Now().Add(window + 20*time.Second); ; time.Sleep(200 * time.Millisecond) {
 		answer, err := s.proxy.ask(http.MethodGet, "/sse/runs", "", nil)
@@ -168,7 +168,7 @@ func (s *stage) awaitNoRuns(window time.Duration) error {
 	}
 }
 
-// resources says what Caddy uses, once it serves nobody any more.
+// resources reports what Caddy uses after all clients have left.
 func (s *stage) resources() {
 	if r, err := s.proxy.runtime(); err != nil {
 		s.problems.add("%v", err)
@@ -178,7 +178,7 @@ func (s *stage) resources() {
 	s.say("%s", s.tally.String())
 }
 
-// complaints are what must not be.
+// complaints are log lines that must not occur.
 type complaints struct {
 	mu   sync.Mutex
 	kept []string

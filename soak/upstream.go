@@ -20,13 +20,13 @@ import (
 // upstreamArgument makes this program the upstream. An address follows.
 const upstreamArgument = "soak-upstream"
 
-// serveUpstream answers /<site>/<kind>/<seed> as the kind says:
+// serveUpstream answers /<site>/<kind>/<seed> according to the kind:
 //
 //   - script sends the script of the seed;
 //   - late does so, but its headers come after 1.5 s;
 //   - flood sends as fast as it can.
 //
-// What it answers for trials is in numbered.go.
+// Its answers for trials are in numbered.go.
 func serveUpstream(addr string) error {
 	if _, err := measure.RaiseFileLimit(); err != nil {
 		return err
@@ -78,7 +78,7 @@ func serveUpstream(addr string) error {
 	return http.Serve(listener, mux)
 }
 
-// wait is false when the client left in the meantime.
+// wait returns false if the client left in the meantime.
 func wait(r *http.Request, pause time.Duration) bool {
 	if pause == 0 {
 		return r.Context().Err() == nil
@@ -105,7 +105,7 @@ func (u *upstream) start() (err error) {
 	return err
 }
 
-// kill gives it no time for anything.
+// kill kills it without warning.
 func (u *upstream) kill() { kill(u.process) }
 
 // startSelf starts this program in another role. It says where it listens.

@@ -6,10 +6,10 @@ import (
 	"sync"
 )
 
-// clientParam is the query parameter by which a stream of the page has a name.
+// clientParam is the query parameter with the name of the page's stream.
 const clientParam = "client"
 
-// maxEndings bounds how many names are remembered.
+// maxEndings bounds how many names are stored.
 const maxEndings = 100
 
 // Ending is how a stream ended.
@@ -18,21 +18,21 @@ type Ending struct {
 	Status int `json:"status"`
 	// Bytes is how much of a body it got.
 	Bytes int64 `json:"bytes"`
-	// Clean says that the body came to its end; otherwise it broke off.
+	// Clean says that the body was complete; otherwise it broke off.
 	Clean bool `json:"clean"`
-	// Why is who ended it; empty where nobody here did.
+	// Why is who ended it; empty if no part of the demo did.
 	Why string `json:"why"`
 }
 
-// Endings remembers how the last stream of each client ended, since an
-// EventSource does not tell its page. A nil one remembers nothing.
+// Endings records how the last stream of each client ended, because an
+// EventSource does not tell its page. A nil one records nothing.
 type Endings struct {
 	mu       sync.Mutex
 	byClient map[string]Ending
-	reasons  map[string]string // of streams that have not ended yet where it counts
+	reasons  map[string]string // why streams are about to end that have not ended yet
 }
 
-// say notes why the stream that a request asked for is about to end.
+// say records why the stream of a request is about to end.
 func (e *Endings) say(r *http.Request, why string) {
 	client := r.URL.Query().Get(clientParam)
 	if e == nil || client == "" {
@@ -46,7 +46,7 @@ func (e *Endings) say(r *http.Request, why string) {
 	e.reasons[client] = why
 }
 
-// ended notes what the client saw of the end.
+// ended records what the client saw of the end.
 func (e *Endings) ended(r *http.Request, ending Ending) {
 	client := r.URL.Query().Get(clientParam)
 	if client == "" {
@@ -62,7 +62,7 @@ func (e *Endings) ended(r *http.Request, ending Ending) {
 	e.byClient[client] = ending
 }
 
-// ServeHTTP answers with the ending of the client's last stream.
+// ServeHTTP returns the ending of the client's last stream.
 func (e *Endings) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	e.mu.Lock()
 	ending, known := e.byClient[r.URL.Query().Get(clientParam)]

@@ -15,8 +15,8 @@ import (
 // errIdle is why the hop breaks a response off.
 var errIdle = errors.New("no byte within the idle timeout")
 
-// Hop stands between the browser and Caddy, as a load balancer or a CDN does: a
-// response of which no byte comes for as long as idle is broken off. It tells
+// Hop is a proxy between the browser and Caddy, like a load balancer or a CDN: it
+// breaks off a response that sends no byte for as long as idle. It records in
 // endings what it sees of each.
 func Hop(caddy *url.URL, idle time.Duration, endings *Endings) http.Handler {
 	return &httputil.ReverseProxy{
@@ -29,7 +29,7 @@ func Hop(caddy *url.URL, idle time.Duration, endings *Endings) http.Handler {
 		FlushInterval: -1,
 		// Compression is up to the browser and Caddy.
 		Transport: &http.Transport{DisableCompression: true},
-		ErrorLog:  log.New(io.Discard, "", 0), // cuts are the point of it
+		ErrorLog:  log.New(io.Discard, "", 0), // cuts are intended
 		ModifyResponse: func(response *http.Response) error {
 			cancel := response.Request.Context().Value(cancelKey{}).(context.CancelCauseFunc)
 			response.Body = &idleBody{
@@ -50,7 +50,7 @@ func Hop(caddy *url.URL, idle time.Duration, endings *Endings) http.Handler {
 
 type cancelKey struct{}
 
-// idleBody is the body of a response that passes the hop.
+// idleBody is the body of a response that passes through the proxy.
 type idleBody struct {
 	io.ReadCloser
 	request *http.Request

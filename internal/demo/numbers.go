@@ -8,8 +8,8 @@ import (
 )
 
 // Numbers is an upstream that counts, and has neither ids nor a replay: a client
-// that is away misses what it counts meanwhile. Each event is the next number, at the same
-// time for everybody, with how often this client has asked.
+// misses the numbers that come while it is disconnected. Each event is the next
+// number, the same for all clients, with the number of requests of this client.
 //
 //	GET <any path>[?client=<name>]  a stream
 type Numbers struct {
@@ -17,11 +17,11 @@ type Numbers struct {
 	Step time.Duration
 
 	mu    sync.Mutex
-	began time.Time      // when it counted 1
-	asked map[string]int // how often, by client
+	began time.Time      // when the count was 1
+	asked map[string]int // how many requests, by client
 }
 
-// NewNumbers returns an upstream that is quick enough to watch.
+// NewNumbers returns an upstream that counts fast enough to watch.
 func NewNumbers() *Numbers { return &Numbers{Step: 250 * time.Millisecond} }
 
 func (u *Numbers) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -43,7 +43,7 @@ func (u *Numbers) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// ask notes a request and returns since when there are numbers.
+// ask counts a request, and returns since when there are numbers.
 func (u *Numbers) ask(client string) (began time.Time, asked int) {
 	u.mu.Lock()
 	defer u.mu.Unlock()

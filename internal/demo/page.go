@@ -11,21 +11,21 @@ import (
 //go:embed page
 var files embed.FS
 
-// Parts are what the page has buttons for.
+// Parts are what the page's buttons act on.
 type Parts struct {
 	Upstream *Upstream
 	Numbers  *Numbers
 	Plug     *Plug
 }
 
-// NewParts returns those that are made to be watched.
+// NewParts returns parts with timings that are good to watch.
 func NewParts() Parts {
 	return Parts{Upstream: NewUpstream(), Numbers: NewNumbers(), Plug: NewPlug()}
 }
 
-// About is what the page says of the demo that it belongs to.
+// About is what the page tells about its demo.
 type About struct {
-	// List and Close are commands that work beside this demo.
+	// List and Close are commands to try with this demo.
 	List  string `json:"list"`
 	Close string `json:"close"`
 	// Away is how long a restart of the upstream takes, in milliseconds.
@@ -68,8 +68,8 @@ func Page(ctx context.Context, parts Parts, endings *Endings, about About) http.
 	}
 	static := http.FileServerFS(page)
 	mux.HandleFunc("GET /", func(w http.ResponseWriter, r *http.Request) {
-		// Embedded files have no time of change: a browser could not tell the
-		// page of the next build from this one.
+		// Embedded files have no modification time: without this header, a browser
+		// could not tell the page of the next build from this one.
 		w.Header().Set("Cache-Control", "no-cache")
 		static.ServeHTTP(w, r)
 	})

@@ -11,22 +11,22 @@ import (
 // errPulled is why the plug breaks a stream off.
 var errPulled = errors.New("the plug was pulled")
 
-// Plug is in the way of some streams, between the browser and Caddy, and can be
-// pulled. It puts itself in again.
+// Plug is in the path of some streams, between the browser and Caddy, and can be
+// pulled. It plugs itself in again.
 type Plug struct {
 	// Out is how long it stays out.
 	Out time.Duration
 
 	mu      sync.Mutex
-	in      chan struct{} // closed when it is in again; nil: it is
+	in      chan struct{} // closed when it is in again; nil: it is in
 	streams map[*http.Request]context.CancelCauseFunc
 }
 
-// NewPlug returns a plug that is out long enough to miss something.
+// NewPlug returns a plug that stays out long enough to miss something.
 func NewPlug() *Plug { return &Plug{Out: 2 * time.Second} }
 
-// Pull breaks off every stream that passes the plug. It does nothing while the
-// plug is out.
+// Pull breaks off every stream that passes through the plug. It does nothing
+// while the plug is out.
 func (p *Plug) Pull() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -47,20 +47,20 @@ func (p *Plug) Pull() {
 	})
 }
 
-// Through lets requests pass while the plug is in. What comes while it is out
-// waits, as it would on a network that is away.
+// Through lets requests pass while the plug is in. Requests that arrive while it
+// is out wait, as on a network that is down.
 func (p *Plug) Through(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r, done := p.enter(r)
 		defer done()
 		next.ServeHTTP(w, r)
 		if context.Cause(r.Context()) == errPulled {
-			panic(http.ErrAbortHandler) // no end that a client could take for one
+			panic(http.ErrAbortHandler) // a client must not treat this as the end
 		}
 	})
 }
 
-// enter waits until the plug is in, or the client has left.
+// enter waits until the plug is in, or until the client has left.
 func (p *Plug) enter(r *http.Request) (_ *http.Request, done func()) {
 	ctx, cancel := context.WithCancelCause(r.Context())
 	r = r.WithContext(ctx)

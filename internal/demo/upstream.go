@@ -1,7 +1,7 @@
-// Package demo is what stands around Caddy in `caddy sse demo`: an upstream that
-// gives a proxy every kind of trouble there is with Server-Sent Events, another
-// that only counts, a hop with an idle timer and a plug in front of Caddy, and a
-// page that shows what of it reaches a browser.
+// Package demo has the parts around Caddy in `caddy sse demo`: an upstream that
+// causes every kind of trouble with Server-Sent Events, another one that only
+// counts, a proxy with an idle timer and a plug in front of Caddy, and a page
+// that shows what reaches a browser.
 package demo
 
 import (
@@ -41,7 +41,7 @@ type Upstream struct {
 	// Away is how long a restart takes.
 	Away time.Duration
 
-	// Endings is told why a stream ended. It may be nil.
+	// Endings records why a stream ended. It may be nil.
 	Endings *Endings
 
 	// mu guards what follows.
@@ -53,8 +53,8 @@ type Upstream struct {
 	restarting bool
 }
 
-// NewUpstream returns an upstream whose silences are long enough to be cut by
-// common idle timers, and whose streams are short enough to watch one end.
+// NewUpstream returns an upstream whose silences are long enough for common idle
+// timers to cut them, and whose streams are short enough to see one end.
 func NewUpstream() *Upstream {
 	return &Upstream{
 		Lead:     time.Second,
@@ -66,8 +66,8 @@ func NewUpstream() *Upstream {
 	}
 }
 
-// Start lets the upstream listen on a loopback port of its own until ctx is done,
-// and returns the address.
+// Start listens on a loopback port of its own until ctx is done, and returns the
+// address.
 func (u *Upstream) Start(ctx context.Context) (addr string, err error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -89,15 +89,15 @@ func (u *Upstream) serveLocked(ctx context.Context, listener net.Listener) {
 	go u.server.Serve(listener)
 }
 
-// stop closes the listener and every connection, as the end of a process does.
+// stop closes the listener and every connection, as when a process ends.
 func (u *Upstream) stop() {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.server.Close()
 }
 
-// Restart goes away at once and comes back at the same address. It does nothing
-// while the upstream is away already.
+// Restart stops the upstream at once and starts it again at the same address. It
+// does nothing while a restart is in progress.
 func (u *Upstream) Restart(ctx context.Context) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -112,7 +112,7 @@ func (u *Upstream) Restart(ctx context.Context) {
 	time.AfterFunc(u.Away, func() { u.comeBack(ctx) })
 }
 
-// comeBack listens again, as soon as nobody else has the address.
+// comeBack listens again, as soon as the address is free.
 func (u *Upstream) comeBack(ctx context.Context) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -137,7 +137,7 @@ func (u *Upstream) Handler() http.Handler {
 
 func (u *Upstream) serveEvents(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "text/event-stream")
-	// Frameworks put validators on whatever they send.
+	// Frameworks add validators to every response.
 	w.Header().Set("ETag", `W/"demo"`)
 	w.Header().Set("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
 	if r.Method == http.MethodHead {
@@ -159,8 +159,8 @@ func (u *Upstream) serveEvents(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// firstEvent returns the event that a client begins with: the one after the last
-// that it has, or the newest.
+// firstEvent returns the event with which a client begins: the one after its last
+// event, or the newest.
 func (u *Upstream) firstEvent(lastEventID string) uint64 {
 	if last, err := strconv.ParseUint(lastEventID, 10, 32); err == nil {
 		return last + 1
@@ -175,7 +175,7 @@ func (u *Upstream) period() time.Duration {
 	return time.Duration(u.Burst-1)*u.Step + u.Silence
 }
 
-// due returns when an event happens. The first happens as soon as anybody asks.
+// due returns when an event happens. The first one happens at the first request.
 func (u *Upstream) due(id uint64) time.Time {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -240,8 +240,8 @@ func (u *Upstream) send(ctx context.Context, w http.ResponseWriter, id uint64) e
 	}
 }
 
-// event returns event id in two pieces. JSON does not mind the line break that
-// a parser puts between two data fields.
+// event returns event id in two pieces. A parser puts a line break between the
+// two data fields, which JSON allows.
 func (u *Upstream) event(id uint64) (begin, rest string) {
 	begin = fmt.Sprintf("id: %d\n", id)
 	if id%u.Burst == 0 {
@@ -252,7 +252,7 @@ func (u *Upstream) event(id uint64) (begin, rest string) {
 	return begin, rest
 }
 
-// splits reports whether the silence before an event falls into the event.
+// splits reports whether the silence before an event is in the middle of it.
 func (u *Upstream) splits(id uint64) bool {
 	return (id-1)%u.Burst == 0 && (id-1)/u.Burst%2 == 1
 }

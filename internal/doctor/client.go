@@ -15,18 +15,18 @@ import (
 	"github.com/quic-go/quic-go/http3"
 )
 
-// The versions of HTTP that can be asked for.
+// The supported versions of HTTP.
 const (
 	HTTP1 = "1.1"
 	HTTP2 = "2"
 	HTTP3 = "3"
 )
 
-// dialTimeout bounds how long a connection may take to be there.
+// dialTimeout bounds how long connecting may take.
 const dialTimeout = 15 * time.Second
 
-// transport is one connection's worth of a client: each test has one of its
-// own, so that no fault of a connection shows in two of them.
+// transport is a client with one connection: each test has one of its own, so
+// that a fault of one connection can't affect two tests.
 type transport struct {
 	http.RoundTripper
 	close func()
@@ -59,14 +59,14 @@ func (c *Config) transport(u *url.URL) (transport, error) {
 		Protocols:           protocols,
 		TLSClientConfig:     secure,
 		TLSHandshakeTimeout: dialTimeout,
-		DisableCompression:  true, // what is asked for is for the test to say
+		DisableCompression:  true, // each test sets Accept-Encoding itself
 		Proxy:               func(*http.Request) (*url.URL, error) { return proxy, nil },
 		DialContext:         c.dial,
 	}
 	return transport{t, t.CloseIdleConnections}, nil
 }
 
-// http3 goes past any proxy: there is none in use that takes it.
+// http3 ignores proxies: no proxy in common use supports it.
 func (c *Config) http3(u *url.URL, secure *tls.Config) (transport, error) {
 	if u.Scheme != "https" {
 		return transport{}, errors.New("HTTP/3 needs an https URL")
@@ -90,7 +90,7 @@ func (c *Config) http3(u *url.URL, secure *tls.Config) (transport, error) {
 	return transport{t, func() { t.Close() }}, nil
 }
 
-// dial connects, to where --resolve says if it does.
+// dial connects, to the address of --resolve if there is one.
 func (c *Config) dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	dial := c.Dial
 	if dial == nil {
@@ -120,7 +120,7 @@ func (c *Config) resolve(addr string) []string {
 	return []string{addr}
 }
 
-// ParseResolve reads host:port:addr[,addr...], as curl does.
+// ParseResolve parses host:port:addr[,addr...], as curl does.
 func ParseResolve(values []string) (map[string][]string, error) {
 	resolve := make(map[string][]string)
 	for _, value := range values {

@@ -9,28 +9,28 @@ import (
 )
 
 const (
-	// delayFrom is the shortest delay that is told.
+	// delayFrom is the shortest delay that is reported.
 	delayFrom = 100 * time.Millisecond
 
 	// dripSize is the size of a drip's events. It is prime, so that no buffer's
-	// size is a multiple of it: what came in whole events alone was not cut by a
-	// buffer.
+	// size is a multiple of it: if only whole events arrived, no buffer has cut
+	// them.
 	dripSize = 509
 
-	// smallestBuffer is the smallest greatest common divisor that is taken for a
+	// smallestBuffer is the smallest greatest common divisor that counts as a
 	// buffer's size.
 	smallestBuffer = 256
 
-	// enoughBursts is how many bursts have to be seen to tell a delay.
+	// enoughBursts is how many bursts are needed to conclude a delay.
 	enoughBursts = 3
 )
 
-// seen is what a check has seen.
+// seen is what a check has measured.
 type seen struct {
 	request  *Trace
 	post     *Trace
 	sizes    *Trace
-	drip     *Trace // nil: nothing asked for it
+	drip     *Trace // nil: no test asked for it
 	delay    *Trace
 	encoding *Trace
 	silence  *Trace
@@ -40,14 +40,14 @@ type seen struct {
 	final bool // there will be no more tests
 }
 
-// sent is what the requests said.
+// sent is what the requests contained.
 type sent struct {
 	accept, cacheControl, lastEventID string
 	postBody                          int
 }
 
-// verdict is what some traces say: findings, tests that have to be made again
-// as the doctor did not run all the time, and what they can't tell.
+// verdict is what some traces show: findings, tests that must be repeated because
+// the doctor was stopped for a while, and what remains unknown.
 type verdict struct {
 	findings []Finding
 	again    []string // names of tests
@@ -64,7 +64,7 @@ func found(code string, evidence any) verdict {
 	return verdict{findings: []Finding{newFinding(code, evidence)}}
 }
 
-// conclude says what the traces mean.
+// conclude judges the traces.
 func (s *seen) conclude() verdict {
 	var v verdict
 	v.add(s.judgeRequest())
@@ -76,8 +76,8 @@ func (s *seen) conclude() verdict {
 	return v
 }
 
-// unmade tells of a test that could not be made. One that was cut has told
-// what it could.
+// unmade reports a test that could not be made. A test that was cut still counts
+// as made.
 func unmade(t *Trace, name string) (untold verdict, is bool) {
 	switch {
 	case t == nil:
@@ -115,7 +115,8 @@ func (s *seen) judgeRequest() (v verdict) {
 	return v
 }
 
-// toldID is an id as it may be told: one of a run of this module is a capability.
+// toldID is an id as it may be shown: one of a run of this module is a
+// capability.
 func toldID(id string) string {
 	if run, ours := strings.CutPrefix(id, "sse1-"); ours {
 		return "sse1-" + clean(run[:min(len(run), 4)]) + "…"
@@ -140,12 +141,13 @@ func (s *seen) judgePost() (v verdict) {
 	return v
 }
 
-// sameList compares lists without white space and letter case.
+// sameList compares lists, ignoring white space and letter case.
 func sameList(sent, arrived string) bool {
 	return slices.Equal(listOf(sent), listOf(arrived))
 }
 
-// hasAll reports whether all that was sent has arrived; a hop may add to it.
+// hasAll reports whether everything that was sent has arrived; a hop may add to
+// it.
 func hasAll(sent, arrived string) bool {
 	there := listOf(arrived)
 	for _, item := range listOf(sent) {
@@ -165,7 +167,7 @@ func listOf(value string) (items []string) {
 	return items
 }
 
-// judgeBuffer tells what holds back headers and events.
+// judgeBuffer finds out what holds back headers and events.
 func (s *seen) judgeBuffer() verdict {
 	t := s.sizes
 	if v, unmade := unmade(t, testSizes); unmade {
@@ -207,14 +209,13 @@ func (s *seen) judgeBuffer() verdict {
 	return v
 }
 
-// judgeFew looks at a stream that was cut before it had told what the others
-// tell by three events.
+// judgeFew judges a stream that was cut before its third event.
 func (s *seen) judgeFew(t *Trace) verdict {
 	return verdict{untold: []string{testSizes + ", " + testDelay + ": the stream ended after " + countOf(len(t.Events), "event") + " of " + countOf(t.Wanted, "event")}}
 }
 
-// getsThrough reports whether a small event has come by itself, in a long
-// silence: what holds others back is a clock then, and no buffer.
+// getsThrough reports whether a small event arrived alone, in a long silence:
+// then a timer holds the others back, not a buffer.
 func (s *seen) getsThrough() bool {
 	t := s.silence
 	if !t.answered() || t.Encoding != "" || len(t.Events) == 0 {
@@ -236,7 +237,7 @@ func heldFor(holds []hold) (held []time.Duration) {
 	return held
 }
 
-// judgeHeld tells a buffer from a hop that waits for the end.
+// judgeHeld distinguishes a buffer from a hop that waits for the end.
 func (s *seen) judgeHeld(holds []hold) verdict {
 	t := s.sizes
 	longest := slices.Max(heldFor(holds))
@@ -250,14 +251,15 @@ func (s *seen) judgeHeld(holds []hold) verdict {
 	if s.drip.answered() {
 		held, known := s.drip.held()
 		if len(held)*2 < known {
-			return verdict{again: []string{testSizes}} // a buffer would have held these, too
+			return verdict{again: []string{testSizes}} // a buffer would have held these back, too
 		}
 		longest = max(longest, slices.Max(append(held, 0)))
 	}
 	return found(buffered, Buffered{size, exact, round(longest)})
 }
 
-// held returns for how long events were held, and of how many that is known.
+// held returns for how long events were held back, and for how many events that
+// is known.
 func (t *Trace) held() (held []time.Duration, known int) {
 	for i := range max(len(t.Events)-1, 0) {
 		h := t.holdOf(i)

@@ -1,9 +1,9 @@
-// Package doctor finds out what is between a client and an event stream: who
-// holds headers or events back, who cuts streams, and who changes requests. It
-// is what `caddy sse check` does.
+// Package doctor finds out what is between a client and an event stream: what
+// holds headers or events back, what cuts streams, and what changes requests. It
+// is `caddy sse check`.
 //
 // Measuring (measure.go, plan.go) and concluding (conclude.go, ends.go,
-// listen.go) are apart: conclusions are pure functions of traces.
+// listen.go) are separate: conclusions are pure functions of traces.
 package doctor
 
 import (
@@ -17,7 +17,8 @@ import (
 )
 
 const (
-	// DefaultFor is how long a check takes at most, and ShortestFor what it needs.
+	// DefaultFor is the default for Config.For, and ShortestFor the shortest that
+	// is enough.
 	DefaultFor  = 75 * time.Second
 	ShortestFor = 10 * time.Second
 
@@ -30,29 +31,30 @@ const (
 	version = 1 // of the report
 )
 
-// Config is what is checked, and how.
+// Config says what to check, and how.
 type Config struct {
 	URL      string
-	Token    string              // of the probe at the URL; empty: there is none
-	HTTP     string              // HTTP1, HTTP2 or HTTP3; empty: what TLS agrees on, else HTTP1
-	Header   http.Header         // in place of the doctor's own; no values: not sent
-	Method   string              // empty: GET, or POST where there is a body
+	Token    string              // of the probe at the URL; empty: check without a probe
+	HTTP     string              // HTTP1, HTTP2 or HTTP3; empty: what TLS negotiates, else HTTP1
+	Header   http.Header         // replaces the doctor's own fields; no values: removes one
+	Method   string              // empty: GET, or POST with Data
 	Data     []byte              // nil: no body
 	Resolve  map[string][]string // addresses by host:port
-	Insecure bool                // any certificate will do
-	For      time.Duration       // bounds everything; 0: DefaultFor
+	Insecure bool                // accept any certificate
+	For      time.Duration       // the longest time for the whole check; 0: DefaultFor
 
-	// Getenv is where the proxies are, as in os.Getenv; nil: there are none.
+	// Getenv returns the environment variables for proxies, like os.Getenv; nil:
+	// there are none.
 	Getenv func(string) string
-	// Dial connects in place of the network; nil: the network.
+	// Dial connects instead of the network; nil: the network.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 
-	Begin    func(plan string) // what will be done, before it is
-	Done     func(Test)        // a test is over
-	Progress func(line string) // what goes on
+	Begin    func(plan string) // says what the check will do, before it starts
+	Done     func(Test)        // is called after each test
+	Progress func(line string) // says what the check is doing
 }
 
-// check is a check that is under way.
+// check is a running check.
 type check struct {
 	config Config
 	url    *url.URL
@@ -63,8 +65,8 @@ type check struct {
 // age is the time since the check began.
 func (c *check) age() time.Duration { return time.Since(c.began) }
 
-// Check makes a check. It fails if the configuration makes no sense; whatever
-// else goes wrong is in the report.
+// Check runs a check. It returns an error only if the configuration is invalid;
+// all other failures are in the report.
 func Check(ctx context.Context, config Config) (*Report, error) {
 	u, err := config.complete()
 	if err != nil {
@@ -89,10 +91,10 @@ func Check(ctx context.Context, config Config) (*Report, error) {
 	return r, nil
 }
 
-// errTimeOver is how a check ends that has taken as long as it may.
+// errTimeOver ends a check that has used up its time.
 var errTimeOver = errors.New("the time is over")
 
-// complete fills in the defaults and reads the URL.
+// complete fills in the defaults and parses the URL.
 func (c *Config) complete() (*url.URL, error) {
 	u, err := url.Parse(c.URL)
 	switch {
@@ -138,7 +140,7 @@ func (c *Config) complete() (*url.URL, error) {
 	return u, nil
 }
 
-// shown is a URL without what may be secret.
+// shown is a URL without the parts that may be secret.
 func shown(u *url.URL) string {
 	plain := url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path, RawPath: u.RawPath}
 	return clean(plain.String())

@@ -2,8 +2,8 @@ package doctor
 
 import "time"
 
-// shortestCut is the age from which on a request without an answer was cut, and
-// not refused.
+// shortestCut is the age from which a request without an answer counts as cut,
+// and not as refused.
 const shortestCut = time.Second
 
 // ending is how a stream was cut.
@@ -22,15 +22,15 @@ func (t *Trace) cut() (ending, bool) {
 	case t.Error == "":
 		return ending{t.Ended, t.Ended - t.Headers, t.Ended - t.last(), t.Clean}, true
 	case (t.Status == 0 || t.Status >= 500) && t.Ended-t.Started >= shortestCut:
-		// A hop that holds the headers has nothing to cut but the connection.
+		// If a hop holds the headers back, only the connection can be cut.
 		age := t.Ended - t.Started
 		return ending{t.Ended, age, age, false}, true
 	}
 	return ending{}, false
 }
 
-// lasted reports what keeps a trace from telling about its end, if it neither
-// was cut nor is whole.
+// lasted returns what prevents a conclusion from a trace's end, if the stream was
+// neither cut nor complete.
 func lasted(t *Trace, name string) (untold verdict, is bool) {
 	if t != nil {
 		if _, cut := t.cut(); cut {
@@ -49,8 +49,8 @@ func lasted(t *Trace, name string) (untold verdict, is bool) {
 	return verdict{}, false
 }
 
-// judgeEnds tells streams that were cut for their silence from those that were
-// cut for their age.
+// judgeEnds distinguishes streams that were cut for their silence from those that
+// were cut for their age.
 func (s *seen) judgeEnds() (v verdict) {
 	capped, v := s.judgeAges()
 	if w, is := lasted(s.silence, testSilence); is {
@@ -62,9 +62,9 @@ func (s *seen) judgeEnds() (v verdict) {
 	case !cut:
 		return v
 	case capped > 0 && closeTo(end.age, capped, s.closeness()):
-		return v // it was as old
+		return v // it was just as old
 	case s.cutWith(end.at):
-		return v // judgeAges has told of it
+		return v // judgeAges has reported it
 	case s.silence.stalled(end.at-end.silence, end.at, end.silence/20):
 		v.again = append(v.again, testSilence)
 		return v
@@ -106,7 +106,7 @@ func (s *seen) judgeAges() (capped time.Duration, v verdict) {
 		ends[cuts] = end
 		cuts++
 		if t.stalled(end.at-time.Second, end.at, time.Second/tolerated) {
-			v.again = []string{testAge1, testAge2} // they only tell together
+			v.again = []string{testAge1, testAge2} // only both together are evidence
 		}
 	}
 	const both = testAge1 + ", " + testAge2 + ": "
@@ -126,9 +126,9 @@ func (s *seen) judgeAges() (capped time.Duration, v verdict) {
 	return capped, v
 }
 
-// closeness is how far apart two things are that are the same: less than half of
-// the time between the starts of the two streams, so that an age and a moment
-// can't be taken for each other.
+// closeness is how far apart two equal times may be: less than half of the time
+// between the starts of the two streams, so that an age and a moment can't be
+// confused.
 func (s *seen) closeness() time.Duration {
 	gap := ageGap
 	if s.ages[0] != nil && s.ages[1] != nil {

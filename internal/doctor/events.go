@@ -8,12 +8,12 @@ import (
 
 const (
 	// maxData is how much of an event's data is kept until it has been read, and
-	// maxEvents of how many events it is known when they came.
+	// maxEvents for how many events it is recorded when they arrived.
 	maxData   = 128 << 10
 	maxEvents = 100_000
 )
 
-// parser reads a stream as it comes (HTML Standard, section 9.2.6).
+// parser parses a stream as it arrives (HTML Standard, section 9.2.6).
 type parser struct {
 	offset   int64 // of the next byte
 	line     []byte
@@ -34,7 +34,7 @@ func (p *parser) write(text []byte) {
 		case c == '\n' && p.afterCR:
 			p.afterCR = false
 			if len(p.line) == 0 && p.name == "" && !p.hasData {
-				p.from = p.offset // the LF of the CRLF that has ended an event
+				p.from = p.offset // after the LF of the CRLF that ended an event
 			}
 		case c == '\n' || c == '\r':
 			p.afterCR = c == '\r'
@@ -78,7 +78,7 @@ func (p *parser) endLine() {
 	}
 }
 
-// parserFor returns the parser that fills a trace.
+// parserFor returns a parser that writes to a trace.
 func parserFor(t *Trace) *parser {
 	p := new(parser)
 	p.sawNote = func() { t.Comments++ }
@@ -97,7 +97,7 @@ func parserFor(t *Trace) *parser {
 			At *float64 `json:"at"`
 		}
 		if json.Unmarshal(data, &said) != nil || said.N == nil || said.At == nil {
-			return // of whoever else is on the way
+			return // from something else on the way
 		}
 		event.Own = *said.At
 		t.Events = append(t.Events, event)

@@ -22,17 +22,17 @@ const (
 	clumped         = "clumped"
 )
 
-// Finding is one thing that happens to streams on the way.
+// Finding is one fault that streams meet on the way.
 type Finding struct {
 	Code     string   `json:"code"`
 	Seen     string   `json:"seen"`     // in numbers
 	Means    string   `json:"means"`    // for a stream
-	Set      []string `json:"set"`      // here, and in the usual hops
-	Docs     string   `json:"docs"`     // where it says more
+	Set      []string `json:"set"`      // in this module, and in common proxies
+	Docs     string   `json:"docs"`     // where to read more
 	Evidence any      `json:"evidence"` // one of the types below
 }
 
-// What findings are founded on. Durations are in seconds.
+// The evidence for findings. Durations are in seconds.
 type (
 	HeadersHeld struct {
 		HeldSeconds float64 `json:"held_seconds"`
@@ -55,7 +55,7 @@ type (
 	}
 	IdleTimeout struct {
 		Seconds float64 `json:"seconds"`
-		Clean   bool    `json:"clean"` // it looked like a whole answer
+		Clean   bool    `json:"clean"` // it looked like a complete answer
 	}
 	TotalCap struct {
 		Seconds float64 `json:"seconds"`
@@ -83,7 +83,7 @@ type (
 	}
 )
 
-// Where docs/deployment.md says more.
+// Sections of docs/deployment.md.
 const (
 	docs         = "docs/deployment.md"
 	docsKills    = docs + "#the-four-things-that-kill-a-stream-on-the-way"
@@ -105,9 +105,9 @@ func newFinding(code string, evidence any) Finding {
 	switch e := evidence.(type) {
 	case HeadersHeld:
 		f.Seen = fmt.Sprintf("The response headers came with the first byte of the body, %s after they had been sent.", secondsOf(e.HeldSeconds))
-		f.Means = "A hop between here and there keeps the headers until a byte of the body follows. An EventSource stays in CONNECTING until then."
+		f.Means = "A hop between here and there holds the headers back until a byte of the body follows. An EventSource stays in CONNECTING until then."
 		f.Set = []string{
-			"here: leave `prelude` on (its default is 1s): that comment sets the headers free",
+			"here: leave `prelude` on (its default is 1s): that comment makes the hop send the headers",
 			"nginx with HTTP/2: nothing to set there (" + docsNginx + ")",
 		}
 		f.Docs = docsNginx
@@ -116,7 +116,7 @@ func newFinding(code string, evidence any) Finding {
 		if e.Exact {
 			size = bytesOf(e.BufferBytes)
 		}
-		f.Seen = fmt.Sprintf("Events waited until %s were together, for up to %s.", size, secondsOf(e.HeldSeconds))
+		f.Seen = fmt.Sprintf("Events were held back until %s had come together, for up to %s.", size, secondsOf(e.HeldSeconds))
 		f.Means = "A hop between here and there collects the body in a buffer and passes it on when that is full. Events come late and in clumps, and heartbeats do not get through."
 		f.Set = []string{
 			"nginx: `proxy_buffering off`, or take X-Accel-Buffering out of `proxy_ignore_headers` (" + docsNginx + ")",
@@ -126,18 +126,18 @@ func newFinding(code string, evidence any) Finding {
 		}
 		f.Docs = docsSettings
 	case BufferedToEnd:
-		f.Seen = fmt.Sprintf("Nothing came before the answer was over: %s waited for up to %s.", bytesOf(e.HeldBytes), secondsOf(e.HeldSeconds))
+		f.Seen = fmt.Sprintf("Nothing arrived before the answer was over: %s were held back for up to %s.", bytesOf(e.HeldBytes), secondsOf(e.HeldSeconds))
 		f.Means = "A hop between here and there waits for the whole answer, or for more than the check has sent. A stream that goes on never arrives."
 		f.Set = []string{
 			"nginx: `proxy_buffering off`, or take X-Accel-Buffering out of `proxy_ignore_headers` (" + docsNginx + ")",
 			"Caddy: take `response_buffers` out of `reverse_proxy` (" + docsCaddy + ")",
 			"API Gateway: the response transfer mode `STREAM` (" + docsAWS + ")",
-			"a scanner that wants whole bodies: an exception for this path",
+			"a scanner that needs complete bodies: an exception for this path",
 		}
 		f.Docs = docsSettings
 	case Delayed:
-		f.Seen = fmt.Sprintf("Small events came %s late.", secondsOf(e.DelaySeconds))
-		f.Means = "A hop between here and there waits for more before it sends what is small. Nothing is lost, but every event is late."
+		f.Seen = fmt.Sprintf("Small events arrived %s late.", secondsOf(e.DelaySeconds))
+		f.Means = "A hop between here and there waits for more data before it sends small pieces. Nothing is lost, but every event is late."
 		f.Set = []string{
 			"HAProxy: `option http-no-delay` (" + docsHAProxy + ")",
 			"programs of your own: TCP_NODELAY, and a flush after each event",
@@ -160,15 +160,15 @@ func newFinding(code string, evidence any) Finding {
 		f.Docs = docsApache
 	case IdleTimeout:
 		f.Seen = fmt.Sprintf("A stream was cut after %s without a byte%s, and streams with an event each second lived longer.", secondsOf(e.Seconds), likeWhole(e.Clean))
-		f.Means = "A hop between here and there ends what is silent for that long. Heartbeats below it keep a stream alive."
+		f.Means = "A hop between here and there cuts streams that are silent for that long. Heartbeats at a shorter interval keep a stream alive."
 		f.Set = []string{
 			fmt.Sprintf("here: `heartbeat %s` or less", heartbeatBelow(e.Seconds)),
 			"nginx: `proxy_read_timeout` (" + docsNginx + "); HAProxy: `timeout client` and `timeout server` (" + docsHAProxy + "); others: " + docsTimers,
 		}
 		f.Docs = docsTimers
 	case TotalCap:
-		f.Seen = fmt.Sprintf("Two streams that began at different times were cut at the same age, %s%s, though an event went by each second.", secondsOf(e.Seconds), likeWhole(e.Clean))
-		f.Means = "A hop between here and there bounds how long an answer may take. No heartbeat moves that."
+		f.Seen = fmt.Sprintf("Two streams that began at different times were cut at the same age, %s%s, although an event was sent each second.", secondsOf(e.Seconds), likeWhole(e.Clean))
+		f.Means = "A hop between here and there limits how long an answer may take. Heartbeats do not change that."
 		f.Set = []string{
 			"Envoy: the route's `timeout: 0s` (" + docsEnvoy + ")",
 			"Google Cloud: the backend service's timeout, Cloud Run's request timeout (" + docsGoogle + ")",
@@ -180,7 +180,7 @@ func newFinding(code string, evidence any) Finding {
 		f.Seen = fmt.Sprintf("%s was %s, and arrived as %s.", e.Header, quoted(e.Sent), quoted(e.Arrived))
 		f.Means = meansChanged(e.Header)
 		f.Set = []string{
-			"the hop that changes it: pass it on as it is",
+			"the hop that changes it: pass it on unchanged",
 			"CloudFront: an origin request policy with `Accept` (" + docsAWS + ")",
 		}
 		if e.Header == "Accept" {
@@ -189,30 +189,30 @@ func newFinding(code string, evidence any) Finding {
 		f.Docs = docsSettings
 	case LastEventIDLost:
 		f.Seen = fmt.Sprintf("Last-Event-ID was %s, and arrived as %s.", quoted(e.Sent), quoted(e.Arrived))
-		f.Means = "A client that comes back can't say where it was. It loses what was sent meanwhile, or gets everything again."
+		f.Means = "A client that reconnects can't say where it was. It misses what was sent in the meantime, or gets everything again."
 		f.Set = []string{
-			"the hop that takes it out: pass Last-Event-ID on",
+			"the hop that removes it: pass Last-Event-ID on",
 			"CloudFront: an origin request policy with `Last-Event-ID` (" + docsAWS + ")",
 		}
 		f.Docs = docsAWS
 	case HTTP10:
 		f.Seen = fmt.Sprintf("The request arrived as %s.", clean(e.Arrived))
-		f.Means = "A hop asks in HTTP/1.0. Each stream takes a connection that is never used again, and an answer that was broken off looks whole to the client."
+		f.Means = "A hop uses HTTP/1.0 for its requests. Each stream takes a connection that is never used again, and an aborted answer looks complete to the client."
 		f.Set = []string{"nginx: `proxy_http_version 1.1;` and `proxy_set_header Connection \"\";` (" + docsNginx + ")"}
 		f.Docs = docsNginx
 	case Cut:
 		f.Seen = fmt.Sprintf("The stream was broken off at an age of %s, after %s without a byte.", secondsOf(e.AgeSeconds), secondsOf(e.SilenceSeconds))
-		f.Means = "Somebody between here and there, or the server itself, has broken the answer off. Without a probe there is no telling who, or why."
+		f.Means = "A hop between here and there, or the server itself, has broken the answer off. Without a probe the check can't tell which, or why."
 		f.Set = []string{
-			"compare the age and the silence with the timers of what is on the way: " + docsTimers,
-			"here: switch `sse_probe` on and check with its token, which tells an idle timer from a cap",
+			"compare the age and the silence with the timers of the hops on the way: " + docsTimers,
+			"here: switch `sse_probe` on and check with its token, which distinguishes an idle timer from a cap",
 		}
 		f.Docs = docsTimers
 	case Clumped:
-		f.Seen = fmt.Sprintf("%d events came together, though %s lie between them by their own times.", e.Events, secondsOf(e.SpreadSeconds))
-		f.Means = "Events were held back between where they were made and here: by a buffer on the way, or by the server itself."
+		f.Seen = fmt.Sprintf("%d events arrived together, although their own times are %s apart.", e.Events, secondsOf(e.SpreadSeconds))
+		f.Means = "Events were held back after they were created: by a buffer on the way, or by the server itself."
 		f.Set = []string{
-			"here: switch `sse_probe` on and check with its token, which tells a buffer on the way from one at the server",
+			"here: switch `sse_probe` on and check with its token, which distinguishes a buffer on the way from one at the server",
 			"nginx: `proxy_buffering off` (" + docsNginx + "); Azure: " + docsAzure + "; others: " + docsSettings,
 		}
 		f.Docs = docsSettings
@@ -223,11 +223,11 @@ func newFinding(code string, evidence any) Finding {
 func meansChanged(header string) string {
 	switch header {
 	case "Accept":
-		return "This module tells by Accept which streams may be ended on purpose and get their reconnection time. No stream is resumable for it behind this hop."
+		return "This module decides by Accept which streams it may end early and which get a reconnection time. No stream of a client behind this hop is resumable."
 	case "Cache-Control":
-		return "This module knows an EventSource by no-cache in its request. Behind this hop it aborts where it would end cleanly, and `reconnect_on` does nothing."
+		return "This module recognises an EventSource by no-cache in its request. For clients behind this hop it aborts streams that it would end cleanly, and `reconnect_on` does nothing."
 	case "method":
-		return "What should be a POST does not arrive as one."
+		return "A POST does not arrive as a POST."
 	}
 	return "The body of a POST does not arrive as it was sent."
 }
@@ -246,12 +246,13 @@ func quoted(text string) string {
 	return strconv.Quote(text)
 }
 
-// heartbeatBelow is a heartbeat that a timer of so many seconds does not catch.
+// heartbeatBelow is a heartbeat that is short enough for a timer of this many
+// seconds.
 func heartbeatBelow(seconds float64) string {
 	return below(min(seconds, 20))
 }
 
-// below is about three quarters, in whole seconds where there are any.
+// below is about three quarters, in whole seconds if possible.
 func below(seconds float64) string {
 	d := time.Duration(seconds * 0.75 * float64(time.Second))
 	if d >= 2*time.Second {

@@ -10,8 +10,8 @@ import (
 const (
 	testStream = "stream"
 
-	// together is how close events come that came together, and apart how far
-	// they have to lie from each other by their own times.
+	// together is how close together events arrive that arrived as one, and apart
+	// how far apart their own times must be.
 	together = 50 * time.Millisecond
 	apart    = time.Second
 
@@ -45,7 +45,7 @@ func (c *check) listen(ctx context.Context, r *Report) {
 	r.Covered = t.coveredStream()
 }
 
-// notes are what an answer says of itself.
+// notes are what an answer's headers say.
 func (t *Trace) notes() []string {
 	if t.Status == 0 {
 		return nil
@@ -66,7 +66,7 @@ func orNone(value string) string {
 	return value
 }
 
-// judgeStream says what a stream shows by itself.
+// judgeStream judges a single stream.
 func (t *Trace) judgeStream() (v verdict) {
 	if t.Encoding != "" {
 		v.add(t.judgeCompressed())
@@ -79,7 +79,7 @@ func (t *Trace) judgeStream() (v verdict) {
 			v.add(found(cutOff, Cut{round(t.Ended - t.Headers), round(silence)}))
 		}
 	}
-	if len(v.findings) == 0 || t.Encoding == "" { // else the compressor explains it
+	if len(v.findings) == 0 || t.Encoding == "" { // otherwise the compression explains it
 		v.add(t.judgeClumps())
 	}
 	return v
@@ -93,8 +93,8 @@ func (t *Trace) judgeCompressed() verdict {
 	return found(compressed, Compressed{t.Encoding, flushed})
 }
 
-// judgeClumps looks for events that came together though they were made apart.
-// What comes first may be a history, and tells nothing.
+// judgeClumps looks for events that arrived together although they were created
+// at different times. The first ones may be a replay, which is no evidence.
 func (t *Trace) judgeClumps() verdict {
 	worst := Clumped{}
 	unknown := false
@@ -105,7 +105,7 @@ func (t *Trace) judgeClumps() verdict {
 		}
 		came := t.finished(i)
 		spread := t.spread(i, j)
-		// The silence before has to be as long as what was held back.
+		// The silence before must be as long as the events were held back.
 		if i > 0 && j-i+1 >= clumpEvents && spread >= apart && came-t.finished(i-1) >= spread/2 {
 			if t.stalled(came-spread, came+together, spread/tolerated) {
 				unknown = true
@@ -124,7 +124,7 @@ func (t *Trace) judgeClumps() verdict {
 	return verdict{}
 }
 
-// spread is how far events lie from each other by their own times.
+// spread is how far apart events are by their own times.
 func (t *Trace) spread(from, to int) time.Duration {
 	earliest, latest := math.Inf(1), math.Inf(-1)
 	for _, event := range t.Events[from : to+1] {

@@ -18,10 +18,10 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// measurement is one request of a check and what it is for.
+// measurement is one request of a check, and its purpose.
 type measurement struct {
 	name     string
-	script   string // empty: there is no probe
+	script   string // empty: without a probe
 	wanted   int    // events of the script
 	method   string
 	body     []byte
@@ -30,14 +30,13 @@ type measurement struct {
 	within   time.Duration
 }
 
-// busy is a probe that has no place at the moment.
+// busy is the error of a probe that runs its maximum of scripts.
 type busy struct{ limits Limits }
 
 func (busy) Error() string { return "all places of the probe are taken" }
 
-// measure sends the request and watches its answer until that ends, or until
-// the time is over. It fails with busy alone: what else goes wrong is in the
-// trace.
+// measure sends the request and reads its answer until that ends, or until the
+// time is over. Its only error is busy: other failures are in the trace.
 func (c *check) measure(ctx context.Context, m measurement) (*Trace, error) {
 	t := &Trace{Name: m.name, Script: m.script, Wanted: m.wanted, Started: c.age()}
 	err := c.exchange(ctx, m, t)
@@ -93,14 +92,14 @@ func (t *Trace) note(res *http.Response) {
 	t.Buffer = clean(res.Header.Get("X-Accel-Buffering"))
 }
 
-// versionOf is how the version of an answer is asked for.
+// versionOf is the name of an answer's HTTP version, as used in requests.
 func versionOf(proto string) string {
 	version := strings.TrimPrefix(proto, "HTTP/")
 	return strings.TrimSuffix(version, ".0") + map[bool]string{true: ".0"}[version == "1.0"]
 }
 
-// codingOf is the content coding of an answer, empty for none (RFC 9110,
-// section 8.4.1). What is no coding is text, as it is to browsers.
+// codingOf is the content coding of an answer, empty for none (RFC 9110, section
+// 8.4.1). Anything that is not a coding means text, as it does to browsers.
 func codingOf(header http.Header) string {
 	for _, value := range header["Content-Encoding"] {
 		for coding := range strings.SplitSeq(value, ",") {
@@ -147,7 +146,7 @@ func (c *check) request(ctx context.Context, m measurement) (*http.Request, erro
 			continue
 		}
 		if len(values) == 0 {
-			// net/http has a user agent of its own, which an empty one prevents.
+			// net/http adds a user agent of its own, except in place of an empty one.
 			values = map[bool][]string{true: {""}}[name == "User-Agent"]
 		}
 		r.Header[name] = values
@@ -162,7 +161,7 @@ func (c *check) request(ctx context.Context, m measurement) (*http.Request, erro
 	return r, nil
 }
 
-// refusal says why an answer is not the one that was asked for, if so.
+// refusal says why an answer is not the expected one; nil: it is.
 func (c *check) refusal(m measurement, res *http.Response) error {
 	if res.StatusCode != http.StatusOK {
 		text, _ := io.ReadAll(io.LimitReader(res.Body, 4<<10))
@@ -187,7 +186,7 @@ func (c *check) refusal(m measurement, res *http.Response) error {
 	return nil
 }
 
-// watch reads the body as it comes.
+// watch reads the body as it arrives.
 func (c *check) watch(ctx context.Context, res *http.Response, t *Trace) {
 	parser := parserFor(t)
 	last := t.Headers
@@ -217,7 +216,7 @@ func (c *check) watch(ctx context.Context, res *http.Response, t *Trace) {
 	}
 }
 
-// maxArrivals bounds what is remembered of a stream that is listened to.
+// maxArrivals bounds how many arrivals of a stream are recorded.
 const maxArrivals = 200_000
 
 func (c *check) arrive(arrivals []Arrival, n int) []Arrival {
@@ -245,8 +244,8 @@ func (r *rawReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// decoder decodes as far as is possible with what has come. What it can't decode
-// is no text, and so has no arrivals.
+// decoder decodes what has arrived as far as possible. A coding that it does not
+// know is not text, and so has no arrivals.
 func decoder(coding string, raw io.Reader) io.Reader {
 	return &lazyDecoder{coding: coding, raw: raw}
 }
@@ -282,7 +281,7 @@ func (d *lazyDecoder) Read(p []byte) (n int, err error) {
 	return d.text.Read(p)
 }
 
-// statusError is an answer that is not the one that was asked for.
+// statusError is an answer that is not the expected one.
 type statusError struct {
 	status      int
 	via, server string
@@ -319,7 +318,7 @@ func (e *statusError) Error() string {
 	return text
 }
 
-// plain takes the URL out of an error: it may hold secrets.
+// plain removes the URL from an error: it may contain secrets.
 func plain(err error) error {
 	if wrapped, ok := errors.AsType[*url.Error](err); ok {
 		return wrapped.Err
@@ -327,7 +326,7 @@ func plain(err error) error {
 	return err
 }
 
-// clean makes what others have sent fit for a terminal.
+// clean makes text from others safe for a terminal.
 func clean(text string) string {
 	const limit = 512
 	cleaned := strings.Map(func(r rune) rune {

@@ -8,15 +8,15 @@ import (
 	"time"
 )
 
-// The times of day that an event can have: numbers outside are something else.
+// Numbers outside this range can't be the time of an event.
 const (
 	earliestOwn = 1_500_000_000 // 2017
 	latestOwn   = 4_000_000_000 // 2096
 )
 
-// ownTime is when an event says that it was made, in seconds since 1970; NaN
-// where it does not say. Streams that were made by Redis, Kafka or Mercure say
-// so in their ids, others in a member of their data.
+// ownTime is when an event says that it was created, in seconds since 1970; NaN
+// if it does not say. Streams of Redis, Kafka or Mercure say so in their ids,
+// others in a member of their data.
 func ownTime(id string, data []byte) float64 {
 	if own := timeOf(id); !math.IsNaN(own) {
 		return own
@@ -37,9 +37,9 @@ func ownTime(id string, data []byte) float64 {
 	return math.NaN()
 }
 
-// timeOf reads seconds, milliseconds or microseconds since 1970, with a counter
-// after them or without one, a time of RFC 3339, and a UUID of version 7 (RFC
-// 9562, section 5.7).
+// timeOf parses seconds, milliseconds or microseconds since 1970, with or without
+// a counter after them, a time of RFC 3339, and a UUID of version 7 (RFC 9562,
+// section 5.7).
 func timeOf(text string) float64 {
 	if at, err := time.Parse(time.RFC3339, text); err == nil {
 		return inRange(float64(at.UnixNano()) / 1e9)

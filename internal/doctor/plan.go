@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// The tests that a check with a probe makes.
+// The tests of a check with a probe.
 const (
 	testRequest  = "request"
 	testPost     = "post"
@@ -25,8 +25,8 @@ const (
 )
 
 const (
-	// bursts of events that are sent shortly after each other: a hop that waits
-	// for more shows by how many of them come together.
+	// bursts are events sent shortly after each other: if a hop waits for more
+	// data, several of them arrive together.
 	burstCount  = 6
 	burstEvents = 16
 	burstStep   = 20 * time.Millisecond
@@ -47,16 +47,15 @@ const (
 	// tries is how often a test is made at most.
 	tries = 3
 
-	// retryAfter is how long a check waits for a place.
+	// retryAfter is how long a check waits before it asks a busy probe again.
 	retryAfter = time.Second
 
-	// enoughPlaces are as many as there are tests side by side.
+	// enoughPlaces is the number of tests that run in parallel.
 	enoughPlaces = 8
 )
 
 // sizes are those of the events that find a buffer, from 256 bytes to 64 KiB.
-// Most are prime, so that few buffers are filled to the last byte by whole
-// events.
+// Most are prime, so that whole events rarely fill a buffer exactly.
 var sizes = []int{256, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65536}
 
 // plan is how long the tests are.
@@ -65,7 +64,7 @@ type plan struct {
 	long                  time.Duration // the silence, and the ages
 }
 
-// planFor fits the tests into a time, and into what the probe allows.
+// planFor fits the tests into the given time and the probe's limits.
 func planFor(limit time.Duration, limits Limits) plan {
 	unit := min(float64(limit)/float64(DefaultFor), 1)
 	scaled := func(d, least time.Duration) time.Duration {
@@ -138,7 +137,7 @@ func (c *check) postBody() []byte {
 	return []byte(`{"check":true}`)
 }
 
-// sent is what the requests say.
+// sent is what the requests contain.
 func (c *check) sent() (sent, error) {
 	r, err := c.request(context.Background(), measurement{method: http.MethodGet, lastID: "check-" + rand.Text()[:8]})
 	if err != nil {
@@ -152,7 +151,7 @@ func (c *check) sent() (sent, error) {
 	}, nil
 }
 
-// ask checks with a probe. It returns what it has seen.
+// ask checks with a probe. It returns what it has measured.
 func (c *check) ask(ctx context.Context, r *Report) *seen {
 	c.config.Begin(fmt.Sprintf("Asks the probe at %s in eight streams, most of them side by side: what arrives of a request, what is held back, "+
 		"delayed, compressed or cut. That takes about %v, and at most %v.", r.URL, planFor(c.config.For, Limits{Probes: enoughPlaces}).long+3*time.Second, c.config.For))
@@ -215,8 +214,8 @@ func (c *check) noPlace(m measurement) *Trace {
 	return &Trace{Name: m.name, Script: m.script, Wanted: m.wanted, Started: c.age(), Ended: c.age(), GivenUp: true, Error: "the probe had no place for it in time"}
 }
 
-// runAll makes the tests, those again that tell nothing as the doctor did not
-// run, and the ones that others ask for.
+// runAll makes the tests, repeats those that have no result because the doctor
+// was stopped, and makes further ones that the results require.
 func (c *check) runAll(ctx context.Context, p plan, s *seen, r *Report) verdict {
 	free := make(places, max(s.request.Request.Limits.Probes, 1))
 	results := make(chan *Trace)
@@ -277,8 +276,8 @@ func (c *check) runAll(ctx context.Context, p plan, s *seen, r *Report) verdict 
 	return v
 }
 
-// fits reports whether there is time for a test. One that was cut is only worth
-// it where there is time to see that again.
+// fits reports whether there is time for a test. It makes sense to repeat a test
+// that was cut only if there is time to see the cut again.
 func (c *check) fits(name string, p plan, s *seen) bool {
 	left := c.config.For - c.age() - time.Second
 	switch name {

@@ -7,14 +7,14 @@ import (
 	"strings"
 )
 
-// proxyOf returns the proxy that curl would use for a URL, nil for none. Go's
-// own rules go past proxies for loopback addresses, and know no ALL_PROXY.
+// proxyOf returns the proxy that curl would use for a URL, nil for none. Go's own
+// rules use no proxy for loopback addresses, and do not know ALL_PROXY.
 func proxyOf(u *url.URL, getenv func(string) string) (*url.URL, error) {
 	if skipsProxy(u, first(getenv, "no_proxy", "NO_PROXY")) {
 		return nil, nil
 	}
 	names := []string{u.Scheme + "_proxy"}
-	if u.Scheme != "http" { // a CGI script gets the client's Proxy header as HTTP_PROXY
+	if u.Scheme != "http" { // in a CGI script, HTTP_PROXY is the client's header Proxy
 		names = append(names, strings.ToUpper(u.Scheme)+"_PROXY")
 	}
 	value := first(getenv, append(names, "all_proxy", "ALL_PROXY")...)
@@ -44,8 +44,8 @@ func first(getenv func(string) string, names ...string) string {
 	return ""
 }
 
-// skipsProxy reports whether the list of hosts, domains and networks has the
-// URL's host.
+// skipsProxy reports whether the URL's host is in the list of hosts, domains and
+// networks.
 func skipsProxy(u *url.URL, list string) bool {
 	host := strings.TrimSuffix(strings.ToLower(u.Hostname()), ".")
 	addr, addrErr := netip.ParseAddr(host)

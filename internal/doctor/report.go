@@ -9,9 +9,9 @@ import (
 
 // The results of a check.
 const (
-	Clean    = "clean"    // every test could be made, and found nothing
-	Findings = "findings" // there is at least one
-	Unknown  = "unknown"  // nothing was found, and not everything could be told
+	Clean    = "clean"    // all tests ran, and found nothing
+	Findings = "findings" // there is at least one finding
+	Unknown  = "unknown"  // nothing was found, but some tests have no result
 )
 
 // Report is what a check has found.
@@ -23,13 +23,13 @@ type Report struct {
 	Seconds  float64   `json:"seconds"`
 	Covered  Covered   `json:"covered"`
 	Tests    []Test    `json:"tests"`
-	Untold   []string  `json:"untold"` // what could not be told, and why
+	Untold   []string  `json:"untold"` // what remained unknown, and why
 	Findings []Finding `json:"findings"`
 
-	notes []string // of a stream that was listened to
+	notes []string // about a stream without a probe
 }
 
-// Covered is up to where a check has looked.
+// Covered is how far a check has looked.
 type Covered struct {
 	SilenceSeconds float64 `json:"silence_seconds"`
 	AgeSeconds     float64 `json:"age_seconds"`
@@ -46,7 +46,7 @@ type Test struct {
 	Bytes          int64   `json:"bytes"`
 	Events         int     `json:"events"`
 	EventsWanted   int     `json:"events_wanted"`
-	Clean          bool    `json:"clean"` // its end was
+	Clean          bool    `json:"clean"` // it ended cleanly
 }
 
 func testOf(t *Trace) Test {
@@ -78,7 +78,7 @@ func (r *Report) finish(age time.Duration) {
 	}
 }
 
-// Status is the exit status that goes with the report.
+// Status is the exit status for the report.
 func (r *Report) Status() int {
 	switch r.Result {
 	case Clean:
@@ -89,7 +89,7 @@ func (r *Report) Status() int {
 	return 2
 }
 
-// Line is a test for people.
+// Line is a line about the test, for people.
 func (t Test) Line() string {
 	var line strings.Builder
 	fmt.Fprintf(&line, "%-9s", t.Name)
@@ -107,8 +107,8 @@ func (t Test) Line() string {
 	return line.String()
 }
 
-// WriteText writes what has been found, for people. The tests are told while
-// they run.
+// WriteText writes the findings, for people. The tests have been reported while
+// they ran.
 func (r *Report) WriteText(out io.Writer) error {
 	var text strings.Builder
 	for _, note := range r.notes {

@@ -7,14 +7,14 @@ import (
 )
 
 const (
-	// stallTick is how often the doctor looks whether it runs, and stallFrom
-	// from when on it has not.
+	// stallTick is how often the doctor checks that it is running, and stallFrom
+	// the shortest gap that counts as a stall.
 	stallTick = 20 * time.Millisecond
 	stallFrom = 60 * time.Millisecond
 )
 
-// stalls notices when this process did not run: it was stopped, or the machine
-// had no time for it. What arrived then, arrived unseen.
+// stalls records when this process did not run: it was stopped, or the machine
+// was too busy. What arrived in that time was seen too late.
 type stalls struct {
 	began time.Time
 	stop  chan struct{}
@@ -55,8 +55,8 @@ func (s *stalls) look() {
 	s.last = now
 }
 
-// during returns the stalls since a moment. It looks first: a process that goes
-// on may come here before its ticker does.
+// during returns the stalls since a moment. It checks first, because a process
+// that continues may come here before its ticker fires.
 func (s *stalls) during(from time.Duration) []Span {
 	s.look()
 	s.mu.Lock()

@@ -6,32 +6,31 @@ import (
 	"time"
 )
 
-// Trace is what was seen of one stream. Durations count from the moment when
-// the check began, by the doctor's own clock, unless something else is said.
-// Everything that is concluded is concluded from traces, so that it can be
-// tested without a network.
+// Trace is what was seen of one stream. Durations count from the start of the
+// check, by the doctor's own clock, unless stated otherwise. All conclusions are
+// drawn from traces, so that they can be tested without a network.
 type Trace struct {
 	Name   string
-	Script string // empty: there is no probe
+	Script string // empty: without a probe
 
 	Started time.Duration // the request was sent
-	Headers time.Duration // its answer's headers were there, if it has a status
+	Headers time.Duration // the answer's headers arrived, if it has a status
 	Ended   time.Duration // the answer was over, or given up
-	Clean   bool          // it ended as a whole answer does
-	GivenUp bool          // it was the doctor who ended it
+	Clean   bool          // it ended like a complete answer
+	GivenUp bool          // the doctor ended it
 	Error   string        // why there is no answer
 
 	Proto    string // "1.1", "2" …; empty without an answer
 	Status   int    // 0: there was no answer
 	Type     string // Content-Type
-	Encoding string // Content-Encoding, where it is one
+	Encoding string // Content-Encoding, if it is a coding
 	Via      string
 	Server   string
 	Cache    string // Cache-Control
 	Buffer   string // X-Accel-Buffering
 
 	Arrivals []Arrival // of the text
-	Raw      []Arrival // of the encoded body, where it is encoded
+	Raw      []Arrival // of the encoded body, if it is encoded
 	Events   []Event
 	Wanted   int // events of the script
 	Comments int
@@ -39,29 +38,29 @@ type Trace struct {
 	// Longest is the longest time between two bytes.
 	Longest time.Duration
 
-	// Request is what the probe says of the request.
+	// Request is what the probe reports about the request.
 	Request *Request
 
 	Stalls []Span
 }
 
-// Arrival says that so many bytes of a body were there at a moment.
+// Arrival says how many bytes of a body had arrived at a moment.
 type Arrival struct {
 	At    time.Duration
-	Bytes int64 // from the first one on
+	Bytes int64 // from the beginning
 }
 
 // Event is an event of a stream.
 type Event struct {
-	Own  float64 // seconds, by whoever sent it; NaN where it does not say
-	From int64   // the byte that it begins with
-	To   int64   // the one after its last
+	Own  float64 // seconds, by its creator's clock; NaN if unknown
+	From int64   // its first byte
+	To   int64   // the byte after its last one
 }
 
 // Span is a time in which the doctor itself did not run.
 type Span struct{ From, To time.Duration }
 
-// Request is what a probe says of a request.
+// Request is what a probe reports about a request.
 type Request struct {
 	Probe     int               `json:"probe"`
 	Method    string            `json:"method"`
@@ -73,22 +72,22 @@ type Request struct {
 	Limits    Limits            `json:"limits"`
 }
 
-// Limits are what a probe allows.
+// Limits are those of a probe.
 type Limits struct {
 	DurationSeconds float64 `json:"duration_seconds"`
 	Probes          int     `json:"probes"`
 	Bytes           int     `json:"bytes"`
 }
 
-// whole reports whether everything that the script asks for has come.
+// whole reports whether everything in the script has arrived.
 func (t *Trace) whole() bool {
 	return t.Error == "" && len(t.Events) == t.Wanted
 }
 
-// answered reports whether the trace is one of a stream.
+// answered reports whether there is an answer.
 func (t *Trace) answered() bool { return t != nil && t.Error == "" && t.Status > 0 }
 
-// bytes is how much of the text came.
+// bytes is how much of the text arrived.
 func (t *Trace) bytes() int64 {
 	if len(t.Arrivals) == 0 {
 		return 0
@@ -96,7 +95,7 @@ func (t *Trace) bytes() int64 {
 	return t.Arrivals[len(t.Arrivals)-1].Bytes
 }
 
-// last is when the last byte came, or else the headers.
+// last is when the last byte arrived, or else the headers.
 func (t *Trace) last() time.Duration {
 	arrivals := t.Arrivals
 	if len(t.Raw) > 0 {
@@ -108,7 +107,7 @@ func (t *Trace) last() time.Duration {
 	return arrivals[len(arrivals)-1].At
 }
 
-// arrived is when so many bytes of the text were there.
+// arrived is when this many bytes of the text had arrived.
 func (t *Trace) arrived(bytes int64) time.Duration {
 	i, _ := slices.BinarySearchFunc(t.Arrivals, bytes, func(a Arrival, bytes int64) int {
 		return int(min(max(a.Bytes-bytes, -1), 1))
@@ -119,7 +118,7 @@ func (t *Trace) arrived(bytes int64) time.Duration {
 	return t.Arrivals[i].At
 }
 
-// began and finished are when the first and the last byte of an event came.
+// began and finished are when the first and the last byte of an event arrived.
 func (t *Trace) began(i int) time.Duration    { return t.arrived(t.Events[i].From + 1) }
 func (t *Trace) finished(i int) time.Duration { return t.arrived(t.Events[i].To) }
 
@@ -128,8 +127,8 @@ func (t *Trace) between(i, j int) time.Duration {
 	return seconds(t.Events[j].Own - t.Events[i].Own)
 }
 
-// stalled reports whether the doctor did not run for longer than a limit in a
-// span of time.
+// stalled reports whether, in a span of time, the doctor did not run for longer
+// than a limit.
 func (t *Trace) stalled(from, to, limit time.Duration) bool {
 	var sum time.Duration
 	for _, stall := range t.Stalls {
@@ -138,18 +137,18 @@ func (t *Trace) stalled(from, to, limit time.Duration) bool {
 	return sum > limit
 }
 
-// hold is what is known of whether an event was held back.
+// hold says whether an event was held back.
 type hold struct {
-	held    time.Duration // at least for this long; 0: it was not
-	unknown bool          // it looks so, but it may have been the doctor
+	held    time.Duration // for at least this long; 0: it was not held back
+	unknown bool          // it seems so, but the doctor itself may be the cause
 }
 
-// tolerated is the part of a silence that may be lost to jitter.
+// tolerated is the part of a silence that jitter may take away.
 const tolerated = 4
 
-// holdOf finds out whether an event was held until later ones had been sent: it
-// came with them although there was a silence between them where they were
-// sent. How long the way takes does not matter, nor what the clocks say.
+// holdOf finds out whether an event was held back until later ones had been sent:
+// it arrived together with them although they were sent with a silence in
+// between. Neither the network delay nor the clocks matter.
 func (t *Trace) holdOf(i int) hold {
 	var h hold
 	finished := t.finished(i)
@@ -168,8 +167,8 @@ func (t *Trace) holdOf(i int) hold {
 	return h
 }
 
-// rests are how many bytes had come each time that nothing more did for a
-// while, the end left out.
+// rests are how many bytes had arrived each time that nothing more arrived for a
+// while, except at the end.
 func rests(arrivals []Arrival, while time.Duration) []int64 {
 	var rests []int64
 	for i := 1; i < len(arrivals); i++ {
@@ -184,12 +183,12 @@ func seconds(s float64) time.Duration {
 	return time.Duration(s * float64(time.Second))
 }
 
-// round is a duration in seconds as it is told: to a hundredth.
+// round is a duration in seconds, rounded to hundredths for people.
 func round(d time.Duration) float64 {
 	return math.Round(d.Seconds()*100) / 100
 }
 
-// median is the one in the middle, the lower of two.
+// median is the middle value, the lower one of two.
 func median[T int64 | time.Duration](values []T) T {
 	if len(values) == 0 {
 		return 0

@@ -2,22 +2,23 @@ package eventstream
 
 import "bytes"
 
-// scanPiece bounds what the scanner looks through at a time: it looks for line
-// ends in all that it is given, and is called anew for each block. Without a
-// bound, the work on many blocks in one piece would grow with its square.
+// scanPiece bounds how much the scanner gets at a time: it searches all of that
+// for line ends, and is called again for each block. Without a limit, the work
+// for many blocks in one piece would be quadratic.
 const scanPiece = 1 << 10
 
 // ScanBlock follows p up to the next event boundary, the LF of its CR included,
-// and returns how many bytes that is. It is for callers that keep the body
-// in blocks and may start to read at any of them. p is not empty.
+// and returns how many bytes that is. It is for callers that keep the body in
+// blocks and may start to read at any of them. p is not empty.
 //
 // done is true if the block is complete: what follows does not belong to it. It
-// is false where a CR at the end of p may still get its LF. Where p then begins
-// with another byte, the block was complete without it: see [Scanner.PendingCR].
+// is false if a CR at the end of p may still be followed by its LF. If the next p
+// then begins with another byte, the block was complete without it: see
+// [Scanner.PendingCR].
 //
-// idAt is where a line with an id goes if the block is to have one, as the last
-// one before its blank line; -1 where it dispatches no event, or where the
-// upstream has ids of its own.
+// idAt is where an id line for the block must go, as the last line before its
+// blank line; -1 if it dispatches no event, or if the upstream has ids of its
+// own.
 func (s *Splicer) ScanBlock(p []byte) (n, idAt int, done bool) {
 	if s.scan.PendingCR() && s.scan.Place().isBoundary() && p[0] == '\n' {
 		s.scan.Scan(p[:1])
@@ -47,10 +48,10 @@ func (s *Splicer) ScanBlock(p []byte) (n, idAt int, done bool) {
 	return n, idAt, true
 }
 
-// AppendID appends the line that [Splicer.ScanBlock] tells the place of. It ends
-// as the last line did of which the scanner is certain. No byte next to that is
-// taken for a part of it: it is a CR only where the line before ended in a CR
-// and the byte after it is another one.
+// AppendID appends the line for the place that [Splicer.ScanBlock] returned. It
+// uses the last line ending of which the scanner is certain, which can't merge
+// with the bytes around it: it is a CR only if the line before ended in a CR and
+// the next byte is another one.
 func (s *Splicer) AppendID(dst, id []byte) []byte {
 	dst = append(dst, "id: "...)
 	dst = append(dst, id...)
@@ -61,30 +62,32 @@ func (s *Splicer) AppendID(dst, id []byte) []byte {
 // CR whose LF may still come.
 func (s *Splicer) AtBoundary() bool { return s.scan.Place().isBoundary() }
 
-// TakeInvalidUTF8 reports whether the body since the last call is no UTF-8. It is
-// for event boundaries: a line has ended there, and no sequence can be open.
+// TakeInvalidUTF8 reports whether the body since the last call contains invalid
+// UTF-8. It is for event boundaries: a line has ended there, so no sequence can
+// be incomplete.
 func (s *Splicer) TakeInvalidUTF8() bool {
 	invalid := s.scan.utf8.invalid || s.scan.utf8.length > 0
 	s.scan.utf8 = utf8Checker{}
 	return invalid
 }
 
-// TakeCommit reports whether an id has been committed since the last call, be it
-// the same again: see [Scanner.LastEventID].
+// TakeCommit reports whether an id has been committed since the last call, even
+// if it is the same as before: see [Scanner.LastEventID].
 func (s *Splicer) TakeCommit() bool {
 	isNew := s.scan.id.isNew
 	s.scan.id.isNew = false
 	return isNew
 }
 
-// PassBlocks is [Splicer.Splice] for whole blocks that have been followed before,
+// PassBlocks is [Splicer.Splice] for whole blocks that have been followed before
 // by [Splicer.ScanBlock]: the stream is at an event boundary before p and after
-// it, no byte order mark is to be dropped, and no LF is to come. It takes no look
-// at them but for how the last line ends. p is not empty; events is how many of
-// the blocks dispatch one, and invalid whether they are no UTF-8.
+// it, no byte order mark must be dropped, and no LF is pending. It does not scan
+// them, except for how the last line ends. p is not empty; events is how many of
+// the blocks dispatch one, and invalid whether they contain invalid UTF-8.
 //
-// A client that gets a byte order mark first drops it. In the middle of a body it
-// is none, so a comment goes in front of it there.
+// A client ignores a byte order mark only at the start. In the middle of a body
+// it is not a byte order mark, so if a client's stream starts there, a comment
+// goes before it.
 func (s *Splicer) PassBlocks(f *Frames, p []byte, events uint64, invalid bool) (lead []byte) {
 	s.scan.passed(p, events, invalid)
 	if s.owed != nil {

@@ -23,7 +23,7 @@ type lastEventID struct {
 	buffered    uint16 // where the buffer ends in text
 	isCommitted bool   // there is a string
 	isBuffered  bool   // there is a buffer
-	isNew       bool   // a string has been committed, and nobody has asked since
+	isNew       bool   // a string has been committed since the last TakeCommit
 }
 
 func (id *lastEventID) beginLine() {

@@ -1,8 +1,8 @@
-// Package eventstream knows the text/event-stream format (HTML Standard,
+// Package eventstream implements the text/event-stream format (HTML Standard,
 // section 9.2.5 "Parsing an event stream" and 9.2.6 "Interpreting an event
 // stream"). Its [Scanner] follows a body as it passes and says where in the
-// format it is; it keeps none of it. Its [Splicer] says what a client gets of
-// the body, and puts in what is added.
+// format it is, without storing the body. Its [Splicer] decides which bytes of
+// the body a client gets, and inserts others.
 package eventstream
 
 import (
@@ -57,11 +57,11 @@ func (e LineEnding) Text() string {
 	}
 }
 
-// Scanner follows the body of one event stream. It answers the same whether
+// Scanner follows the body of one event stream. It gives the same answers whether
 // the body comes in one piece or byte by byte.
 //
-// The zero value is ready for the first byte. A Scanner holds nothing of the
-// body but the last event IDs, so its memory is bounded by them (see
+// The zero value is ready for the first byte. A Scanner stores nothing of the
+// body except the last event IDs, so its memory is bounded by them (see
 // [MaxIDLength]), and it allocates only while the longest ID so far grows. It
 // must not be copied after first use, nor used by two goroutines at a time.
 type Scanner struct {
@@ -80,7 +80,7 @@ type Scanner struct {
 	pendingCR  bool
 	hasRetry   bool
 
-	// Last, as few bodies have such a field.
+	// Last, because few bodies have such a field.
 	retry     uint64 // milliseconds
 	retryLine uint64 // the retry field being read
 }
@@ -117,7 +117,7 @@ const (
 	retryDigits
 )
 
-// block is what the lines since the last blank line amount to.
+// block is what the lines since the last blank line add up to.
 type block uint8
 
 const (
@@ -221,8 +221,8 @@ func (s *Scanner) LooksLikeJSON() bool {
 	return s.opening == jsonOpening
 }
 
-// resume has the next byte be the first one of another body. It is for where
-// the place is an event boundary: no line and no event is open there.
+// resume makes the next byte the first one of another body. The place must be an
+// event boundary, where no line and no event is incomplete.
 func (s *Scanner) resume() {
 	s.opening = bodyStart
 	s.pendingCR = false
@@ -245,7 +245,7 @@ func (s *Scanner) scan(p []byte, toBoundary bool) int {
 	return n
 }
 
-// passed follows whole blocks without a look through them.
+// passed follows whole blocks without scanning them.
 func (s *Scanner) passed(p []byte, events uint64, invalid bool) {
 	s.opening = textOpening
 	s.events += events
@@ -298,7 +298,7 @@ func (s *Scanner) judgeOpening(p []byte) {
 }
 
 func (s *Scanner) followLines(p []byte, toBoundary bool) int {
-	// The next LF and CR at or after i are looked up once each, so that a body
+	// The next LF and CR at or after i are searched only once each, so that a body
 	// that has only one kind is not searched for the other at every line.
 	lf, cr := -1, -1
 	for i := 0; i < len(p); {
@@ -348,7 +348,7 @@ func indexFrom(p []byte, from int, b byte) int {
 	return len(p)
 }
 
-// followLine follows the next bytes of one line, its end not among them.
+// followLine follows the next bytes of one line, without its end.
 func (s *Scanner) followLine(p []byte) {
 	if len(p) == 0 {
 		return
@@ -405,9 +405,10 @@ func (s *Scanner) followName(p []byte) (value []byte) {
 	return p[n+1:]
 }
 
-// beginValue turns the complete name into what becomes of the value. The standard compares names
-// literally, without case folding. The event field is among the ignored ones:
-// it does not decide whether there is an event.
+// beginValue decides what happens to the value of a field, once its name is
+// complete. The standard compares names literally, without case folding. The
+// event field is among the ignored ones: it does not decide whether there is an
+// event.
 func (s *Scanner) beginValue() line {
 	switch string(s.name[:s.nameLength]) {
 	case "data":

@@ -86,7 +86,7 @@ type game struct {
 
 	told       bool // what was owed
 	dropped    bool // what was owed, as the body is JSON
-	ids        int
+	numberer   numberer
 	lastWithID uint64 // the number of the last event that can have got an ID
 	heartbeats int
 	ownEvents  int // heartbeats that are events, and blocks
@@ -171,45 +171,30 @@ func (g *game) noteOwed(n int) {
 	}
 }
 
-func (g *game) id(dst []byte) []byte {
-	g.ids++
-	return appendID(dst, g.ids)
-}
-
-func appendID(dst []byte, n int) []byte {
-	return strconv.AppendInt(append(dst, mark), int64(n), 10)
-}
-
 func (g *game) feed(t *testing.T, n int) {
 	p := g.body[g.consumed:min(g.consumed+n, len(g.body))]
 	f := &g.frames[0]
-	n = len(p)
-	if before := len(g.client); g.lastWithID == math.MaxUint64 {
-		if g.endingSoon {
-			g.client, n, g.ended = g.s.AppendWithIDsToEnd(f, g.client, p, g.id)
-		} else {
-			g.client = g.s.AppendWithIDs(f, g.client, p, g.id)
-		}
-		g.noteOwed(len(g.client) - before)
-	} else {
-		var lead, body []byte
-		if g.endingSoon {
-			lead, body, n, g.ended = g.s.SpliceToEnd(f, p)
-		} else {
-			lead, body = g.s.Splice(f, p)
-		}
-		denied, isSuffix := bytes.CutSuffix(p[:n], body)
-		isMark := bytes.HasPrefix([]byte(bom[min(g.consumed, len(bom)):]), denied)
-		if !isSuffix || !isMark && string(denied) != "\n" {
-			t.Fatalf("%q became %q, %q", p[:n], lead, body)
-		}
-		g.out(lead)
-		g.out(body)
+	if g.lastWithID == math.MaxUint64 {
+		p = g.numberer.add(nil, p)
 	}
+	n = len(p)
+	var lead, body []byte
+	if g.endingSoon {
+		lead, body, n, g.ended = g.s.SpliceToEnd(f, p)
+	} else {
+		lead, body = g.s.Splice(f, p)
+	}
+	denied, isSuffix := bytes.CutSuffix(p[:n], body)
+	isMark := bytes.HasPrefix([]byte(bom[min(g.consumed, len(bom)):]), denied)
+	if !isSuffix || !isMark && string(denied) != "\n" {
+		t.Fatalf("%q became %q, %q", p[:n], lead, body)
+	}
+	g.out(lead)
+	g.out(body)
 	if n < len(p) && !g.ended {
 		t.Fatalf("%d bytes of %q were taken, and the stream does not end", n, p)
 	}
-	g.consumed += n
+	g.consumed += len(addedID.ReplaceAll(p[:n], nil))
 }
 
 func (g *game) frame(t *testing.T, f *Frames) {
@@ -337,17 +322,4 @@ func (g *game) judgeEnd(t *testing.T) {
 }
 
 // withoutIDs sets bare.
-func (g *game) withoutIDs() {
-	g.bare = g.bare[:0]
-	rest := g.client
-	for n := range g.ids {
-		var line [32]byte
-		before, after, _ := bytes.Cut(rest, appendID(append(line[:0], "id: "...), n+1))
-		g.bare = append(g.bare, before...)
-		rest = after[1:]
-		if after[0] == '\r' && after[1] == '\n' {
-			rest = after[2:]
-		}
-	}
-	g.bare = append(g.bare, rest...)
-}
+func (g *game) withoutIDs() { g.bare = addedID.ReplaceAll(g.client, nil) }

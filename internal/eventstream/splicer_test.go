@@ -283,8 +283,8 @@ func TestAFrameThatMayNotGoIsOverdueUntilTheClientGetsSomething(t *testing.T) {
 	s.SpliceToEnd(f, []byte("b"))
 	expect("more of it to the end", true, false)
 	frame(false)
-	s.AppendWithIDs(f, nil, []byte("b\n"), nil)
-	expect("more of it with IDs", true, false)
+	s.Splice(f, []byte("b\n"))
+	expect("the end of the line", true, false)
 	frame(true)
 	expect("a frame in mid-event", true, false)
 
@@ -355,9 +355,8 @@ func TestAnEarlyEndHarmsNoEventAndTearsNoCRLF(t *testing.T) {
 	} {
 		t.Run(fmt.Sprintf("%q %q", test.before, test.body), func(t *testing.T) {
 			f := styles["block"]
-			var s, withIDs Splicer
+			var s Splicer
 			play(&s, f, test.before)
-			play(&withIDs, f, test.before)
 			lead, body, n, done := s.SpliceToEnd(f, []byte(test.body))
 			if n != test.n || done != test.done {
 				t.Errorf("%d bytes, %v; want %d, %v", n, done, test.n, test.done)
@@ -365,14 +364,9 @@ func TestAnEarlyEndHarmsNoEventAndTearsNoCRLF(t *testing.T) {
 			if len(lead) > 0 || !strings.HasSuffix(test.body[:n], string(body)) {
 				t.Errorf("lead %q, body %q", lead, body)
 			}
-			if _, n, done := withIDs.AppendWithIDsToEnd(f, nil, []byte(test.body), noID); n != test.n || done != test.done {
-				t.Errorf("with IDs: %d bytes, %v", n, done)
-			}
 		})
 	}
 }
-
-func noID(dst []byte) []byte { return dst }
 
 func TestAStreamMayEndAtAnEventBoundary(t *testing.T) {
 	for _, test := range []struct {
@@ -415,15 +409,37 @@ func TestAStreamMayEndAtAnEventBoundary(t *testing.T) {
 	}
 }
 
-// numbered gives out the IDs that tests add. No body has them.
-type numbered int
-
-func (n *numbered) id(dst []byte) []byte {
-	*n++
-	return strconv.AppendInt(append(dst, '\x01'), int64(*n), 10)
+// numberer adds IDs to the events of an upstream, as a run does. No body has them.
+type numberer struct {
+	s Splicer
+	n int
 }
 
-var addedID = regexp.MustCompile("id: \x01[0-9]+(\r\n|\r|\n)")
+func (n *numberer) add(dst, p []byte) []byte {
+	for len(p) > 0 {
+		size, idAt, _ := n.s.ScanBlock(p)
+		if idAt >= 0 {
+			dst = append(dst, p[:idAt]...)
+			dst = n.s.AppendID(dst, n.next())
+			dst = append(dst, p[idAt:size]...)
+		} else {
+			dst = append(dst, p[:size]...)
+		}
+		p = p[size:]
+	}
+	return dst
+}
+
+func (n *numberer) next() []byte {
+	n.n++
+	return strconv.AppendInt([]byte{mark}, int64(n.n), 10)
+}
+
+var addedID = regexp.MustCompile("id: \x01([0-9]+)(\r\n|\r|\n)")
+
+// withLF is a text in which the lines with added IDs end in LF. While the LF of a
+// CR is still to come, the scanner does not know that lines end in CRLF.
+func withLF(text string) string { return addedID.ReplaceAllString(text, "id: \x01$1\n") }
 
 // The names are sentences of the HTML Standard, sections 9.2.5 and 9.2.6, and of
 // what is made of them.
@@ -456,17 +472,15 @@ func TestABlockThatDispatchesAnEventGetsAnIDAsItsLastLine(t *testing.T) {
 		{"ours: JSON is passed on untouched", " {\ndata: a\n\n", " {\ndata: a\n\n"},
 	} {
 		t.Run(test.sentence, func(t *testing.T) {
-			f := styles["block"]
 			for cut := range len(test.body) + 1 {
-				var s Splicer
-				var n numbered
-				got := s.AppendWithIDs(f, nil, []byte(test.body[:cut]), n.id)
+				var n numberer
+				got := n.add(nil, []byte(test.body[:cut]))
 				// The ID of an event is out with the byte that dispatches it, and
 				// nothing is held.
 				if bare := addedID.ReplaceAllString(string(got), ""); bare != test.body[:cut] {
 					t.Errorf("%q became %q", test.body[:cut], got)
 				}
-				if got := string(s.AppendWithIDs(f, got, []byte(test.body[cut:]), n.id)); got != test.want {
+				if got := string(n.add(got, []byte(test.body[cut:]))); withLF(got) != withLF(test.want) {
 					t.Errorf("cut at byte %d:\ngot  %q\nwant %q", cut, got, test.want)
 				}
 			}
@@ -521,14 +535,15 @@ func TestIDsAndFramesGoTogether(t *testing.T) {
 	} {
 		t.Run(fmt.Sprintf("%s %q", test.style, test.script), func(t *testing.T) {
 			var s Splicer
-			var n numbered
+			var n numberer
 			var got []byte
 			f := styles[test.style]
 			for i, part := range strings.Split(test.script, "|") {
 				if i > 0 {
 					got, _ = s.Frame(f, got)
 				}
-				got = s.AppendWithIDs(f, got, []byte(part), n.id)
+				lead, body := s.Splice(f, n.add(nil, []byte(part)))
+				got = append(append(got, lead...), body...)
 			}
 			if string(got) != test.want {
 				t.Errorf("\ngot  %q\nwant %q", got, test.want)
@@ -537,11 +552,12 @@ func TestIDsAndFramesGoTogether(t *testing.T) {
 	}
 	t.Run("with what is owed before them", func(t *testing.T) {
 		var s Splicer
-		var n numbered
+		var n numberer
 		s.OweRetry(time.Second)
 		s.OweLead([]byte("event: sse\ndata:\n\n"))
-		got := s.AppendWithIDs(styles["block"], []byte("x"), []byte("\uFEFFdata: a\r\n\r\ndata: b"), n.id)
-		if want := "xretry: 1000\r\n\r\nevent: sse\ndata:\n\ndata: a\r\nid: \x011\r\n\r\ndata: b"; string(got) != want {
+		lead, body := s.Splice(styles["block"], n.add(nil, []byte("\uFEFFdata: a\r\n\r\ndata: b")))
+		got := append(lead, body...)
+		if want := "retry: 1000\r\n\r\nevent: sse\ndata:\n\ndata: a\r\nid: \x011\r\n\r\ndata: b"; string(got) != want {
 			t.Errorf("\ngot  %q\nwant %q", got, want)
 		}
 	})
@@ -550,23 +566,21 @@ func TestIDsAndFramesGoTogether(t *testing.T) {
 func TestTheIDOfAnEventThatIsTheLastGoesOutWithIt(t *testing.T) {
 	for _, test := range []struct {
 		before, body, want string
-		n                  int
 	}{
-		{"data: a", "\n\ndata: b\n\n", "\nid: \x011\n\n", 2},
-		{"data: a\r\n", "\r\ndata: b", "id: \x011\r\n\r\n", 2},
-		{"data: a\r\n", "data: b", "data: b", 7},
-		{"data: a\r", "\rdata: b", "id: \x011\r\r", 1},
-		{"id: 7\ndata: a\n", "\ndata: b", "\n", 1},
-		{"event: a\n", "\ndata: b", "\n", 1},
+		{"data: a", "\n\ndata: b\n\n", "\nid: \x011\n\n"},
+		{"data: a\r\n", "\r\ndata: b", "id: \x011\r\n\r\n"},
+		{"data: a\r\n", "data: b", "data: b"},
+		{"data: a\r", "\rdata: b", "id: \x011\r\r"},
+		{"id: 7\ndata: a\n", "\ndata: b", "\n"},
+		{"event: a\n", "\ndata: b", "\n"},
 	} {
 		t.Run(fmt.Sprintf("%q %q", test.before, test.body), func(t *testing.T) {
 			var s Splicer
-			var ids numbered
+			var n numberer
 			f := styles["block"]
-			s.AppendWithIDs(f, nil, []byte(test.before), ids.id)
-			got, n, _ := s.AppendWithIDsToEnd(f, []byte("x"), []byte(test.body), ids.id)
-			if string(got) != "x"+test.want || n != test.n {
-				t.Errorf("got %q, %d; want %q, %d", got, n, "x"+test.want, test.n)
+			s.Splice(f, n.add(nil, []byte(test.before)))
+			if _, got, _, _ := s.SpliceToEnd(f, n.add(nil, []byte(test.body))); string(got) != test.want {
+				t.Errorf("got %q, want %q", got, test.want)
 			}
 		})
 	}
@@ -579,9 +593,9 @@ func TestWhatIsNotAskedForIsNotThere(t *testing.T) {
 			step := 1 + len(body.Text)/500
 			for cut := 0; cut <= len(body.Text); cut += step {
 				pieces := []string{body.Text[:cut], body.Text[cut:]}
-				var plain, toEnd, withIDs Splicer
+				var plain, toEnd Splicer
 				var client []byte
-				var ids numbered
+				var ids numberer
 				for _, piece := range pieces {
 					lead, body := plain.Splice(f, []byte(piece))
 					if len(lead) > 0 || string(body) != piece {
@@ -600,12 +614,12 @@ func TestWhatIsNotAskedForIsNotThere(t *testing.T) {
 					}
 				}
 				for _, piece := range pieces {
-					client = withIDs.AppendWithIDs(f, client, []byte(piece), ids.id)
+					client = ids.add(client, []byte(piece))
 				}
 				if got := addedID.ReplaceAllString(string(client), ""); got != body.Text {
 					t.Fatalf("cut at byte %d, with IDs and without them again: %q became %q", cut, body.Text, got)
 				}
-				if len(plain.Rest(f))+len(toEnd.Rest(f))+len(withIDs.Rest(f)) > 0 {
+				if len(plain.Rest(f))+len(toEnd.Rest(f)) > 0 {
 					t.Error("there is a rest")
 				}
 			}
@@ -616,18 +630,16 @@ func TestWhatIsNotAskedForIsNotThere(t *testing.T) {
 func TestAClientSeesTheIDsThatAreAdded(t *testing.T) {
 	for _, body := range eventstreamtest.Bodies() {
 		t.Run(body.Name, func(t *testing.T) {
-			var s Splicer
-			var ids numbered
-			client := s.AppendWithIDs(styles["block"], nil, []byte(body.Text), ids.id)
+			var ids, n numberer
+			client := ids.add(nil, []byte(body.Text))
 			var want []eventstreamtest.Event
-			var n numbered
 			for _, event := range eventsWithout(body.Text) {
 				if event.LastEventID == noOwnID {
-					event.LastEventID = string(n.id(nil))
+					event.LastEventID = string(n.next())
 				}
 				want = append(want, event)
 			}
-			if s.Opaque() {
+			if ids.s.Opaque() {
 				want = eventstreamtest.Parse([]byte(body.Text)).Events
 			}
 			if got := eventstreamtest.Parse(client).Events; !slices.Equal(got, want) {
@@ -652,12 +664,13 @@ func TestTheWorkOnALongWriteGrowsWithItsLength(t *testing.T) {
 	dst := make([]byte, 0, 2<<20)
 	without, with := time.Hour, time.Hour
 	for range 3 {
-		var s, withIDs Splicer
+		var s Splicer
+		var withIDs numberer
 		began := time.Now()
 		s.Splice(styles["block"], body)
 		without = min(without, time.Since(began))
 		began = time.Now()
-		withIDs.AppendWithIDs(styles["block"], dst, body, noID)
+		withIDs.add(dst, body)
 		with = min(with, time.Since(began))
 	}
 	if with > 50*without {
@@ -687,9 +700,9 @@ func TestNothingIsAllocatedForPlainBytes(t *testing.T) {
 		if n := testing.AllocsPerRun(100, func() { s.Frame(f, buffer); s.Splice(f, event) }); n != 0 {
 			t.Errorf("%s: %v allocations a frame", name, n)
 		}
-		ids := noID
-		if n := testing.AllocsPerRun(100, func() { s.AppendWithIDs(f, buffer, event, ids) }); n != 0 {
-			t.Errorf("%s: %v allocations a write with an ID", name, n)
-		}
+	}
+	var s Splicer
+	if n := testing.AllocsPerRun(100, func() { s.ScanBlock(event); s.AppendID(buffer, event[:5]) }); n != 0 {
+		t.Errorf("%v allocations a block with an ID", n)
 	}
 }

@@ -2,10 +2,10 @@ package eventstream
 
 import "unicode/utf8"
 
-// utf8Checker checks that a body is UTF-8, across the cuts between its pieces.
+// utf8Checker checks that a body is UTF-8, across the boundaries of its pieces.
 // It stops at the first error.
 type utf8Checker struct {
-	open    [utf8.UTFMax]byte // a sequence that has begun and not ended
+	open    [utf8.UTFMax]byte // a sequence that is incomplete
 	length  uint8             // of open
 	invalid bool
 }
@@ -38,7 +38,7 @@ func (c *utf8Checker) follow(p []byte) {
 }
 
 // openSequence returns the bytes at the end of p that begin a UTF-8 sequence
-// and do not complete it.
+// without completing it.
 func openSequence(p []byte) []byte {
 	for i := len(p) - 1; i >= 0 && i > len(p)-utf8.UTFMax; i-- {
 		if utf8.RuneStart(p[i]) {

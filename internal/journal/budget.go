@@ -6,9 +6,9 @@ import (
 	"sync"
 )
 
-// Budget bounds what the journals of one kind hold together. Its lock is taken
-// when chunks come and go, not for each event; a journal's own lock may be
-// taken inside it, never the other way round.
+// Budget bounds how many bytes the journals of one kind hold together. Its lock
+// is taken when chunks are added and dropped, not for each event. A journal's own
+// lock may be taken inside it, never the other way round.
 type Budget struct {
 	policy Policy
 
@@ -16,9 +16,9 @@ type Budget struct {
 	limit    int
 	used     int
 	journals int
-	heap     longest    // those from which something may be dropped
-	ended    []*Journal // KeepUnsent: ended, and their rest has been sent, in that order
-	calls    []func()   // what to tell whom once the locks are free
+	heap     longest    // journals that have something to drop
+	ended    []*Journal // KeepUnsent: journals that have ended and of which all has been sent, in that order
+	calls    []func()   // callbacks for when the locks are free
 }
 
 // NewBudget returns a budget of that many bytes for journals of one policy.
@@ -26,7 +26,7 @@ func NewBudget(policy Policy, limit int) *Budget {
 	return &Budget{policy: policy, limit: limit}
 }
 
-// SetLimit changes the limit. What is above it goes when something is appended.
+// SetLimit changes the limit. The excess is dropped at the next append.
 func (b *Budget) SetLimit(limit int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -41,14 +41,15 @@ func (b *Budget) Used() (bytes, journals int) {
 	return b.used, b.journals
 }
 
-// Open returns a new journal, or nil where the budget is used up. What began it
-// may be an id of the upstream's, which counts as that of its beginning. Where
-// the budget drops an ended journal, it calls evicted, which must not block.
+// Open returns a new journal, or nil if the budget is used up. began may be an id
+// of the upstream's, which counts as the id at the journal's beginning. If the
+// budget drops an ended journal, it calls that journal's evicted, which must not
+// block.
 func (b *Budget) Open(history int, began string, evicted func()) *Journal {
 	b.mu.Lock()
 	defer b.unlockAndTell()
-	// What is dropped at a time may leave some room, and the journals that are
-	// there will want it.
+	// What can be dropped later may free some room, but the existing journals will
+	// need that.
 	reserve := max(2*largestChunk, b.limit/64)
 	if b.policy == KeepUnsent {
 		b.reclaimLocked(reserve)
@@ -66,7 +67,7 @@ func (b *Budget) Open(history int, began string, evicted func()) *Journal {
 	}
 }
 
-// unlockAndTell frees the lock, and then calls whom something was dropped from.
+// unlockAndTell unlocks the budget, and then calls the callbacks.
 func (b *Budget) unlockAndTell() {
 	calls := b.calls
 	b.calls = nil
@@ -100,7 +101,7 @@ func (b *Budget) grow(j *Journal, want int) (bool, error) {
 	return grown, err
 }
 
-// settle tells the budget how much a journal has grown, and trims both.
+// settle adds a journal's growth to the budget, and trims both.
 func (b *Budget) settle(j *Journal) {
 	b.mu.Lock()
 	defer b.unlockAndTell()
@@ -113,7 +114,7 @@ func (b *Budget) settle(j *Journal) {
 	b.reclaimLocked(0)
 }
 
-// chargeLocked counts what a journal holds now. Both locks are held.
+// chargeLocked counts what a journal holds now. Both locks must be held.
 func (b *Budget) chargeLocked(j *Journal) {
 	if j.removed {
 		return
@@ -127,21 +128,22 @@ func (b *Budget) chargeLocked(j *Journal) {
 	}
 }
 
-// offerLocked makes a journal one of those from which something may be dropped.
+// offerLocked adds a journal to those that have something to drop.
 func (b *Budget) offerLocked(j *Journal) {
 	if j.heapIndex == 0 && !j.removed {
 		heap.Push(&b.heap, j)
 	}
 }
 
-// offer is offerLocked for readers, which have just made room.
+// offer is offerLocked for readers, after they have read something that may be
+// dropped.
 func (b *Budget) offer(j *Journal) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.offerLocked(j)
 }
 
-// offerEnded notes that a journal has ended and that its rest has been sent.
+// offerEnded records that a journal has ended and that all of it has been sent.
 func (b *Budget) offerEnded(j *Journal) {
 	if b.policy != KeepUnsent {
 		return
@@ -162,7 +164,8 @@ func (j *Journal) endedLocked() bool {
 	return j.closed.Load() != nil && j.sentLocked() >= j.end
 }
 
-// reclaimLocked drops what may be dropped until there is room for more bytes.
+// reclaimLocked drops what may be dropped until there is room for this many
+// bytes.
 func (b *Budget) reclaimLocked(room int) {
 	for b.used+room > b.limit && len(b.ended) > 0 {
 		j := b.ended[0]
@@ -171,7 +174,7 @@ func (b *Budget) reclaimLocked(room int) {
 		j.mu.Lock()
 		ended := j.endedLocked()
 		j.mu.Unlock()
-		if ended { // nobody has come back to an earlier place meanwhile
+		if ended { // no reader has come back to an earlier place in the meantime
 			b.discardLocked(j)
 			if j.evicted != nil {
 				b.calls = append(b.calls, j.evicted)
@@ -190,7 +193,7 @@ func (b *Budget) reclaimLocked(room int) {
 		if fell {
 			b.chargeLocked(j)
 		} else {
-			heap.Pop(&b.heap) // until it has something again
+			heap.Pop(&b.heap) // until it has something to drop again
 		}
 		j.mu.Unlock()
 	}

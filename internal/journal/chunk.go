@@ -6,39 +6,39 @@ import (
 )
 
 const (
-	// smallestChunk is what a journal begins with: a quiet stream should not
-	// pay for a busy one. Each chunk is twice as large as the one before it, up
+	// smallestChunk is the size of a journal's first chunk: a quiet stream should
+	// not pay for a busy one. Each chunk is twice as large as the one before it, up
 	// to largestChunk.
 	smallestChunk = 512
 	largestChunk  = 16 << 10
 
-	// chunkOverhead is what a chunk costs beside its bytes and its index.
+	// chunkOverhead is the cost of a chunk without its bytes and its index.
 	chunkOverhead = 256
 
-	// idOverhead is what an id costs beside its text: its entry in the chunk
-	// and the one in the journal's map.
+	// idOverhead is the cost of an id without its text: its entries in the chunk
+	// and in the journal's map.
 	idOverhead = 144
 )
 
-// chunk is a piece of the journal. Bytes that readers may have seen never
-// change, so readers get slices of buf, and keep them after the journal has
-// dropped the chunk.
+// chunk is a piece of the journal. Bytes that readers may have seen never change,
+// so readers get slices of buf, and keep them after the journal has dropped the
+// chunk.
 //
-// What an event uses stands first: see [Journal].
+// The fields that an event uses come first: see [Journal].
 type chunk struct {
 	base   int64  // offset of the first byte
 	before uint64 // how many events had ended at base
 
-	// buf is replaced only while no reader may see a byte of it.
+	// buf is replaced only while no reader can see a byte of it.
 	buf  []byte
-	used int // bytes written; the appender's, under the journal's lock
+	used int // bytes written; set by the appender, under the journal's lock
 
 	ends          []uint32 // where its events end
 	firstBoundary int32    // the first event boundary after base; -1: none
 	lastBoundary  int32    // and the last one; -1: none
 
-	// published is how many bytes readers may see, and how many events end in
-	// them: one word, so that a reader gets both of one moment.
+	// published is how many bytes readers may see, and how many events end in them.
+	// It is one word, so that a reader gets both as of one moment.
 	published atomic.Uint64
 
 	// next is the chunk that follows, set after the last change of published.
@@ -46,9 +46,9 @@ type chunk struct {
 	// reader would keep everything that came after its place.
 	next atomic.Pointer[chunk]
 
-	sealed bool // nothing more goes into it, whatever room it has
+	sealed bool // nothing more is added, even if there is room
 
-	// Where the last block ends that is no UTF-8, and the last one that commits
+	// Where the last block with invalid UTF-8 ends, and the last one that commits
 	// the id in force again; 0: there is none.
 	invalid, repeats atomic.Int64
 
@@ -56,14 +56,14 @@ type chunk struct {
 	atBase mark     // the id in force at base
 }
 
-// dropped stands for what follows a chunk that the journal no longer has.
+// dropped stands for everything after a chunk that the journal has dropped.
 var dropped = new(chunk)
 
 // mark is an id in force, how many events had ended when it was committed, and
 // where its block ended.
 type mark struct {
 	id     string
-	told   string // instead of it, where no client can bring it back
+	told   string // replaces id in logs, if no client can send that back
 	events uint64
 	offset int64
 }
@@ -91,7 +91,7 @@ func (c *chunk) cost() int {
 	return cost
 }
 
-// publish lets readers see the first n bytes.
+// publish makes the first n bytes visible to readers.
 func (c *chunk) publish(n int) {
 	c.published.Store(uint64(n)<<32 | uint64(len(c.ends)))
 }

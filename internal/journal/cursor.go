@@ -22,44 +22,45 @@ const (
 	startAfterID
 )
 
-// Live starts with what comes from now on, at the last event boundary.
+// Live starts at the last event boundary, with what comes from now on.
 func Live() Start { return Start{kind: startLive} }
 
 // Last starts with the last n events, or with as many as there are.
 func Last(n uint64) Start { return Start{kind: startLast, n: n} }
 
-// After starts with the event after number n. Where that one is gone, it starts
-// with the oldest there is, and [Cursor.Missed] says how many are lost. A number
-// that has not been reached is unknown.
+// After starts with the event after number n. If that is gone, it starts with the
+// oldest event, and [Cursor.Missed] says how many are lost. A number that has not
+// been reached is unknown.
 func After(n uint64) Start { return Start{kind: startAfter, n: n} }
 
 // AfterID starts after the block that committed an id of the upstream's, the
-// earliest one that is kept. The id that the journal began with counts. An id
+// earliest one that is kept. The id with which the journal began counts. An id
 // that the journal does not have is unknown.
 func AfterID(id string) Start { return Start{kind: startAfterID, id: id} }
 
-// Cursor is one reader's place in a journal. Wake is for any goroutine, all else
-// for one at a time: the reader's, or while it rests one of the journal's server.
+// Cursor is one reader's place in a journal. Any goroutine may call Wake. Only
+// one goroutine at a time may call the other methods: the reader's, or the
+// server's while the reader rests.
 //
-// What an event uses stands first: see [Journal].
+// The fields that an event uses come first: see [Journal].
 type Cursor struct {
 	j       *Journal
 	wake    chan struct{}
-	chunk   *chunk        // nil where there is none yet
+	chunk   *chunk        // nil if there is none yet
 	offset  int64         // of the next byte
-	gotTo   int64         // where the slice ends that Next returned last
+	gotTo   int64         // where the slice ends that Next last returned
 	gotEnds uint64        // and how many events have ended there
-	ends    uint64        // how many had ended where the reader is
-	state   atomic.Uint32 // whose the cursor is
-	wanted  atomic.Bool   // its reader waits to have it back
+	ends    uint64        // how many events have ended at the reader's place
+	state   atomic.Uint32 // who holds the cursor
+	wanted  atomic.Bool   // its reader waits to get it back
 	repeats bool          // it has been given a block that commits the id in force again
 	told    bool          // lagged; under the journal's lock
 
 	sent atomic.Int64  // KeepUnsent: up to where the bytes have been sent
 	held atomic.Uint64 // how many events have ended in what the reader has been given
 
-	// kept is what a reader of a ring is to get when it joins: kept for it,
-	// whatever the ring drops meanwhile.
+	// kept is what a reader of a ring gets when it joins, even if the ring drops it
+	// in the meantime.
 	kept       []*chunk
 	keptEvents uint64 // how many events have ended at the end of it
 
@@ -71,7 +72,7 @@ type Cursor struct {
 	index   int // in the journal's readers
 }
 
-// Place is an event boundary, as one tells it to a client.
+// Place is an event boundary, as it is described to a client.
 type Place struct {
 	Number uint64 // how many events come before it
 	ID     string // the upstream's id in force there; empty: none
@@ -79,11 +80,10 @@ type Place struct {
 }
 
 // Join adds a reader. Its place, what is kept for it and its registration are
-// of one moment. ok is false where the place is unknown, and where there is no
-// journal any more. Where a ring leaves the reader behind, lagged is called
-// once: it must not block, and Next then returns [ErrLagged]. With KeepUnsent
-// the newest reader is the one that counts: what it has not been sent is not
-// dropped.
+// atomic. ok is false if the place is unknown, or if the journal has been
+// discarded. If the reader of a ring falls behind, lagged is called once; it must
+// not block, and Next then returns [ErrLagged]. With KeepUnsent only the newest
+// reader counts: what it has not been sent is not dropped.
 func (j *Journal) Join(at Start, lagged func()) (c *Cursor, ok bool) {
 	j.mu.Lock()
 	end := j.closed.Load()
@@ -130,7 +130,7 @@ func (j *Journal) Join(at Start, lagged func()) (c *Cursor, ok bool) {
 	return c, true
 }
 
-// keepLocked holds on to what there is when a reader joins a ring.
+// keepLocked keeps everything that there is when a reader joins a ring.
 func (c *Cursor) keepLocked() {
 	c.keptEvents = c.j.events
 	if c.chunk == nil || c.ends == c.j.events {
@@ -162,8 +162,8 @@ func (j *Journal) findLocked(at Start) (offset int64, missed uint64, ok bool) {
 	if at.id == "" {
 		return 0, 0, false
 	}
-	// The block that committed it may be gone: the place is known for as long
-	// as all events after it are there.
+	// The block that committed it may be gone: the place is known as long as all
+	// events after it are there.
 	if len(j.chunks) > 0 {
 		if m := j.chunks[0].atBase; m.id == at.id && m.events == j.gone {
 			return j.start, 0, true
@@ -213,7 +213,7 @@ func (c *Cursor) Missed() uint64 { return c.missed }
 // Events returns how many events had ended where the reader is.
 func (c *Cursor) Events() uint64 {
 	if c.j.policy == KeepUnsent {
-		// Bytes may be there before it is known that they end an event.
+		// There may be bytes before it is known that they end an event.
 		c.j.mu.Lock()
 		defer c.j.mu.Unlock()
 		return max(c.ends, c.j.eventsAtLocked(c.offset))
@@ -237,11 +237,11 @@ func (c *Cursor) Place() Place {
 	return p
 }
 
-// Next returns the bytes that come next, as many as lie together; none where
-// there is nothing yet. Those of a ring end at an event boundary. They must not
-// be changed, and stay valid. After the last byte it returns [io.EOF] where the
-// upstream ended cleanly, else what the journal was closed with;
-// [ErrLagged] and [ErrDiscarded] where what comes next is gone.
+// Next returns the bytes that come next, as many as are contiguous; none if there
+// is nothing yet. Those of a ring end at an event boundary. They must not be
+// changed, and stay valid. After the last byte it returns [io.EOF] if the
+// upstream ended cleanly, else the error with which the journal was closed;
+// [ErrLagged] and [ErrDiscarded] if what comes next is gone.
 func (c *Cursor) Next() ([]byte, error) {
 	for {
 		if p := c.look(); p != nil {
@@ -279,11 +279,11 @@ func (c *Cursor) look() []byte {
 // move goes on to the next chunk. It reports whether there may be something to
 // read.
 func (c *Cursor) move() (bool, error) {
-	end := c.j.closed.Load() // before all else: nothing is published after it
+	end := c.j.closed.Load() // first, because nothing is published after it
 	if c.chunk != nil {
 		next := c.chunk.next.Load()
 		if n, _ := c.chunk.visible(); n > int(c.offset-c.chunk.base) {
-			return true, nil // published meanwhile
+			return true, nil // published in the meantime
 		}
 		switch {
 		case len(c.kept) > 0:
@@ -303,15 +303,15 @@ func (c *Cursor) move() (bool, error) {
 	return c.relocate()
 }
 
-// enter goes to the beginning of a chunk. Between two chunks there may be a
-// gap where comments have been dropped.
+// enter moves to the beginning of a chunk. Between two chunks there may be a gap,
+// where comments have been dropped.
 func (c *Cursor) enter(next *chunk) {
 	c.chunk = next
 	c.offset = max(c.offset, next.base)
 }
 
-// relocate finds the chunk of the reader's place again, once the one that it
-// read has been dropped, or where there was none.
+// relocate finds the chunk of the reader's place again, if the chunk that it was
+// reading has been dropped, or if there was none.
 func (c *Cursor) relocate() (bool, error) {
 	c.j.mu.Lock()
 	defer c.j.mu.Unlock()
@@ -346,8 +346,8 @@ func (end *closing) error() error {
 	return end.cause
 }
 
-// Coming says of the bytes that Next has returned last how many events end in
-// them, whether they are no UTF-8, and where they end. It is for a ring.
+// Coming describes the bytes that Next last returned: how many events end in
+// them, whether they contain invalid UTF-8, and where they end. It is for a ring.
 func (c *Cursor) Coming() (events uint64, invalid bool, end Spot) {
 	bad, repeats := c.chunk.invalid.Load(), c.chunk.repeats.Load()
 	if repeats > c.offset && repeats <= c.gotTo {
@@ -371,8 +371,8 @@ func (c *Cursor) Advance(n int) {
 	}
 }
 
-// Wait returns a channel that gets a value when Next may have more to say, and
-// after each [Cursor.Wake]. Now and then there is nothing.
+// Wait returns a channel that receives a value when Next may return more, and
+// after each [Cursor.Wake]. Sometimes there is nothing.
 func (c *Cursor) Wait() <-chan struct{} {
 	c.state.Store(waiting)
 	if c.j.hasMore(c.chunk, c.offset) {
@@ -381,14 +381,14 @@ func (c *Cursor) Wait() <-chan struct{} {
 	return c.wake
 }
 
-// Take takes the place of a reader that waits: what is published from then on does
-// not wake it. Whoever has it reads with Next and Advance, and ends with Wait, or
-// with Wake to leave the rest to the reader. It returns false where the reader does
-// not wait.
+// Take takes over the cursor of a reader that waits, so that new events do not
+// wake the reader. The caller then reads with Next and Advance, and ends with
+// Wait, or with Wake to leave the rest to the reader. It returns false if the
+// reader does not wait.
 func (c *Cursor) Take() bool { return c.state.CompareAndSwap(waiting, held) }
 
-// hasMore looks again after a reader at a place has said that it waits: what is
-// published from then on wakes it.
+// hasMore checks again after a reader at a place has announced that it waits:
+// what is published from then on wakes it.
 func (j *Journal) hasMore(at *chunk, offset int64) bool {
 	if j.closed.Load() != nil {
 		return true
@@ -407,7 +407,7 @@ func (j *Journal) hasMore(at *chunk, offset int64) bool {
 	return n > int(offset-at.base) || at.next.Load() != nil
 }
 
-// Wake makes a reader that waits look around, whatever has happened.
+// Wake makes a reader that waits continue, whatever has happened.
 func (c *Cursor) Wake() {
 	select {
 	case c.wake <- struct{}{}:
@@ -415,8 +415,8 @@ func (c *Cursor) Wake() {
 	}
 }
 
-// Leave takes the reader off the journal. The backlog of a reader that counted
-// remembers what it has been sent.
+// Leave removes the reader from the journal. A backlog remembers what its reader
+// has been sent.
 func (c *Cursor) Leave() {
 	j := c.j
 	j.mu.Lock()
@@ -430,7 +430,7 @@ func (c *Cursor) Leave() {
 	j.readers[last] = nil
 	j.readers = j.readers[:last]
 	if j.alone[0] == c {
-		j.alone[0] = nil // of readers that have become more since
+		j.alone[0] = nil // of readers that later became several
 	}
 	c.index = -1
 	c.kept = nil
@@ -438,5 +438,5 @@ func (c *Cursor) Leave() {
 		j.reader = nil
 		j.sent = c.sent.Load()
 	}
-	j.tellRoom() // it may have been the one to wait for
+	j.tellRoom() // the appender may have waited for this reader
 }

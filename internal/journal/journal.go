@@ -15,84 +15,84 @@ import (
 	"sync/atomic"
 )
 
-// Policy says what goes first when a journal is full.
+// Policy says what is dropped first when a journal is full.
 type Policy uint8
 
 const (
-	// KeepNewest is a ring for many readers: the oldest events go, whether
-	// somebody has read them or not, and only the newest one always stays.
-	// Readers get whole blocks. A reader that falls behind is told.
+	// KeepNewest is a ring for many readers: the oldest events are dropped, whether
+	// they have been read or not; only the newest one always stays. Readers get
+	// whole blocks. A reader that falls behind gets [ErrLagged].
 	KeepNewest Policy = iota
 
-	// KeepUnsent is for one reader at a time, which may be away: what it has
-	// been sent goes first, oldest first, and what nobody has been sent is
-	// never dropped. When that fills the journal, Append takes no more. Readers
-	// get bytes as they come, those of an unfinished event too.
+	// KeepUnsent is for one reader at a time, which may be away: what it has been
+	// sent is dropped first, oldest first, and what it has not been sent is never
+	// dropped. When that fills the journal, Append takes no more. Readers get bytes
+	// as they come, even those of an unfinished event.
 	KeepUnsent
 )
 
 const (
-	// largestEvent is how large the newest event of a ring may be, whatever its
-	// history. A larger history allows for larger events, up to what a chunk
-	// can count.
+	// largestEvent is the largest newest event of a ring, even if its history is
+	// smaller. A larger history allows larger events, up to what a chunk can count.
 	largestEvent = 16 << 20
 	largestEver  = 1 << 30
 
-	// smallestHistory is what a journal has at least: less is eaten up by
-	// overhead.
+	// smallestHistory is the smallest size of a journal: a smaller one would be
+	// mostly overhead.
 	smallestHistory = 1 << 10
 
-	// passingHistory bounds what is on its way to a client for which nothing is
-	// kept any more.
+	// passingHistory bounds what is on its way to a client if nothing is kept any
+	// more.
 	passingHistory = 64 << 10
 
-	// unsettled is how much a journal may grow before its budget is told.
+	// unsettled is how much a journal may grow before its budget counts it.
 	unsettled = 4 << 10
 )
 
 var (
-	// ErrEventTooLarge means that one event is larger than the journal can
-	// hold. With KeepNewest the unfinished event is lost, and with it the run.
-	// With KeepUnsent go on with [Journal.Pass].
+	// ErrEventTooLarge means that one event is larger than the journal can hold.
+	// With KeepNewest the unfinished event is lost, and the run with it. With
+	// KeepUnsent continue with [Journal.Pass].
 	ErrEventTooLarge = errors.New("an event is larger than the history")
 
 	// ErrLagged means that the reader has fallen behind: events that come next
 	// are gone.
 	ErrLagged = errors.New("the reader has fallen behind")
 
-	// ErrDiscarded means that there is no journal any more, or that it has been
-	// closed where something was to be appended.
+	// ErrDiscarded means that the journal has been discarded, or that it was closed
+	// before an append.
 	ErrDiscarded = errors.New("the journal has been discarded")
 )
 
 // Journal is a sequence of events. Offsets count its bytes from its beginning.
-// Append, Commit, Rollback and Pass are for one goroutine; everything else is
-// for any.
+// Only one goroutine may call Append, Commit, Rollback and Pass; any goroutine
+// may call the other methods.
 //
-// There are many of them, and most have left the processor's caches by the time of
-// their next event: what that uses stands together and first.
+// There are many journals, and most have left the processor's caches by the time
+// of their next event, so the fields that it uses are next to each other and
+// first.
 type Journal struct {
 	mu      sync.Mutex
 	policy  Policy
-	passing bool // nothing is kept that has been sent
+	passing bool // what has been sent is not kept
 	over    bool // closed or discarded: nothing may be appended
 
 	starved atomic.Bool             // the appender waits for room
-	offered atomic.Bool             // in the budget's heap, for readers to see without its lock
-	tail    *chunk                  // the last one; nil: there is none
+	offered atomic.Bool             // in the budget's heap; readers see this without its lock
+	tail    *chunk                  // the last chunk; nil: there is none
 	end     int64                   // after the last byte
 	edge    int64                   // the last event boundary
 	events  uint64                  // how many events have ended
-	bytes   int                     // what is held, overhead included
-	settled int                     // how much of it the budget knows of
+	bytes   int                     // held, overhead included
+	settled int                     // how much of that the budget has counted
 	closed  atomic.Pointer[closing] // nil: open
 	readers []*Cursor
-	alone   [1]*Cursor // what readers begins with
+	alone   [1]*Cursor // initial memory for readers
 
 	budget  *Budget
 	history int
 	evicted func()
-	server  Server // of readers that rest; set before there is one
+	server  Server // of resting readers; set before there is one
 
 	chunks []*chunk          // oldest first; none before the first byte
 	start  int64             // the event boundary where the oldest kept event begins
@@ -100,14 +100,14 @@ type Journal struct {
 	ids    map[string]idSpot // the first of each id that is kept; nil until there is one
 	last   mark              // the id in force at edge
 
-	slowest uint64  // no reader has been given fewer events than that
-	fastest uint64  // some reader has been given that many
+	slowest uint64  // no reader has been given fewer events
+	fastest uint64  // some reader has been given this many
 	reader  *Cursor // KeepUnsent: the one that counts
-	sent    int64   // KeepUnsent: what has been sent, while there is none
+	sent    int64   // KeepUnsent: what has been sent, while there is no reader
 
-	room chan struct{} // tells the appender that there is some; made when it first waits
+	room chan struct{} // tells the appender that there is room; made when it first waits
 
-	// The budget's, under its lock.
+	// Guarded by the budget's lock.
 	charged   int
 	heapIndex int // counts from 1; 0: not in the heap
 	inEnded   bool
@@ -123,24 +123,24 @@ type idSpot struct {
 	count  int // how often it was committed in what is kept
 }
 
-// Block says what the bytes since the last event boundary amount to. The ids
-// are for KeepNewest alone: a backlog is read by its numbers.
+// Block describes the bytes since the last event boundary. Only KeepNewest uses
+// the ids: a backlog is read by its numbers.
 type Block struct {
 	Event  bool   // a client dispatches an event
 	SetsID bool   // the block commits an id field of the upstream
-	ID     string // that id; empty for none, or for one that no client can bring back
-	Told   string // what is told of one that no client can bring back
+	ID     string // that id; empty for none, or for one that no client can send back
+	Told   string // what logs show for one that no client can send back
 
 	RepeatsID bool // it commits the same id again
-	Invalid   bool // it is no UTF-8
+	Invalid   bool // it contains invalid UTF-8
 }
 
 // Append adds bytes to the unfinished block and returns how many it has taken.
-// They are copied. Readers see them after [Journal.Publish], and those of a
-// ring not before [Journal.Commit] either.
+// They are copied. Readers see them after [Journal.Publish], and those of a ring
+// not before [Journal.Commit] either.
 //
-// It takes fewer than all, without an error, where it must not drop what is in
-// the way: with KeepUnsent what nobody has been sent, with KeepNewest what not
+// It takes fewer bytes, without an error, if it must not drop what is in the way:
+// with KeepUnsent what the reader has not been sent, with KeepNewest what not
 // even the fastest reader has been given, if there are readers. Append the rest
 // when [Journal.Room] says so.
 func (j *Journal) Append(p []byte) (n int, err error) {
@@ -163,7 +163,7 @@ func (j *Journal) Append(p []byte) (n int, err error) {
 	}
 }
 
-// fillLocked puts as much of p into the last chunk as there is room for.
+// fillLocked writes as much of p into the last chunk as fits.
 func (j *Journal) fillLocked(p []byte) int {
 	c := j.tail
 	if c == nil || c.sealed {
@@ -175,10 +175,10 @@ func (j *Journal) fillLocked(p []byte) int {
 	return n
 }
 
-// Commit says that the stream is at an event boundary. It returns how many
-// events have ended, which is the number of this one if it is one. No block may
-// begin with the LF of the CR that ended the one before: a client that starts
-// there would take it for a line of its own.
+// Commit says that the stream is at an event boundary. It returns how many events
+// have ended, which is the number of this one if it is one. No block may begin
+// with the LF of the CR that ended the one before: a client that starts there
+// would treat it as a line of its own.
 func (j *Journal) Commit(b Block) uint64 {
 	j.mu.Lock()
 	if j.passing || j.over {
@@ -187,7 +187,7 @@ func (j *Journal) Commit(b Block) uint64 {
 		return events
 	}
 	j.edge = j.end
-	// There is no chunk where no byte has come since the last one was dropped.
+	// There is no chunk if no byte has come since the last one was dropped.
 	if c := j.tail; c != nil {
 		at := c.used
 		if c.firstBoundary < 0 {
@@ -241,8 +241,8 @@ func (j *Journal) markIDLocked(c *chunk, b Block) {
 	j.ids[id] = spot
 }
 
-// fitLocked ends a chunk that one large event has made: the next one would be
-// kept and dropped with it.
+// fitLocked ends a chunk that was made for one large event: otherwise the next
+// event would be kept and dropped together with it.
 func (j *Journal) fitLocked(c *chunk) {
 	if len(c.buf) <= largestChunk {
 		return
@@ -254,8 +254,8 @@ func (j *Journal) fitLocked(c *chunk) {
 	}
 }
 
-// Publish lets the readers see what has been appended and committed, and wakes
-// those that wait for it. Call it once for all that the upstream has sent at a
+// Publish makes what has been appended and committed visible to the readers, and
+// wakes those that wait. Call it once for all that the upstream has sent at a
 // time.
 func (j *Journal) Publish() {
 	j.mu.Lock()
@@ -279,8 +279,8 @@ func (j *Journal) publishLocked() {
 	c.publish(n)
 }
 
-// wakeLocked wakes the readers that wait, and returns those that rest: they are
-// due to be read for.
+// wakeLocked wakes the readers that wait, and returns those that rest: the server
+// must read for them.
 func (j *Journal) wakeLocked() (due *Due) {
 	for _, r := range j.readers {
 		switch r.state.Load() {
@@ -313,7 +313,7 @@ func (j *Journal) Rollback() {
 	}
 	c.used = int(j.edge - c.base)
 	j.end = j.edge
-	if c.used == 0 && len(c.buf) > largestChunk { // nobody can have seen a byte of it
+	if c.used == 0 && len(c.buf) > largestChunk { // no reader can have seen a byte of it
 		j.bytes -= len(c.buf)
 		c.buf = make([]byte, smallestChunk)
 		j.bytes += len(c.buf)
@@ -321,8 +321,8 @@ func (j *Journal) Rollback() {
 }
 
 // Pass stops keeping anything: from now on the journal only passes bytes on to
-// the reader that is there, and takes more as that one takes them. Events are
-// no longer counted.
+// its present reader, and takes more as that reader takes them. Events are no
+// longer counted.
 func (j *Journal) Pass() {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -330,7 +330,7 @@ func (j *Journal) Pass() {
 }
 
 // Close says that no more will come, and how the upstream ended: nil is a clean
-// end. Readers get what is there first. The unfinished block of a ring is
+// end. Readers first get what is there. The unfinished block of a ring is
 // dropped.
 func (j *Journal) Close(cause error) {
 	j.Rollback()
@@ -342,18 +342,18 @@ func (j *Journal) Close(cause error) {
 	j.publishLocked()
 	j.over = true
 	j.closed.Store(&closing{cause})
-	j.wakeLocked() // nobody is due: each sees the end for itself
+	j.wakeLocked() // no reader is due: each sees the end itself
 	j.mu.Unlock()
 	j.budget.offerEnded(j)
 }
 
-// Discard gives the memory back at once. Readers get [ErrDiscarded] after what
-// they hold already.
+// Discard frees the memory at once. Readers get [ErrDiscarded] after what they
+// already hold.
 func (j *Journal) Discard() {
 	j.budget.discard(j)
 }
 
-// discardLocked needs the budget's lock as well.
+// discardLocked also needs the budget's lock.
 func (j *Journal) discardLocked() {
 	j.over = true
 	j.closed.Store(&closing{ErrDiscarded})
@@ -367,12 +367,12 @@ func (j *Journal) discardLocked() {
 	j.tellRoom()
 }
 
-// Room returns a channel that gets a value when Append, which has taken fewer
-// bytes than all, may take more. It is for the goroutine that appends.
+// Room returns a channel that receives a value when Append, which has taken fewer
+// bytes, may take more. Only the appender may use it.
 func (j *Journal) Room() <-chan struct{} { return j.room }
 
-// starve says that the appender may have to wait for room, before it looks
-// whether there is some: what a reader takes from then on, it tells.
+// starve says that the appender may have to wait for room, before it checks
+// whether there is some: readers then report what they take.
 func (j *Journal) starve() {
 	if j.room == nil {
 		j.room = make(chan struct{}, 1)
@@ -390,12 +390,12 @@ func (j *Journal) tellRoom() {
 	}
 }
 
-// Figures is a journal at one moment.
+// Figures are those of a journal at one moment.
 type Figures struct {
 	Events uint64 // how many have ended
 	Gone   uint64 // how many of them are no longer kept
-	Unsent uint64 // KeepUnsent: how many nobody has been sent
-	Bytes  int    // what is held, overhead included
+	Unsent uint64 // KeepUnsent: how many have not been sent
+	Bytes  int    // held, overhead included
 }
 
 // Figures returns the journal's figures.
@@ -409,23 +409,15 @@ func (j *Journal) Figures() Figures {
 	return f
 }
 
-// LastID returns the id in force after the last block: the upstream's, empty if
-// it has none.
-func (j *Journal) LastID() string {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return j.last.id
-}
-
 // chunkAtLocked is the chunk that holds the byte at an offset, or the first one
-// after it; nil where that is still to come.
+// after it; nil if that byte is still to come.
 func (j *Journal) chunkAtLocked(offset int64) *chunk {
 	i := sort.Search(len(j.chunks), func(i int) bool { return j.chunks[i].end() > offset })
 	if i < len(j.chunks) {
 		return j.chunks[i]
 	}
 	if c := j.tail; c != nil && c.end() == offset && !c.sealed {
-		return c // the next byte goes here, if it has room
+		return c // the next byte goes here, if it fits
 	}
 	return nil
 }

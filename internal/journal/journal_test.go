@@ -381,7 +381,7 @@ func TestAnIDIsFoundForAsLongAsAllThatFollowsIsThere(t *testing.T) {
 		}
 	}
 	if _, ok := j.Join(AfterID("began"), nil); ok {
-		t.Error("the id that it began with is known for ever")
+		t.Error("the id that it began with is known forever")
 	}
 	// The first of two has gone: the second one is the earliest.
 	add(t, j, event(301, 60))

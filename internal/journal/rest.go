@@ -5,28 +5,28 @@ import (
 	"sync/atomic"
 )
 
-// A reader that has all that there is can rest: from then on a [Server] reads for
-// it, so that an event for many readers does not wake a goroutine for each. A
-// cursor is one goroutine's at a time, and its state says whose.
+// A reader that has read everything can rest: from then on a [Server] reads for
+// it, so that an event for many readers does not wake a goroutine for each. Only
+// one goroutine at a time holds a cursor, and its state says which.
 const (
-	held    uint32 = iota // the reader's
-	waiting               // the reader's, which is told when there is more
-	resting               // nobody's: the server is told when there is more
-	lent                  // the server's
+	held    uint32 = iota // by the reader
+	waiting               // by the reader, which is woken when there is more
+	resting               // by no one: the server is called when there is more
+	lent                  // by the server
 )
 
 // Server reads for readers that rest.
 type Server interface {
-	// Serve is called with those for which there is something new. It must not
-	// block, nor read itself.
+	// Serve is called with the readers for which there is something new. It must
+	// not block, and must not read itself.
 	Serve(due *Due)
 }
 
-// ServedBy says who reads for readers that rest. It is called before there is
+// ServedBy sets the server for resting readers. It must be called before there is
 // one.
 func (j *Journal) ServedBy(s Server) { j.server = s }
 
-// Due is readers that rest and have something new to read.
+// Due are the resting readers that have something new to read.
 type Due struct {
 	cursors []*Cursor
 	next    atomic.Int64
@@ -45,8 +45,9 @@ func (d *Due) add(c *Cursor) *Due {
 // Len is how many readers there were.
 func (d *Due) Len() int { return len(d.cursors) }
 
-// Next returns what one of the readers has called [Cursor.Rest] with, and nil where
-// there is no other one left. It is for any number of goroutines.
+// Next returns the function with which one of the readers has called
+// [Cursor.Rest], and nil if there is no other reader left. Any goroutine may call
+// it.
 func (d *Due) Next() (deliver func(worker any)) {
 	i := d.next.Add(1) - 1
 	if i >= int64(len(d.cursors)) {
@@ -55,7 +56,7 @@ func (d *Due) Next() (deliver func(worker any)) {
 	return d.cursors[i].deliver
 }
 
-// Recycle is called when nobody uses it any more.
+// Recycle is called when it is no longer used.
 func (d *Due) Recycle() {
 	clear(d.cursors)
 	d.cursors = d.cursors[:0]
@@ -63,18 +64,18 @@ func (d *Due) Recycle() {
 	dues.Put(d)
 }
 
-// Rest lends the cursor to the journal's server. When there is more, that calls
-// deliver, with whatever it wants to tell, which reads, and ends with
-// [Cursor.Rested] or [Cursor.GiveBack]. The
-// channel gets a value when the cursor may be the reader's again: see
-// [Cursor.IsHeld]. A reader that can't wait for that calls [Cursor.Reclaim].
+// Rest lends the cursor to the journal's server. When there is more, the server
+// calls deliver with an argument of its choice. deliver reads, and ends with
+// [Cursor.Rested] or [Cursor.GiveBack]. The channel receives a value when the
+// cursor may be the reader's again: see [Cursor.IsHeld]. A reader that can't wait
+// for that calls [Cursor.Reclaim].
 func (c *Cursor) Rest(deliver func(worker any)) <-chan struct{} {
 	c.deliver = deliver
 	select {
 	case <-c.wake: // from before
 	default:
 	}
-	chunk, offset := c.chunk, c.offset // as long as they are the reader's
+	chunk, offset := c.chunk, c.offset // while the reader still holds them
 	c.state.Store(resting)
 	if c.j.hasMore(chunk, offset) {
 		c.giveBackIf(resting)
@@ -85,8 +86,8 @@ func (c *Cursor) Rest(deliver func(worker any)) <-chan struct{} {
 // IsHeld reports whether the cursor is the reader's again.
 func (c *Cursor) IsHeld() bool { return c.state.Load() == held }
 
-// Rested says that who reads for a reader has come to the end of what there is.
-// It returns false where there is more by now, and who reads is to go on.
+// Rested says that the server has read everything. It returns false if there is
+// more by now, and the server must continue.
 func (c *Cursor) Rested() bool {
 	chunk, offset := c.chunk, c.offset
 	c.state.Store(resting)
@@ -105,15 +106,15 @@ func (c *Cursor) GiveBack() {
 	c.Wake()
 }
 
-// giveBackIf gives it back unless it is somebody else's meanwhile.
+// giveBackIf gives it back unless someone else holds it by now.
 func (c *Cursor) giveBackIf(state uint32) {
 	if c.state.CompareAndSwap(state, held) {
 		c.Wake()
 	}
 }
 
-// Reclaim takes the cursor back. Where somebody is reading for the reader, it
-// waits until that has come to an end.
+// Reclaim takes the cursor back. If the server is reading, it waits until that is
+// over.
 func (c *Cursor) Reclaim() {
 	c.wanted.Store(true)
 	for !c.state.CompareAndSwap(resting, held) && c.state.Load() != held {

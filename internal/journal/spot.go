@@ -1,17 +1,17 @@
 package journal
 
-// Spot is where a reader of a ring has come to, for those who ask of it later. It
-// is for any goroutine.
+// Spot is the place that a reader of a ring has reached, for later queries. Any
+// goroutine may use it.
 type Spot struct {
-	cursor *Cursor // nil: nowhere yet
+	cursor *Cursor // nil: no place yet
 	chunk  *chunk
 	offset int64
 	number uint64
 	given  bool // the reader has been given an id that was in force before it
 }
 
-// Number is how many events come before it, Since how many came before the place
-// where the reader began.
+// Number is how many events come before the spot, Since how many came before the
+// place where the reader began.
 func (s Spot) Number() uint64 { return s.number }
 func (s Spot) Since() uint64 {
 	if s.cursor == nil {
@@ -20,8 +20,8 @@ func (s Spot) Since() uint64 {
 	return s.cursor.begin.Number
 }
 
-// ID is the upstream's id in force there, as one tells of it. ok is false where
-// the reader has been given none.
+// ID is the upstream's id in force there, as shown to others. ok is false if the
+// reader has been given none.
 func (s Spot) ID() (id string, ok bool) {
 	if s.cursor == nil {
 		return "", false

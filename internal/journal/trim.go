@@ -8,7 +8,7 @@ func (j *Journal) chunkSizeLocked() int {
 	if c := j.tail; c != nil {
 		size = 2 * len(c.buf)
 	} else if j.end > 0 {
-		size = largestChunk // it has been busy
+		size = largestChunk // the journal has been busy
 	}
 	return max(min(size, largestChunk, j.history/8), smallestChunk/4)
 }
@@ -36,7 +36,7 @@ func (j *Journal) addChunkLocked(size int, head []byte) *chunk {
 }
 
 // growRingLocked makes room for want more bytes of the unfinished block, which
-// stays in one piece: so every slice that a reader gets ends at a boundary.
+// stays contiguous: so every slice that a reader gets ends at a boundary.
 func (j *Journal) growRingLocked(want int) (bool, error) {
 	c := j.tail
 	unfinished := int(j.end - j.edge)
@@ -45,14 +45,14 @@ func (j *Journal) growRingLocked(want int) (bool, error) {
 	if need > most {
 		return false, ErrEventTooLarge
 	}
-	inPlace := unfinished > 0 && c.base == j.edge // nobody can have seen a byte of it
+	inPlace := unfinished > 0 && c.base == j.edge // no reader can have seen a byte of it
 	size := max(j.chunkSizeLocked(), need)
 	cost := chunkOverhead + size
 	switch {
 	case inPlace:
 		size = min(max(need, 2*len(c.buf)), most)
 		cost = size - len(c.buf)
-	case unfinished > 0: // more is likely to come
+	case unfinished > 0: // more will probably come
 		size = max(size, min(2*need, largestChunk))
 		cost = chunkOverhead + size
 	}
@@ -83,8 +83,8 @@ func (j *Journal) growRingLocked(want int) (bool, error) {
 	return true, nil
 }
 
-// takenLocked reports whether the fastest reader has been given that many
-// events, or there is none: the upstream is read no faster than that.
+// takenLocked reports whether the fastest reader has been given this many events,
+// or there is no reader: the upstream is read no faster than that.
 func (j *Journal) takenLocked(events uint64) bool {
 	if events <= j.fastest {
 		return true
@@ -102,7 +102,7 @@ func (j *Journal) takenLocked(events uint64) bool {
 	return !waiting
 }
 
-// trimRingLocked drops what is too much for the journal's own history.
+// trimRingLocked drops what exceeds the journal's own history.
 func (j *Journal) trimRingLocked() {
 	for j.bytes > j.history {
 		victim := j.victimLocked()
@@ -112,9 +112,10 @@ func (j *Journal) trimRingLocked() {
 	}
 }
 
-// victimLocked is which chunk of a ring goes first: the oldest one, but for the
-// one with the newest event and the one that is being filled; -1 where there is
-// no other. Comments that came after the newest event go before it does.
+// victimLocked is the chunk of a ring that is dropped first: the oldest one,
+// except the one with the newest event and the one that is being filled; -1 if
+// there is no other. Comments after the newest event are dropped before that
+// event.
 func (j *Journal) victimLocked() int {
 	victim := 0
 	if len(j.chunks) > 0 && len(j.chunks[0].ends) > 0 && j.chunks[0].events() == j.events {
@@ -126,7 +127,7 @@ func (j *Journal) victimLocked() int {
 	return victim
 }
 
-// dropOldestLocked drops a chunk of a ring. The budget's lock is held, too.
+// dropOldestLocked drops a chunk of a ring. The budget's lock must be held, too.
 func (j *Journal) dropOldestLocked() bool {
 	victim := j.victimLocked()
 	if victim < 0 {
@@ -148,8 +149,8 @@ func (j *Journal) dropOldestLocked() bool {
 	return true
 }
 
-// forgetIDsLocked takes the ids of a chunk that has gone out of the map. Where
-// one comes again later, that is its place from now on.
+// forgetIDsLocked removes the ids of a dropped chunk from the map. If one comes
+// again later, that becomes its place.
 func (j *Journal) forgetIDsLocked(c *chunk) {
 	for _, m := range c.ids {
 		spot := j.ids[m.id]
@@ -179,8 +180,8 @@ func (j *Journal) nextWithIDLocked(id string, after int64) int64 {
 	return after
 }
 
-// findLaggedLocked tells the readers whose next events are gone. A reader that
-// is blocked in a write does not look at its cursor.
+// findLaggedLocked notifies the readers whose next events are gone, because a
+// reader that is blocked in a write does not look at its cursor.
 func (j *Journal) findLaggedLocked() {
 	if j.gone <= j.slowest {
 		return
@@ -201,8 +202,8 @@ func (j *Journal) findLaggedLocked() {
 	j.slowest = slowest
 }
 
-// growBacklogLocked adds a chunk where there is room for one, or where what has
-// been sent can make some.
+// growBacklogLocked adds a chunk if there is room for one, or if dropping what
+// has been sent makes room.
 func (j *Journal) growBacklogLocked() (bool, error) {
 	limit := j.history
 	if j.passing {
@@ -225,7 +226,7 @@ func (j *Journal) growBacklogLocked() (bool, error) {
 	return true, nil
 }
 
-// sentLocked is up to where somebody has been sent a backlog.
+// sentLocked is how much of a backlog has been sent.
 func (j *Journal) sentLocked() int64 {
 	if j.reader != nil {
 		return j.reader.sent.Load()
@@ -233,8 +234,8 @@ func (j *Journal) sentLocked() int64 {
 	return j.sent
 }
 
-// dropSentLocked drops the oldest chunk of a backlog if all of it has been
-// sent, and the event at its end too. The budget's lock is held, too.
+// dropSentLocked drops the oldest chunk of a backlog if all of it has been sent,
+// and the event at its end too. The budget's lock must be held, too.
 func (j *Journal) dropSentLocked() bool {
 	if len(j.chunks) == 0 {
 		return false

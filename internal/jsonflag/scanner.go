@@ -1,11 +1,11 @@
 // Package jsonflag follows a JSON document as it passes, in pieces of any size,
-// and notices whether it asks for a stream: whether the object that it is has
-// "stream": true. Nothing is held back, copied or changed, and what the scanner
-// keeps does not grow with the document. It knows no HTTP and no clock.
+// and finds out whether it asks for a stream: whether it is an object with
+// "stream": true. It does not delay, copy or change anything, and its memory does
+// not grow with the document. It knows neither HTTP nor clocks.
 package jsonflag
 
-// key is the member that is looked for. It counts as it is written here: JSON
-// allows to write its letters as escapes, but no encoder does.
+// key is the name of the member. Only this spelling counts: JSON also allows its
+// letters as escapes, but no encoder writes them so.
 const key = "stream"
 
 // wanted is the value that it must have.
@@ -13,10 +13,10 @@ const wanted = "true"
 
 // Scanner follows one document. Its zero value is ready for the first byte.
 //
-// The first member named stream decides, at the top level only: one in a nested
-// object, or in a string, is part of some value. What is no JSON (RFC 8259) asks
-// for nothing from the first byte on that shows it; within strings, numbers and
-// nested values the scanner does not look for such bytes.
+// The first member named stream decides, at the top level only: in a nested
+// object or in a string it is part of a value. A document that is not JSON (RFC
+// 8259) asks for nothing from the first wrong byte on; inside strings, numbers
+// and nested values the scanner does not look for wrong bytes.
 type Scanner struct {
 	state   state
 	settled bool
@@ -60,7 +60,8 @@ func (s *Scanner) Scan(p []byte) {
 	}
 }
 
-// plain returns how many bytes at the start of a piece of a string mean themselves.
+// plain returns how many bytes at the start of a piece of a string have no
+// special meaning.
 func plain(p []byte) int {
 	for i, c := range p {
 		if c == '"' || c == '\\' {
@@ -70,7 +71,7 @@ func plain(p []byte) int {
 	return len(p)
 }
 
-// Settled reports whether nothing that follows can change the answer.
+// Settled reports whether the answer can't change any more.
 func (s *Scanner) Settled() bool { return s.settled }
 
 // AsksForStream reports whether the document so far asks for a stream. Once it
@@ -110,7 +111,7 @@ func (s *Scanner) next(c byte) {
 		s.beginValue(c)
 	case s.state == afterValue && c == ',':
 		s.state = beforeKey
-	default: // the object's end, or no JSON
+	default: // the end of the object, or not JSON
 		s.settle(false)
 	}
 }
@@ -122,7 +123,7 @@ func (s *Scanner) beginValue(c byte) {
 	case '{', '[':
 		s.state, s.depth = inNested, 1
 	case ',', '}', ']', ':':
-		s.settle(false) // no JSON
+		s.settle(false) // not JSON
 		return
 	default:
 		s.state, s.matched = inScalar, 0
@@ -169,7 +170,7 @@ func (s *Scanner) nextInNested(c byte) {
 	}
 }
 
-// match notes whether the next byte of text is c.
+// match records whether the next byte of text is c.
 func (s *Scanner) match(text string, c byte) {
 	if s.matched < 0 || int(s.matched) >= len(text) || text[s.matched] != c {
 		s.matched = mismatch

@@ -44,8 +44,9 @@ func (p Process) IDs() []int {
 	return all
 }
 
-// CPU is the processor time that has been used so far. The kernel keeps a
-// clock for each (clock_getcpuclockid(3)), finer than the ticks in /proc.
+// CPU is the processor time that has been used so far. The kernel has a clock for
+// each process (clock_getcpuclockid(3)) with a finer resolution than the ticks in
+// /proc.
 func (p Process) CPU() (used time.Duration) {
 	for _, pid := range p.IDs() {
 		const scheduler = 2 // CPUCLOCK_SCHED
@@ -57,8 +58,8 @@ func (p Process) CPU() (used time.Duration) {
 	return used
 }
 
-// Memory is the RAM that is used, in bytes. Pages that processes share count once
-// in the proportional set size.
+// Memory is the RAM in use, in bytes. In the proportional set size, pages that
+// processes share count only once.
 func (p Process) Memory() (resident, proportional float64, err error) {
 	for _, pid := range p.IDs() {
 		rollup, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
@@ -112,15 +113,15 @@ func NewCaddy(socket string) *Caddy {
 	}}}
 }
 
-// Runtime is what Caddy says of itself.
+// Runtime is what Caddy reports about itself.
 type Runtime struct {
 	Heap, Stacks float64 // bytes in use
 	Goroutines   float64
 	Allocations  float64 // so far
 }
 
-// Runtime tells what is reachable, after two garbage collections, as the first
-// one leaves pools their victims.
+// Runtime measures what is reachable after two garbage collections, because pools
+// keep their objects over the first one.
 func (c *Caddy) Runtime() (r Runtime, err error) {
 	var heap []byte
 	for range 2 {
@@ -148,8 +149,8 @@ func (c *Caddy) Runtime() (r Runtime, err error) {
 	return r, err
 }
 
-// Allocations are those so far: how many, how many bytes. Unlike the profiles
-// of Runtime, asking for them allocates the same whatever Caddy runs.
+// Allocations are those so far: their number and their bytes. Unlike the profiles
+// of Runtime, this call always allocates the same, whatever Caddy does.
 func (c *Caddy) Allocations() (count, size float64, err error) {
 	answer, err := c.Ask(http.MethodGet, "/debug/vars", "", nil)
 	if err != nil {
@@ -194,9 +195,9 @@ func (c *Caddy) Ask(method, path, contentType string, body []byte) ([]byte, erro
 	return answer, err
 }
 
-// RaiseFileLimit lets this process, and those that it starts, open as many files
-// as the machine allows, and says how many. As root it raises the hard limit
-// too, where the machine allows that.
+// RaiseFileLimit raises the limit of open files for this process and its children
+// as far as the machine allows, and returns it. As root it also raises the hard
+// limit, if the machine allows that.
 func RaiseFileLimit() (int, error) {
 	const enough = 40000
 	var limit unix.Rlimit
@@ -210,6 +211,6 @@ func RaiseFileLimit() (int, error) {
 		}
 	}
 	limit.Cur = min(limit.Max, 1<<20)
-	// Not by way of unix, after which Go would give its children the old limit.
+	// Not with the unix package: Go would then give its children the old limit.
 	return int(limit.Cur), syscall.Setrlimit(syscall.RLIMIT_NOFILE, (*syscall.Rlimit)(&limit))
 }

@@ -5,8 +5,8 @@ import (
 	"syscall"
 )
 
-// Backlog looks at what has been written to a connection and is still on its way.
-// It is for one goroutine at a time.
+// Backlog measures what has been written to a connection but is still on its way.
+// Only one goroutine at a time may use it.
 type Backlog struct {
 	raw  syscall.RawConn
 	look func(fd uintptr)
@@ -14,7 +14,7 @@ type Backlog struct {
 	err  error
 }
 
-// NewBacklog returns nil if c is no TCP socket.
+// NewBacklog returns nil if c is not a TCP socket.
 func NewBacklog(c net.Conn) *Backlog {
 	socket := tcpSocket(c)
 	if socket == nil {
@@ -30,7 +30,7 @@ func NewBacklog(c net.Conn) *Backlog {
 }
 
 // Size is how many bytes the client's host has not acknowledged yet. ok is false
-// where the platform does not tell, and after the connection's end.
+// if the platform does not report it, and after the connection's end.
 func (b *Backlog) Size() (size int, ok bool) {
 	if b == nil || b.raw.Control(b.look) != nil || b.err != nil {
 		return 0, false

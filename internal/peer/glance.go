@@ -6,12 +6,12 @@ import "time"
 type Fate uint8
 
 const (
-	// Alive: it has not ended, or it ended as connections do, by FIN or RST, or the
-	// kernel does not say.
+	// Alive: it has not ended, or it ended normally, by FIN or RST, or the kernel
+	// does not say.
 	Alive Fate = iota
 
-	// Dead: the kernel gave it up, as the client's host acknowledged nothing within
-	// the timeout.
+	// Dead: the kernel gave it up, because the client's host acknowledged nothing
+	// within the timeout.
 	Dead
 
 	// Stalled: it ended while the client's window was zero (RFC 9293, section
@@ -35,11 +35,11 @@ type phase uint8
 
 const (
 	phaseOpen    phase = iota
-	phaseLeaving       // a side has said that it sends no more
+	phaseLeaving       // one side has said that it sends no more
 	phaseClosed        // reset by the client, or given up by the kernel
 )
 
-// observation is what the kernel tells of a connection at one moment.
+// observation is what the kernel reports about a connection at one moment.
 type observation struct {
 	phase   phase
 	waiting bool // something that was sent, or is to be sent, is not acknowledged
@@ -69,8 +69,8 @@ type glance struct {
 	stalled bool
 }
 
-// clockSlack is how far our clock and the kernel's, which may tick every 10 ms only,
-// can differ.
+// clockSlack is how far our clock and the kernel's, which may tick only every 10
+// ms, can differ.
 const clockSlack = 25 * time.Millisecond
 
 // followedBy returns the glance that this observation makes after g.
@@ -116,7 +116,7 @@ func (g glance) seen(o observation, at instant, timeout time.Duration) (glance, 
 func (g glance) fateUnseen(at instant, timeout time.Duration) Fate {
 	elapsed := time.Duration(at - g.at)
 	switch {
-	case elapsed > timeout/2: // the process stood still: anything may have happened
+	case elapsed > timeout/2: // the process did not run: anything may have happened
 		return Alive
 	case g.stalled:
 		return Stalled
@@ -126,8 +126,8 @@ func (g glance) fateUnseen(at instant, timeout time.Duration) Fate {
 	return Alive
 }
 
-// pause is the time until the next glance. It is short when the timeout is near, to
-// tell the kernel's end from a reset shortly before it.
+// pause is the time until the next glance. It is short when the timeout is near,
+// to distinguish the kernel's timeout from a reset shortly before it.
 func (g glance) pause(timeout time.Duration) time.Duration {
 	if g.shut || g.silence >= timeout/2 {
 		return max(timeout/32, 10*time.Millisecond)

@@ -25,9 +25,9 @@ import (
 type connKey struct{}
 
 // WithConn adds a connection to the context of its requests, for FromContext. It
-// finds the socket in what TLS and listener wrappers put around it. It returns ctx
-// as it is if there is no TCP socket (a Unix socket, a wrapper that hides it), or
-// if the connection was added before. It fits net/http.Server.ConnContext.
+// finds the socket inside TLS and listener wrappers. It returns ctx unchanged if
+// there is no TCP socket (a Unix socket, a wrapper that hides it), or if the
+// connection was added before. It fits net/http.Server.ConnContext.
 func WithConn(ctx context.Context, c net.Conn) context.Context {
 	if ctx.Value(connKey{}) != nil {
 		return ctx
@@ -48,10 +48,11 @@ func FromContext(ctx context.Context) *Conn {
 
 type acceptedKey struct{}
 
-// WithAccepted adds what the server reads from and writes to, to the context of a
-// connection's requests, for Accepted and Served. It is cheap enough for every
-// connection, while WithConn is for those that may be watched. It returns ctx as it
-// is if that was added before. It fits net/http.Server.ConnContext.
+// WithAccepted adds the connection that the server reads from and writes to, to
+// the context of its requests, for Accepted and Served. It is cheap enough for
+// every connection, while WithConn is for connections that may be watched. It
+// returns ctx unchanged if that was added before. It fits
+// net/http.Server.ConnContext.
 func WithAccepted(ctx context.Context, c net.Conn) context.Context {
 	if ctx.Value(acceptedKey{}) != nil {
 		return ctx
@@ -59,9 +60,9 @@ func WithAccepted(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, acceptedKey{}, c)
 }
 
-// Accepted returns what the listener accepted, without the TLS and other wrappers
-// around it, or nil where WithAccepted was not called, which LimitUnsent, Expire
-// and HangUp ignore. Over HTTP/3 nothing is accepted.
+// Accepted returns the connection that the listener accepted, without the TLS and
+// other wrappers around it, or nil if WithAccepted was not called. LimitUnsent,
+// Expire and HangUp ignore nil. Over HTTP/3 there is no such connection.
 func Accepted(ctx context.Context) net.Conn {
 	c := Served(ctx)
 	if c == nil {
@@ -79,14 +80,14 @@ func Served(ctx context.Context) net.Conn {
 // unsentLimit is enough to keep a fast client busy.
 const unsentLimit = 32 << 10 // bytes
 
-// LimitUnsent stops the kernel from accepting more when 32 KiB wait to be sent
-// (TCP_NOTSENT_LOWAT; Linux finishes a segment of up to 64 KiB first), and has it
-// wake the writer when less than half of that is left. Without it the kernel accepts
-// megabytes for a slow client and wakes the writer only when a third of that is free,
-// so that the client looks like one that takes nothing.
+// LimitUnsent stops the kernel from accepting more while 32 KiB wait to be sent
+// (TCP_NOTSENT_LOWAT; Linux finishes a segment of up to 64 KiB first), and makes
+// it wake the writer when less than half of that is left. Without the limit the
+// kernel accepts megabytes for a slow client and wakes the writer only when a
+// third of that is free, so that the client seems to take nothing.
 //
-// The limit stays on the socket. Nothing happens if c is no TCP socket, is closed,
-// or if the platform has no such limit.
+// The limit stays on the socket. Nothing happens if c is not a TCP socket, if it
+// is closed, or if the platform has no such limit.
 func LimitUnsent(c net.Conn) {
 	socket := tcpSocket(c)
 	if socket == nil {
@@ -97,9 +98,9 @@ func LimitUnsent(c net.Conn) {
 	}
 }
 
-// Expire makes writes to a connection fail, the one that blocks and all later ones,
-// with os.ErrDeadlineExceeded. A server that sets write deadlines can undo it. It
-// is safe beside a write, and does nothing on nil.
+// Expire makes writes to a connection fail with os.ErrDeadlineExceeded, one that
+// blocks and all later ones. A server that sets write deadlines can undo it. It
+// is safe during a write, and does nothing on nil.
 func Expire(c net.Conn) {
 	if c != nil {
 		_ = c.SetWriteDeadline(time.Unix(1, 0))
@@ -116,11 +117,11 @@ func HangUp(c net.Conn) {
 	}
 }
 
-// unwrapped returns what a listener accepted, without the wrappers around it, as
-// far as it can look into them. If a proxy speaks the PROXY protocol to us, that is
-// the connection from the proxy.
+// unwrapped returns the connection that a listener accepted, without the wrappers
+// around it, as far as it can see through them. If a proxy uses the PROXY
+// protocol, that is the connection from the proxy.
 func unwrapped(c net.Conn) net.Conn {
-	for range 16 { // nobody wraps deeper, and a wrapper could return itself
+	for range 16 { // no one wraps deeper, and a wrapper could return itself
 		if _, ok := c.(syscall.Conn); ok {
 			return c
 		}
@@ -153,8 +154,8 @@ func wrapped(c net.Conn) net.Conn {
 	case interface{ Raw() net.Conn }: // github.com/pires/go-proxyproto
 		return c.Raw()
 	}
-	// Those of Caddy (http_redirect, single HTTP versions) and of many plugins
-	// only embed it.
+	// Caddy's own wrappers (http_redirect, single HTTP versions) and those of many
+	// plugins only embed it.
 	v := reflect.Indirect(reflect.ValueOf(c))
 	if v.Kind() != reflect.Struct {
 		return nil

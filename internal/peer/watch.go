@@ -41,18 +41,18 @@ type Conn struct {
 	verdict  Fate
 }
 
-// watcher is a timeout, and how many calls of Watch with it still await their Leave.
+// watcher is a timeout, and how many calls of Watch with it still need a Leave.
 type watcher struct {
 	timeout time.Duration
 	count   int
 }
 
-// Watch has the kernel end the connection if the client's host acknowledges nothing
-// for this long, until Leave is called with the same timeout. The timeout must be
-// positive; it is rounded up to the socket's unit, a millisecond on Linux and a
-// second on macOS. The shortest of several timeouts counts. A socket that can't be watched
-// is left alone: a closed one, or a multipath one (MPTCP, RFC 8684), for which
-// Linux 6.18 has no user timeout.
+// Watch makes the kernel end the connection if the client's host acknowledges
+// nothing for this long, until Leave is called with the same timeout. The timeout
+// must be positive; it is rounded up to the socket's unit, a millisecond on Linux
+// and a second on macOS. The shortest of several timeouts counts. A socket that
+// can't be watched is left alone: a closed one, or a multipath one (MPTCP, RFC
+// 8684), for which Linux 6.18 has no user timeout.
 func (c *Conn) Watch(timeout time.Duration) {
 	if c == nil {
 		return
@@ -72,13 +72,13 @@ func (c *Conn) Watch(timeout time.Duration) {
 	}
 }
 
-// Leave undoes one Watch with this timeout, and returns the fate of the connection.
-// It reads what the kernel knows before it changes the socket's timeout: there is no
-// other way to ask, as the answer is wrong afterwards. After the last Leave the
-// socket has the timeout again that it had before the first Watch.
+// Leave undoes one Watch with this timeout, and returns the fate of the
+// connection. It reads what the kernel knows before it changes the socket's
+// timeout, because afterwards the answer would be wrong. After the last Leave the
+// socket has the same timeout as before the first Watch.
 //
-// It must be called once for each Watch. Without one it does nothing and returns
-// Alive, as it does on a socket that can't be watched.
+// It must be called once for each Watch. Without a Watch it does nothing and
+// returns Alive, as on a socket that can't be watched.
 func (c *Conn) Leave(timeout time.Duration) Fate {
 	if c == nil {
 		return Alive
@@ -108,7 +108,7 @@ func (c *Conn) findLocked(timeout time.Duration) (int, bool) {
 	})
 }
 
-// beginLocked takes the socket over for the first Watch.
+// beginLocked takes control of the socket for the first Watch.
 func (c *Conn) beginLocked() {
 	c.last, c.verdict = glance{at: now()}, Alive
 	err := c.controlLocked(func(fd int) (err error) {
@@ -129,7 +129,7 @@ func (c *Conn) beginLocked() {
 	c.timer.Reset(c.last.pause(c.applied))
 }
 
-// endLocked gives the socket back after the last Leave.
+// endLocked restores the socket after the last Leave.
 func (c *Conn) endLocked() {
 	if c.timer != nil {
 		c.timer.Stop()
@@ -186,8 +186,8 @@ func (c *Conn) tick() {
 	}
 }
 
-// lookLocked reads what the kernel knows, unless that is settled, and returns the
-// fate.
+// lookLocked reads what the kernel knows, unless the fate is settled, and returns
+// the fate.
 func (c *Conn) lookLocked() Fate {
 	if c.settled {
 		return c.verdict

@@ -12,7 +12,7 @@ import (
 // The control sequences of ECMA-48, and the two private modes that every terminal
 // since xterm has.
 const (
-	enter = "\x1b[?1049h\x1b[?25l\x1b[2J" // the other screen, without a cursor, empty
+	enter = "\x1b[?1049h\x1b[?25l\x1b[2J" // the alternate screen, without a cursor, empty
 	leave = "\x1b[0m\x1b[?25h\x1b[?1049l"
 )
 
@@ -22,13 +22,13 @@ type Screen struct {
 	before  *term.State
 	restore func() error // of the output, where that is another thing
 
-	columns, rows int // as they were last
+	columns, rows int // when something was last drawn
 }
 
-// ErrNoTerminal is that there is none to show anything in.
+// ErrNoTerminal means that there is no terminal to show anything in.
 var ErrNoTerminal = errors.New("standard input and output must be a terminal that can move its cursor")
 
-// Open takes a terminal until Close.
+// Open takes over a terminal until Close.
 func Open(in, out *os.File) (*Screen, error) {
 	if !term.IsTerminal(int(in.Fd())) || !term.IsTerminal(int(out.Fd())) || os.Getenv("TERM") == "dumb" {
 		return nil, ErrNoTerminal
@@ -47,20 +47,20 @@ func Open(in, out *os.File) (*Screen, error) {
 	return s, nil
 }
 
-// Close leaves the terminal as it was.
+// Close restores the terminal.
 func (s *Screen) Close() error {
 	_, err := s.out.WriteString(leave)
 	return errors.Join(err, s.restore(), term.Restore(int(s.in.Fd()), s.before))
 }
 
-// Resized reports whether the terminal's size is another than when something was
-// drawn last.
+// Resized reports whether the terminal's size has changed since something was
+// last drawn.
 func (s *Screen) Resized() bool {
 	columns, rows, err := term.GetSize(int(s.out.Fd()))
 	return err == nil && (columns != s.columns || rows != s.rows)
 }
 
-// Draw shows what a view is at the terminal's size.
+// Draw draws a view in the terminal's size.
 func (s *Screen) Draw(v View) error {
 	columns, rows, err := term.GetSize(int(s.out.Fd()))
 	if err != nil {
@@ -76,7 +76,7 @@ func (s *Screen) Draw(v View) error {
 	return err
 }
 
-// paint writes lines over what is there.
+// paint draws lines over what is there.
 func paint(to *bytes.Buffer, lines []Line) {
 	for i, line := range lines {
 		fmt.Fprintf(to, "\x1b[%d;1H", i+1)
@@ -91,8 +91,8 @@ func paint(to *bytes.Buffer, lines []Line) {
 	}
 }
 
-// Keys calls pressed with each byte that comes from the keyboard until it returns
-// false, or nothing comes any more.
+// Keys calls pressed with each byte from the keyboard until that returns false,
+// or there is no more input.
 func (s *Screen) Keys(pressed func(key byte) (goOn bool)) {
 	var keys [64]byte
 	for {

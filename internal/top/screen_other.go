@@ -4,7 +4,8 @@ package top
 
 import "os"
 
-// obeySequences has a terminal obey control sequences, as all do here.
+// obeySequences makes a terminal interpret control sequences, which all terminals
+// do here.
 func obeySequences(*os.File) (restore func() error, err error) {
 	return func() error { return nil }, nil
 }

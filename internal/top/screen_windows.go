@@ -7,8 +7,8 @@ import (
 	"golang.org/x/sys/windows"
 )
 
-// obeySequences has a console obey control sequences, which it may print
-// otherwise.
+// obeySequences makes a console interpret control sequences, instead of printing
+// them.
 func obeySequences(out *os.File) (restore func() error, err error) {
 	var mode uint32
 	console := windows.Handle(out.Fd())

@@ -1,6 +1,6 @@
-// Package top shows the streams of a running Caddy in a terminal: what a watch
-// tells, made into lines, and the lines put on a screen. It knows neither Caddy
-// nor HTTP.
+// Package top shows the streams of a running Caddy in a terminal: it turns the
+// snapshots of a watch into lines, and draws the lines on a screen. It knows
+// neither Caddy nor HTTP.
 package top
 
 import (
@@ -13,10 +13,10 @@ import (
 	"time"
 )
 
-// Snapshot is what a watch tells each time.
+// Snapshot is one snapshot of a watch.
 type Snapshot struct {
 	At       time.Time `json:"at"`
-	Seconds  float64   `json:"seconds"` // since the one before; 0: it is the first
+	Seconds  float64   `json:"seconds"` // since the previous one; 0: it is the first
 	Totals   Figures   `json:"totals"`
 	Deltas   Figures   `json:"deltas"`
 	Names    []Name    `json:"names"`
@@ -24,7 +24,7 @@ type Snapshot struct {
 	Streams  []Stream  `json:"streams"`
 }
 
-// Figures is what has gone by.
+// Figures count what has passed through streams.
 type Figures struct {
 	Open       int64            `json:"open"`
 	Opened     int64            `json:"opened"`
@@ -34,7 +34,7 @@ type Figures struct {
 	Heartbeats int64            `json:"heartbeats"`
 }
 
-// Name is what the handlers of one name have open.
+// Name is how many streams the handlers of one name have open.
 type Name struct {
 	Name string `json:"name"`
 	Open int64  `json:"open"`
@@ -56,12 +56,12 @@ type Stream struct {
 	Heartbeats      int64   `json:"heartbeats"`
 }
 
-// maxLine bounds what is read of one snapshot. One of 200 streams is below
+// maxLine bounds how much of one snapshot is read. One with 200 streams is below
 // 1 MiB.
 const maxLine = 16 << 20
 
 // Read reads a watch to its end and calls told with each snapshot. The error is
-// nil where the watch ended cleanly, as it does when Caddy reloads.
+// nil if the watch ended cleanly, as it does when Caddy reloads.
 func Read(watch io.Reader, told func(Snapshot)) error {
 	lines := bufio.NewScanner(watch)
 	lines.Buffer(make([]byte, 0, 64<<10), maxLine)

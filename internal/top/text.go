@@ -10,9 +10,9 @@ import (
 	"golang.org/x/text/width"
 )
 
-// clean makes what a client, an upstream or who pretends to be Caddy has sent fit
-// for a terminal: nothing that moves the cursor, starts a line or turns the
-// direction of writing.
+// clean makes text from a client, an upstream or something that is not Caddy safe
+// for a terminal: nothing that moves the cursor, starts a line or changes the
+// text direction.
 func clean(text string) string {
 	return strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) {
@@ -58,13 +58,13 @@ func fit(text string, columns int) string {
 	return text[:end] + "…"
 }
 
-// pad makes a text take as many columns as there are.
+// pad fills a text with spaces to this many columns.
 func pad(text string, columns int) string {
 	text = fit(text, columns)
 	return text + strings.Repeat(" ", columns-displayed(text))
 }
 
-// spread puts one text at the left and one at the right.
+// spread aligns one text at the left and one at the right.
 func spread(left, right string, columns int) string {
 	room := columns - displayed(right) - 1
 	if right == "" || room < 10 {
@@ -73,7 +73,8 @@ func spread(left, right string, columns int) string {
 	return pad(left, room) + " " + right
 }
 
-// thirds puts three texts beside each other, where they stay when they change.
+// thirds aligns three texts at fixed columns, so that they do not move when they
+// change.
 func thirds(columns int, texts ...string) string {
 	each := columns / 3
 	var line strings.Builder
@@ -87,7 +88,7 @@ func thirds(columns int, texts ...string) string {
 	return strings.TrimRight(line.String(), " ")
 }
 
-// grouped is a number with its thousands apart.
+// grouped is a number with separated thousands.
 func grouped(n int64) string {
 	digits := strconv.FormatInt(n, 10)
 	sign := ""
@@ -100,7 +101,7 @@ func grouped(n int64) string {
 	return sign + digits
 }
 
-// size is a number of bytes as exact as somebody looks at it.
+// size formats a number of bytes with as much precision as a reader needs.
 func size(bytes float64) string {
 	units := []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
 	for bytes >= 1024 && len(units) > 1 {
@@ -113,7 +114,7 @@ func size(bytes float64) string {
 	return fmt.Sprintf("%.0f %s", bytes, units[0])
 }
 
-// span is a duration as exact as somebody looks at it.
+// span formats a duration with as much precision as a reader needs.
 func span(seconds float64) string {
 	whole := int64(seconds)
 	switch {

@@ -9,16 +9,16 @@ import (
 	"time"
 )
 
-// View is all that is on the screen.
+// View is everything on the screen.
 type View struct {
 	Address string // of the admin API
 	Asked   string // the filters and the order, for people
-	Trouble string // why nothing comes; empty: something does
+	Trouble string // why there are no snapshots; empty: there are
 
 	Snapshot Snapshot
 }
 
-// Style is how a line looks. Terminals agree on these.
+// Style is how a line looks. All terminals support these.
 type Style uint8
 
 // The styles of lines.
@@ -34,8 +34,8 @@ type Line struct {
 	Style Style
 }
 
-// Lines are what is on a screen of so many columns and rows, from the top. None
-// takes the last column: terminals differ in what follows a character there.
+// Lines are those of a screen of this size, from the top. None uses the last
+// column: terminals differ in what they do after a character there.
 func (v View) Lines(columns, rows int) []Line {
 	width := columns - 1
 	if width < 1 || rows < 1 {
@@ -76,8 +76,8 @@ func (v View) Lines(columns, rows int) []Line {
 	return lines
 }
 
-// listRows is how many streams there is room for below so many lines, one that
-// says how many match, the heads of the columns, and above the last line.
+// listRows is how many streams fit below this many lines, a line that says how
+// many match, and the column heads, and above the last line.
 func listRows(rows, above, streams int) int {
 	return max(min(rows-above-3, streams), 0)
 }
@@ -130,7 +130,7 @@ func sum(closed map[string]int64) (n int64) {
 	return n
 }
 
-// ended is how many streams have ended for which reason, most first.
+// ended is how many streams have ended for each reason, most first.
 func (v View) ended() string {
 	closed := v.Snapshot.Totals.Closed
 	reasons := slices.SortedFunc(maps.Keys(closed), func(a, b string) int {
@@ -171,13 +171,13 @@ func (v View) matching(listed int) string {
 	return text
 }
 
-// column is one of the list's.
+// column is a column of the list.
 type column struct {
 	head   string
-	from   int // the width of the screen from which on it is shown
+	from   int // the smallest width of the screen with which it is shown
 	text   func(Stream) string
 	number bool // right-aligned, and never cut
-	most   int  // share of the screen that it takes at most, in percent; 0: as it needs
+	most   int  // the largest share of the screen that it takes, in percent; 0: what it needs
 }
 
 var columns = []column{

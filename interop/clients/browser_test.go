@@ -228,7 +228,7 @@ func reconnectsAnswered(t *testing.T, caddy *harness.Caddy) int {
 }
 
 // TestManyStreamsInOnePage: over HTTP/1.1 browsers open at most six connections to
-// a host, so the seventh EventSource waits for ever. Over HTTP/2 all share one.
+// a host, so the seventh EventSource waits forever. Over HTTP/2 all share one.
 func TestManyStreamsInOnePage(t *testing.T) {
 	for _, test := range []struct {
 		protocol string

@@ -37,7 +37,7 @@ var dialects = map[string]dialect{
 }
 
 // serveAnswer answers a GET with half of an answer, and with the rest once reloaded
-// is closed. A client that has all of it and asks for more waits for ever.
+// is closed. A client that has all of it and asks for more waits forever.
 func serveAnswer(t *testing.T, reloaded <-chan struct{}) (addr string) {
 	return harness.Serve(t, func(w http.ResponseWriter, r *http.Request) {
 		path := strings.SplitN(r.URL.Path, "/", 4) // "", dialect, number, the client's own

@@ -65,7 +65,7 @@ func Start(t testing.TB, command []string, settings ...Setting) *Process {
 	p.command.Stdout = writerFunc(p.write)
 	p.command.Stderr = p.command.Stdout
 	p.command.SysProcAttr = processGroup()
-	// Children that have left the group would keep the output open for ever.
+	// Children that have left the group would keep the output open forever.
 	p.command.WaitDelay = 2 * time.Second
 	for _, set := range settings {
 		set(p.command)

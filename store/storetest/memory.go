@@ -12,7 +12,7 @@ import (
 )
 
 // Memory is a store in the memory of the process, with failures on demand. Each
-// node of a test opens its own handle on it.
+// node of a test opens its own handle.
 type Memory struct {
 	mu      sync.Mutex
 	runs    map[store.Key]*memoryRun
@@ -45,7 +45,7 @@ var (
 	ErrFull = errors.New("the store is full")
 )
 
-// SetAway lets every call fail from now on, or not.
+// SetAway makes every call fail from now on, or not.
 func (m *Memory) SetAway(away bool) {
 	m.change(func() {
 		if m.failure = nil; away {
@@ -54,13 +54,13 @@ func (m *Memory) SetAway(away bool) {
 	})
 }
 
-// SetFull lets writes fail that add something, or not.
+// SetFull makes writes fail that add something, or not.
 func (m *Memory) SetFull(full bool) { m.change(func() { m.full = full }) }
 
-// SetDelay lets every call take that long.
+// SetDelay makes every call take this long.
 func (m *Memory) SetDelay(delay time.Duration) { m.change(func() { m.delay = delay }) }
 
-// SetWriteDelay lets every Write take that much longer.
+// SetWriteDelay makes every Write take this much longer.
 func (m *Memory) SetWriteDelay(delay time.Duration) { m.change(func() { m.writeDelay = delay }) }
 
 // Flush loses everything.
@@ -72,8 +72,8 @@ func (m *Memory) Flush() {
 	})
 }
 
-// LoseNewest loses the newest events of all runs, and their ends, as a server does
-// whose place a replica takes.
+// LoseNewest loses the newest events of all runs, and their ends, as in a
+// failover to a replica.
 func (m *Memory) LoseNewest(n uint64) {
 	m.change(func() {
 		for _, run := range m.runs {
@@ -84,7 +84,7 @@ func (m *Memory) LoseNewest(n uint64) {
 	})
 }
 
-// EndLease lets a node be dead.
+// EndLease makes a node dead.
 func (m *Memory) EndLease(node store.Node) { m.change(func() { delete(m.leases, node) }) }
 
 // LoseMessages loses what has been sent and not received.
@@ -146,7 +146,7 @@ func (m *Memory) Open() *Handle {
 	return h
 }
 
-// Handle is one node's way to a [Memory].
+// Handle is one node's access to a [Memory].
 type Handle struct {
 	m      *Memory
 	ctx    context.Context
@@ -154,17 +154,17 @@ type Handle struct {
 
 	mu    sync.Mutex
 	cut   bool
-	nodes []store.Node // that have renewed their lease here
+	nodes []store.Node // nodes that have renewed their lease through this handle
 }
 
-// SetCut cuts this node alone off, or not.
+// SetCut cuts off only this node, or not.
 func (h *Handle) SetCut(cut bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.cut = cut
 }
 
-// Die cuts this node off for good, and ends its lease.
+// Die cuts this node off permanently, and ends its lease.
 func (h *Handle) Die() {
 	h.SetCut(true)
 	h.mu.Lock()
@@ -183,8 +183,8 @@ func (h *Handle) Close() error {
 	return nil
 }
 
-// do calls f with the lock held, unless the store fails, again and again until f
-// says that it is done or the wait is over.
+// do calls f with the lock held, unless the store fails. It repeats that until f
+// says that it is done, or the wait is over.
 func (h *Handle) do(ctx context.Context, wait time.Duration, f func() (done bool)) error {
 	m := h.m
 	m.mu.Lock()
@@ -250,7 +250,7 @@ func (h *Handle) Write(ctx context.Context, writes []store.Write) []error {
 	h.m.mu.Lock()
 	delay := h.m.writeDelay
 	h.m.mu.Unlock()
-	_ = h.sleep(ctx, delay, nil) // do returns what ends it
+	_ = h.sleep(ctx, delay, nil) // do returns the error
 	err := h.do(ctx, 0, func() bool {
 		for i := range writes {
 			w := &writes[i]

@@ -63,7 +63,7 @@ func (h *handle) send(to store.Node, messages ...string) {
 	}
 }
 
-// receive waits for as many messages.
+// receive waits for this many messages.
 func (h *handle) receive(node store.Node, want int) (got []string) {
 	h.t.Helper()
 	for len(got) < want {
@@ -158,7 +158,7 @@ func testContext(t *testing.T, n *nodes) {
 		}
 		cancel()
 	}
-	// A message that nobody has waited for long enough is still there.
+	// A Receive that was cancelled has not taken the message that comes after it.
 	a.send(node, "still")
 	if got := a.receive(node, 1); !slices.Equal(got, []string{"still"}) {
 		t.Errorf("received %q", got)

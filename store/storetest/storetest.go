@@ -1,5 +1,5 @@
-// Package storetest checks that a store does what sse needs of it, and has one
-// in memory that fails on demand.
+// Package storetest checks that a store does what sse needs, and has a store in
+// memory that fails on demand.
 package storetest
 
 import (
@@ -16,19 +16,19 @@ import (
 )
 
 const (
-	// patience bounds every wait for something that has to happen.
+	// patience bounds every wait for something that must happen.
 	patience = time.Minute
 
 	// ttl is for runs that stay.
 	ttl = 10 * time.Minute
 
-	// soon is for what is to be over within a test.
+	// soon is for what must be over within a test.
 	soon = 500 * time.Millisecond
 )
 
-// Run checks a store. Each call of open returns one more handle on the same
-// store, as another node has it; the test closes it. What is in the store does no
-// harm, and what the test leaves there goes by itself.
+// Run checks a store. Each call of open returns another handle on the same store,
+// as another node would have; the test closes it. Existing contents of the store
+// do no harm, and what the test leaves there is removed when its time is over.
 func Run(t *testing.T, open func(t *testing.T) store.Store) {
 	for name, test := range map[string]func(*testing.T, *nodes){
 		"EventsAreReadAsTheyWereWritten":           testRoundTrip,
