@@ -15,7 +15,7 @@ type agenda struct {
 	added   entry       // what setLocked adds; a local variable would be allocated
 	timer   *time.Timer // nil until there is an entry
 	armed   instant     // when the timer fires; 0: it does not
-	crew    crew
+	pool    tickPool
 
 	// pulse is the longest time between two calls of the timer while there is an
 	// entry, so that times in which the process did not run are noticed; 0: not
@@ -106,7 +106,7 @@ func (a *agenda) fire() {
 	}
 	a.armed = 0
 	for len(a.entries) > 0 && a.entries[0].at <= at {
-		a.crew.add(heap.Pop(&a.entries).(*stream))
+		a.pool.add(heap.Pop(&a.entries).(*stream))
 	}
 	a.armLocked()
 }

@@ -111,7 +111,7 @@ func OpenAndChunked() (open, chunked int) {
 var nodeTables sync.Map
 
 func init() {
-	tableOfDepot = func(opener store.Opener) *runTable[*run] {
+	tableOfSession = func(opener store.Opener) *runTable[*run] {
 		table, _ := nodeTables.LoadOrStore(opener.Identity(), new(runTable[*run]))
 		return table.(*runTable[*run])
 	}
@@ -120,8 +120,8 @@ func init() {
 // WaitingForStores is how many events have not been written to a store yet, and how
 // many of them are being written.
 func WaitingForStores() (waiting, written int) {
-	depots.Range(func(_, value any) bool {
-		for _, m := range value.(*depot).allMirrors() {
+	storeSessions.Range(func(_, value any) bool {
+		for _, m := range value.(*storeSession).allMirrors() {
 			m.mu.Lock()
 			waiting += len(m.waiting)
 			written += m.taken
@@ -135,8 +135,8 @@ func WaitingForStores() (waiting, written int) {
 // StoresAreIdle reports whether nothing is being written to a store, or is about to be.
 func StoresAreIdle() bool {
 	idle := true
-	depots.Range(func(_, value any) bool {
-		d := value.(*depot)
+	storeSessions.Range(func(_, value any) bool {
+		d := value.(*storeSession)
 		d.mu.Lock()
 		idle = idle && len(d.dirty) == 0 && !d.writing
 		d.mu.Unlock()

@@ -94,7 +94,7 @@ var (
 
 // follower is a client of this node that reads a run of another one.
 type follower struct {
-	d       *depot
+	d       *storeSession
 	name    string
 	key     store.Key
 	token   string // as it is in ids
@@ -116,7 +116,7 @@ type follower struct {
 
 // newFollower has a client read a run after event n. Its node is told, unless it
 // is dead.
-func (d *depot) newFollower(name string, token runToken, begin *runBegin, n uint64, dead bool) *follower {
+func (d *storeSession) newFollower(name string, token runToken, begin *runBegin, n uint64, dead bool) *follower {
 	release := d.hold(name)
 	if release == nil {
 		return nil
@@ -338,7 +338,7 @@ func (f *follower) awaitWhy(ctx context.Context) bool {
 
 // lookAfterFollowers tells the other nodes of their clients here, and finds out
 // which of them are dead.
-func (d *depot) lookAfterFollowers() {
+func (d *storeSession) lookAfterFollowers() {
 	byNode := make(map[store.Node][]*follower)
 	d.mu.Lock()
 	for _, f := range d.followers {

@@ -36,7 +36,7 @@ type keptRun struct {
 	cut     bool          // it has ended for that reason, because its client was away
 
 	// Clients of other nodes.
-	distant  map[string]*runReader // by the nodes' names for them
+	remote   map[string]*runReader // by the nodes' names for them
 	sentAway map[string]reason     // they should end, for this reason
 
 	alone *list.Element // its place among the runs without a client; guarded by the group's lock
@@ -125,7 +125,7 @@ func (x *exchange) beginRun(status int, header http.Header) {
 // there is one, until release is called. f is nil if the stream can't be kept.
 func (x *exchange) openKept(evicted func()) (f *feed, release func()) {
 	rs := x.h.resuming
-	if d := rs.depot; d != nil {
+	if d := rs.session; d != nil {
 		if !d.takesRuns() {
 			return nil, nil
 		}
@@ -158,8 +158,8 @@ func (x *exchange) makeKept(f *feed, release func(), status int, header http.Hea
 	if k.entered != nil {
 		r.call = k.ask
 	}
-	if rs.depot != nil {
-		r.kept.mirror = rs.depot.newMirror(r, r.marshalBegin(status, x.attempt.upstream()), release)
+	if rs.session != nil {
+		r.kept.mirror = rs.session.newMirror(r, r.marshalBegin(status, x.attempt.upstream()), release)
 		f.mirror = r.kept.mirror
 	}
 	f.foreign = func() { x.h.foreignIDs.Store(true) }
@@ -265,7 +265,7 @@ func (x *exchange) handlersGoOn() bool {
 // client.
 func (r *run) unkeep() bool {
 	r.mu.Lock()
-	attached := len(r.readers) > len(r.kept.distant) // a client of another node gets what the store has
+	attached := len(r.readers) > len(r.kept.remote) // a client of another node gets what the store has
 	if attached {
 		r.kept.passing = true
 		r.feed.journal.Pass()

@@ -32,7 +32,7 @@ const (
 // waits for the store. What the store does not take in time makes the run one as
 // without resume.
 type mirror struct {
-	d       *depot
+	d       *storeSession
 	run     *run
 	key     store.Key
 	ttl     time.Duration
@@ -56,7 +56,7 @@ type mirror struct {
 	end     []byte // to be written; nil: nothing, or the store has it
 	said    []byte // the end that the store has taken
 	stored  uint64 // the newest event that it has taken
-	queued  bool   // among the depot's dirty ones, or being written
+	queued  bool   // among the session's dirty ones, or being written
 }
 
 // mirrorStage is what becomes of what a store has of a run.
@@ -71,8 +71,8 @@ const (
 )
 
 // newMirror lets the store have a run, which begins.
-// release gives the depot back.
-func (d *depot) newMirror(r *run, begin []byte, release func()) *mirror {
+// release gives the session back.
+func (d *storeSession) newMirror(r *run, begin []byte, release func()) *mirror {
 	rs := r.h.resuming
 	m := &mirror{
 		d:       d,

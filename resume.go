@@ -102,7 +102,7 @@ func (x *exchange) findKept() (r *run, n uint64) {
 // if the request continues as a new one.
 func (x *exchange) comeBack() (out outcome, done bool) {
 	r, n := x.findKept()
-	if r == nil && x.h.resuming.depot != nil {
+	if r == nil && x.h.resuming.session != nil {
 		if out, answer := x.comeBackElsewhere(); answer != notElsewhere {
 			return out, answer == answeredElsewhere
 		}
@@ -229,11 +229,11 @@ func (r *run) enterAt(n uint64, reader *runReader) bool {
 	r.addReaderLocked(reader)
 	r.group().dropDetached(r)
 	r.kept.newest, r.kept.told = reader, true
-	if reader.distant != nil {
-		if r.kept.distant == nil {
-			r.kept.distant = make(map[string]*runReader)
+	if reader.remote != nil {
+		if r.kept.remote == nil {
+			r.kept.remote = make(map[string]*runReader)
 		}
-		r.kept.distant[reader.distant.id] = reader
+		r.kept.remote[reader.remote.id] = reader
 	}
 	r.mu.Unlock()
 	for _, other := range before {

@@ -202,8 +202,8 @@ type resuming struct {
 	bind    []string // placeholders, without braces
 	runFor  time.Duration
 	budget  *journal.Budget
-	depot   *depot       // nil: there is no store
-	warned  atomic.Int64 // unix nanoseconds of the last warning
+	session *storeSession // nil: there is no store
+	warned  atomic.Int64  // unix nanoseconds of the last warning
 }
 
 // newResuming makes it, and registers the handler as one with resume; nil if that
@@ -236,7 +236,7 @@ func newResuming(h *Handler, ctx caddy.Context) (*resuming, error) {
 	if total == 0 {
 		total = max(defaultTotalHistory, rs.history)
 	}
-	if rs.depot, err = config.openStore(h, ctx); err != nil {
+	if rs.session, err = config.openStore(h, ctx); err != nil {
 		return nil, err
 	}
 	rs.budget = h.group.budget(journal.KeepUnsent, total)
@@ -259,7 +259,7 @@ func newResuming(h *Handler, ctx caddy.Context) (*resuming, error) {
 
 // openStore opens the store for as long as the configuration is in use; nil if
 // there is none.
-func (r *Resume) openStore(h *Handler, ctx caddy.Context) (*depot, error) {
+func (r *Resume) openStore(h *Handler, ctx caddy.Context) (*storeSession, error) {
 	if r.StoreRaw == nil {
 		return nil, nil
 	}
@@ -271,7 +271,7 @@ func (r *Resume) openStore(h *Handler, ctx caddy.Context) (*depot, error) {
 	if !ok {
 		return nil, fmt.Errorf("sse: resume: store: %T is no store", loaded)
 	}
-	d, err := openDepot(fmt.Sprintf("%T", loaded), opener)
+	d, err := openStoreSession(fmt.Sprintf("%T", loaded), opener)
 	if err != nil {
 		return nil, err
 	}

@@ -11,8 +11,8 @@ type runReader struct {
 	baton  baton           // of a resumedRun
 	cursor *journal.Cursor // nil until it has a place
 
-	run     *run
-	distant *distant // nil: it is a client of this node
+	run    *run
+	remote *remoteReader // nil: it is a client of this node
 
 	mu     sync.Mutex
 	stream *stream
@@ -113,7 +113,7 @@ func (reader *runReader) feeds(s *stream) {
 // endStream ends the client's stream at an event boundary, and never waits for
 // the client.
 func (reader *runReader) endStream(why reason) {
-	if reader.distant != nil {
+	if reader.remote != nil {
 		reader.run.sendAway(reader, why)
 		return
 	}

@@ -48,8 +48,8 @@ var runTokens runTable[*run]
 
 // runTable is the table in which the handler finds runs.
 func (h *Handler) runTable() *runTable[*run] {
-	if h.resuming != nil && h.resuming.depot != nil {
-		return h.resuming.depot.runs
+	if h.resuming != nil && h.resuming.session != nil {
+		return h.resuming.session.runs
 	}
 	return &runTokens
 }

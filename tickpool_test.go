@@ -44,13 +44,13 @@ func TestStreamsThatAreDueInOneInstantAreCalledOnByAFew(t *testing.T) {
 		}
 		time.Sleep(callPatience)
 		synctest.Wait()
-		if n, most := client.writes.Load(), at.most.Load(); n != streams || most != crewSize {
-			t.Errorf("%d frames by %d callers, want %d by %d", n, most, streams, crewSize)
+		if n, most := client.writes.Load(), at.most.Load(); n != streams || most != tickPoolSize {
+			t.Errorf("%d frames by %d callers, want %d by %d", n, most, streams, tickPoolSize)
 		}
-		h.agenda.crew.mu.Lock()
-		defer h.agenda.crew.mu.Unlock()
-		if crew := &h.agenda.crew; len(crew.callers) != 0 || len(crew.waiting) != 0 {
-			t.Errorf("left are %d callers and %d streams", len(crew.callers), len(crew.waiting))
+		h.agenda.pool.mu.Lock()
+		defer h.agenda.pool.mu.Unlock()
+		if pool := &h.agenda.pool; len(pool.callers) != 0 || len(pool.waiting) != 0 {
+			t.Errorf("left are %d callers and %d streams", len(pool.callers), len(pool.waiting))
 		}
 		for _, s := range all {
 			h.agenda.drop(s)
@@ -82,7 +82,7 @@ func TestClientsThatReadNothingDelayNobodyElsesFrame(t *testing.T) {
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		// Each patience frees as many callers as were held up in it.
-		limit := (blocked/crewSize + 2) * 2 * callPatience
+		limit := (blocked/tickPoolSize + 2) * 2 * callPatience
 		time.Sleep(limit)
 		synctest.Wait()
 		if n := reader.writes.Load(); n != healthy {
@@ -94,21 +94,21 @@ func TestClientsThatReadNothingDelayNobodyElsesFrame(t *testing.T) {
 		// A caller that has been replaced does not go on when its client reads again.
 		close(free)
 		synctest.Wait()
-		h.agenda.crew.mu.Lock()
-		if crew := &h.agenda.crew; len(crew.callers) != 0 || len(crew.waiting) != 0 {
-			t.Errorf("left are %d callers and %d streams", len(crew.callers), len(crew.waiting))
+		h.agenda.pool.mu.Lock()
+		if pool := &h.agenda.pool; len(pool.callers) != 0 || len(pool.waiting) != 0 {
+			t.Errorf("left are %d callers and %d streams", len(pool.callers), len(pool.waiting))
 		}
-		h.agenda.crew.mu.Unlock()
+		h.agenda.pool.mu.Unlock()
 		for _, s := range all {
 			h.agenda.drop(s)
 		}
 	})
 }
 
-// The crew is emptied and filled again and again, at the instants in which its
+// The pool is emptied and filled again and again, at the instants in which its
 // callers leave: nobody is forgotten.
 func TestNoStreamIsForgottenAsCallersComeAndGo(t *testing.T) {
-	var c crew
+	var c tickPool
 	h := quietHandler()
 	const adders, each = 8, 2000
 	var calls atomic.Int64

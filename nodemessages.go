@@ -18,8 +18,8 @@ import (
 // list like any other, keeps what that has not been sent, and tells when its
 // stream is to end.
 
-// letter is a message on its way to a node.
-type letter struct {
+// outgoing is a message on its way to a node.
+type outgoing struct {
 	to store.Node
 	message
 }
@@ -52,19 +52,19 @@ const (
 const maxOutbox = 10_000
 
 // post sends a message to a node, without waiting for the store.
-func (d *depot) post(to store.Node, m message) {
+func (d *storeSession) post(to store.Node, m message) {
 	m.From = d.node
 	d.mu.Lock()
 	if len(d.outbox) >= maxOutbox {
 		d.outbox = d.outbox[maxOutbox/10:]
 	}
-	d.outbox = append(d.outbox, letter{to, m})
+	d.outbox = append(d.outbox, outgoing{to, m})
 	d.mu.Unlock()
 	d.sendPosted()
 }
 
 // sendPosted has the sender call.
-func (d *depot) sendPosted() {
+func (d *storeSession) sendPosted() {
 	select {
 	case d.posts <- struct{}{}:
 	default:
@@ -72,7 +72,7 @@ func (d *depot) sendPosted() {
 }
 
 // send sends a message to a node, and waits for the store.
-func (d *depot) send(ctx context.Context, to store.Node, name string, messages ...message) error {
+func (d *storeSession) send(ctx context.Context, to store.Node, name string, messages ...message) error {
 	texts := make([][]byte, len(messages))
 	for i, m := range messages {
 		m.From = d.node
@@ -93,7 +93,7 @@ func (d *depot) send(ctx context.Context, to store.Node, name string, messages .
 
 // keepSending sends what has been posted. What can't be sent is lost: it will be
 // said again. But who stops a run says so once, so that is kept until it is sent.
-func (d *depot) keepSending() {
+func (d *storeSession) keepSending() {
 	for {
 		select {
 		case <-d.posts:
@@ -101,25 +101,25 @@ func (d *depot) keepSending() {
 			return
 		}
 		d.mu.Lock()
-		letters := d.outbox
+		posted := d.outbox
 		d.outbox, d.sending = nil, true
 		d.mu.Unlock()
 		byNode := make(map[store.Node][]message)
 		var nodes []store.Node
-		for _, l := range letters {
+		for _, l := range posted {
 			if byNode[l.to] == nil {
 				nodes = append(nodes, l.to)
 			}
 			byNode[l.to] = append(byNode[l.to], l.message)
 		}
-		var stops []letter
+		var stops []outgoing
 		for _, node := range nodes {
 			if d.send(d.ctx, node, "", byNode[node]...) == nil {
 				continue
 			}
 			for _, m := range byNode[node] {
 				if m.Op == clientStops {
-					stops = append(stops, letter{node, m})
+					stops = append(stops, outgoing{node, m})
 				}
 			}
 		}
@@ -134,7 +134,7 @@ func (d *depot) keepSending() {
 }
 
 // keepReceiving takes what other nodes have to say.
-func (d *depot) keepReceiving() {
+func (d *storeSession) keepReceiving() {
 	for d.ctx.Err() == nil {
 		wait := d.lease / 3
 		var texts [][]byte
@@ -159,7 +159,7 @@ func (d *depot) keepReceiving() {
 }
 
 // read takes one message.
-func (d *depot) read(m message) {
+func (d *storeSession) read(m message) {
 	switch m.Op {
 	case clientEnds, runUnknown:
 		d.mu.Lock()
@@ -218,16 +218,16 @@ func reasonOf(name string) reason {
 	return notEnded
 }
 
-// distant is a reader that is a client of another node.
-type distant struct {
-	d     *depot
+// remoteReader is a reader that is a client of another node.
+type remoteReader struct {
+	d     *storeSession
 	node  store.Node
 	id    string
 	heard atomic.Int64 // when that node has told of it last, an instant
 }
 
 // end tells its node that its stream is to end.
-func (t *distant) end(r *run, why reason) {
+func (t *remoteReader) end(r *run, why reason) {
 	t.d.post(t.node, message{Op: clientEnds, Run: keyOf(r.token()).String(), Reader: t.id, Why: why.String()})
 }
 
@@ -236,29 +236,29 @@ func (t *distant) end(r *run, why reason) {
 const maxSentAway = 64
 
 // isReadElsewhere takes note of where a client of another node is. It belongs to
-// the depot's receiver, as does leftElsewhere.
-func (r *run) isReadElsewhere(d *depot, m message) {
+// the session's receiver, as does leftElsewhere.
+func (r *run) isReadElsewhere(d *storeSession, m message) {
 	r.mu.Lock()
 	why, sentAway := r.kept.sentAway[m.Reader]
-	reader := r.kept.distant[m.Reader]
+	reader := r.kept.remote[m.Reader]
 	newest := reader != nil && r.kept.newest == reader
 	r.mu.Unlock()
 	switch {
 	case sentAway:
-		(&distant{d: d, node: m.From, id: m.Reader}).end(r, why)
+		(&remoteReader{d: d, node: m.From, id: m.Reader}).end(r, why)
 	case r.kept.mirror.lost.Load():
 		d.post(m.From, message{Op: runUnknown, Run: m.Run, Reader: m.Reader})
 		r.kept.mirror.sayAgain()
 		m.Stay = r.h.resuming.window
 		r.leftElsewhere(m)
 	case reader == nil:
-		reader = &runReader{run: r, distant: &distant{d: d, node: m.From, id: m.Reader}}
-		reader.distant.heard.Store(int64(now()))
+		reader = &runReader{run: r, remote: &remoteReader{d: d, node: m.From, id: m.Reader}}
+		reader.remote.heard.Store(int64(now()))
 		if !r.enterAt(m.N, reader) {
 			d.post(m.From, message{Op: runUnknown, Run: m.Run, Reader: m.Reader})
 		}
 	default:
-		reader.distant.heard.Store(int64(now()))
+		reader.remote.heard.Store(int64(now()))
 		if newest {
 			reader.moveTo(m.N)
 		}
@@ -279,8 +279,8 @@ func (reader *runReader) moveTo(n uint64) {
 // leftElsewhere takes a client of another node off the run.
 func (r *run) leftElsewhere(m message) {
 	r.mu.Lock()
-	reader := r.kept.distant[m.Reader]
-	delete(r.kept.distant, m.Reader)
+	reader := r.kept.remote[m.Reader]
+	delete(r.kept.remote, m.Reader)
 	delete(r.kept.sentAway, m.Reader)
 	if reader != nil && r.kept.newest == reader {
 		r.kept.stay = m.Stay
@@ -294,9 +294,9 @@ func (r *run) leftElsewhere(m message) {
 // sendAway has the node of a client end its stream, and remembers that for as
 // long as that node may still tell of it. Nobody waits for it.
 func (r *run) sendAway(reader *runReader, why reason) {
-	id := reader.distant.id
+	id := reader.remote.id
 	r.mu.Lock()
-	delete(r.kept.distant, id)
+	delete(r.kept.remote, id)
 	if r.kept.sentAway == nil {
 		r.kept.sentAway = make(map[string]reason)
 	}
@@ -305,13 +305,13 @@ func (r *run) sendAway(reader *runReader, why reason) {
 	}
 	r.kept.sentAway[id] = why
 	r.mu.Unlock()
-	reader.distant.end(r, why)
+	reader.remote.end(r, why)
 	reader.leave()
 }
 
 // dropSilentReaders takes off the clients of nodes that have not told of them for
 // as long as a lease. It belongs to the receiver.
-func (d *depot) dropSilentReaders() {
+func (d *storeSession) dropSilentReaders() {
 	if now()-d.looked < instant(d.lease/3) {
 		return
 	}
@@ -320,9 +320,9 @@ func (d *depot) dropSilentReaders() {
 		r := m.run
 		var silent []*runReader
 		r.mu.Lock()
-		for id, reader := range r.kept.distant {
-			if now()-instant(reader.distant.heard.Load()) > instant(d.lease) {
-				delete(r.kept.distant, id)
+		for id, reader := range r.kept.remote {
+			if now()-instant(reader.remote.heard.Load()) > instant(d.lease) {
+				delete(r.kept.remote, id)
 				silent = append(silent, reader)
 			}
 		}

@@ -24,7 +24,7 @@ const (
 
 // queue tells the writer that a run has something for the store. It must be
 // called with the mirror's lock held.
-func (d *depot) queue(m *mirror) {
+func (d *storeSession) queue(m *mirror) {
 	d.mu.Lock()
 	d.dirty = append(d.dirty, m)
 	d.mu.Unlock()
@@ -34,15 +34,15 @@ func (d *depot) queue(m *mirror) {
 	}
 }
 
-func (d *depot) dropMirror(m *mirror) {
+func (d *storeSession) dropMirror(m *mirror) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.mirrors, m)
 }
 
 // allMirrors returns those that still have something for the store. A mirror's
-// lock must be taken before the depot's.
-func (d *depot) allMirrors() []*mirror {
+// lock must be taken before the session's.
+func (d *storeSession) allMirrors() []*mirror {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return slices.Collect(maps.Keys(d.mirrors))
@@ -50,20 +50,20 @@ func (d *depot) allMirrors() []*mirror {
 
 // isIdleLocked reports whether nothing is left to write to the store, or to send
 // to other nodes.
-func (d *depot) isIdleLocked() bool {
+func (d *storeSession) isIdleLocked() bool {
 	return len(d.dirty) == 0 && !d.writing && len(d.outbox) == 0 && !d.sending
 }
 
-// tellIdleLocked wakes those that wait for the depot to be idle, if it is.
-func (d *depot) tellIdleLocked() {
+// tellIdleLocked wakes those that wait for the session to be idle, if it is.
+func (d *storeSession) tellIdleLocked() {
 	if d.idle != nil && d.isIdleLocked() {
 		close(d.idle)
 		d.idle = nil
 	}
 }
 
-// awaitIdle waits until the depot is idle.
-func (d *depot) awaitIdle(ctx context.Context) {
+// awaitIdle waits until the session is idle.
+func (d *storeSession) awaitIdle(ctx context.Context) {
 	d.mu.Lock()
 	if d.isIdleLocked() {
 		d.mu.Unlock()
@@ -82,7 +82,7 @@ func (d *depot) awaitIdle(ctx context.Context) {
 
 // keepWriting writes what the runs have for the store, many at a time: during one
 // call, the next batch grows.
-func (d *depot) keepWriting() {
+func (d *storeSession) keepWriting() {
 	pause := firstWritePause
 	for {
 		batch := d.nextBatch()
@@ -109,7 +109,7 @@ func (d *depot) keepWriting() {
 }
 
 // nextBatch takes the runs to write next.
-func (d *depot) nextBatch() []*mirror {
+func (d *storeSession) nextBatch() []*mirror {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	n := min(len(d.dirty), writeBatch)
@@ -121,7 +121,7 @@ func (d *depot) nextBatch() []*mirror {
 }
 
 // write writes a batch, and reports whether the store has accepted all of it.
-func (d *depot) write(batch []*mirror) bool {
+func (d *storeSession) write(batch []*mirror) bool {
 	var (
 		writes  []store.Write
 		writers []*mirror
@@ -180,14 +180,14 @@ func (d *depot) write(batch []*mirror) bool {
 }
 
 // queueAgain postpones what is too much for one batch.
-func (d *depot) queueAgain(m *mirror) {
+func (d *storeSession) queueAgain(m *mirror) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	d.queue(m)
 }
 
 // loseLate gives up the runs that have waited for too long.
-func (d *depot) loseLate() {
+func (d *storeSession) loseLate() {
 	d.mu.Lock()
 	dirty := slices.Clone(d.dirty)
 	d.mu.Unlock()

@@ -15,14 +15,14 @@ import (
 	"github.com/caddy-sse/caddy-sse/store"
 )
 
-// distantAnswer is the result for a client's id that belongs to no run of this
+// remoteAnswer is the result for a client's id that belongs to no run of this
 // process.
-type distantAnswer uint8
+type remoteAnswer uint8
 
 const (
-	notElsewhere      distantAnswer = iota // it belongs to no run of another node either
-	answeredElsewhere                      // the request has its answer
-	newElsewhere                           // it continues as a new request
+	notElsewhere      remoteAnswer = iota // it belongs to no run of another node either
+	answeredElsewhere                     // the request has its answer
+	newElsewhere                          // it continues as a new request
 )
 
 // A run that is not in the store may not have been written yet. The node looks
@@ -34,12 +34,12 @@ const (
 )
 
 // comeBackElsewhere answers a client that has come back to another node's run.
-func (x *exchange) comeBackElsewhere() (outcome, distantAnswer) {
+func (x *exchange) comeBackElsewhere() (outcome, remoteAnswer) {
 	id, ok := parseRunID(x.rare.brought)
 	if !ok {
 		return outcome{}, notElsewhere
 	}
-	d := x.h.resuming.depot
+	d := x.h.resuming.session
 	found, begin, err := x.lookElsewhere(id.token)
 	if x.r.Context().Err() != nil {
 		return outcome{}, answeredElsewhere
@@ -86,7 +86,7 @@ func (x *exchange) comeBackElsewhere() (outcome, distantAnswer) {
 
 // lookElsewhere is findElsewhere for a run that may have begun a moment ago.
 func (x *exchange) lookElsewhere(token runToken) (found store.Run, begin *runBegin, err error) {
-	d := x.h.resuming.depot
+	d := x.h.resuming.session
 	came, pause := now(), firstLook
 	for looks := 1; ; looks++ {
 		found, begin, err = x.findElsewhere(token)
@@ -105,7 +105,7 @@ func (x *exchange) lookElsewhere(token runToken) (found store.Run, begin *runBeg
 // findElsewhere finds another node's run to which the client may come back. If it
 // is someone else's, it counts as unknown.
 func (x *exchange) findElsewhere(token runToken) (found store.Run, begin *runBegin, err error) {
-	d := x.h.resuming.depot
+	d := x.h.resuming.session
 	if d.away.Load() {
 		return found, nil, errStoreAway
 	}
@@ -126,17 +126,17 @@ func (x *exchange) findElsewhere(token runToken) (found store.Run, begin *runBeg
 
 // isKnownElsewhere reports whether another node has a run with the token.
 func (x *exchange) isKnownElsewhere(token runToken) bool {
-	if x.h.resuming == nil || x.h.resuming.depot == nil || x.h.resuming.depot.away.Load() {
+	if x.h.resuming == nil || x.h.resuming.session == nil || x.h.resuming.session.away.Load() {
 		return false
 	}
-	_, err := x.h.resuming.depot.find(x.r.Context(), keyOf(token), x.h.Name)
+	_, err := x.h.resuming.session.find(x.r.Context(), keyOf(token), x.h.Name)
 	return err == nil
 }
 
 // marshalBegin is what the store gets about the run when it begins.
 func (r *run) marshalBegin(status int, upstream string) []byte {
 	text, err := json.Marshal(runBegin{
-		Node:     r.h.resuming.depot.node,
+		Node:     r.h.resuming.session.node,
 		Place:    r.kept.place[:],
 		Status:   status,
 		Added:    r.kept.added,
@@ -210,7 +210,7 @@ func (x *exchange) leaveElsewhere() {
 
 // storeIsAway answers a client that has come back while the store is unavailable.
 // An answer must not be paid for twice.
-func (x *exchange) storeIsAway() (outcome, distantAnswer) {
+func (x *exchange) storeIsAway() (outcome, remoteAnswer) {
 	if x.r.Method == http.MethodGet {
 		x.h.group.countResume(resumeUnknown)
 		x.rare.unknown = true
@@ -223,8 +223,8 @@ func (x *exchange) storeIsAway() (outcome, distantAnswer) {
 }
 
 // stopElsewhere ends another node's run on its client's request.
-func (x *exchange) stopElsewhere(id runID, found store.Run, begin *runBegin) (outcome, distantAnswer) {
-	d, ctx := x.h.resuming.depot, x.r.Context()
+func (x *exchange) stopElsewhere(id runID, found store.Run, begin *runBegin) (outcome, remoteAnswer) {
+	d, ctx := x.h.resuming.session, x.r.Context()
 	dead := d.isDead(begin.Node)
 	if found.End == nil && id.n > found.Last && !dead {
 		f := &follower{d: d, name: x.h.Name, key: keyOf(id.token), over: context.Background()}

@@ -35,20 +35,20 @@ const (
 	storeLastWords = time.Second
 )
 
-// depots are the stores that are open, by what their configurations say. They
+// storeSessions are the stores that are open, by what their configurations say. They
 // outlive a reload, and are held by the runs that began with them, too.
-var depots = caddy.NewUsagePool()
+var storeSessions = caddy.NewUsagePool()
 
-// tableOfDepot says where the runs of a store's node are found. Tests have
+// tableOfSession says where the runs of a store's node are found. Tests have
 // several nodes in one process.
-var tableOfDepot = func(store.Opener) *runTable[*run] { return &runTokens }
+var tableOfSession = func(store.Opener) *runTable[*run] { return &runTokens }
 
-// depot is a store as this process uses it: as one node, with one goroutine each
+// storeSession is a store as this process uses it: as one node, with one goroutine each
 // that writes, sends messages, receives them, and keeps the lease.
-type depot struct {
+type storeSession struct {
 	store store.Store
 	node  store.Node
-	key   string // in depots
+	key   string // in storeSessions
 	runs  *runTable[*run]
 	lease time.Duration
 
@@ -75,7 +75,7 @@ type depot struct {
 	writes    chan struct{}
 	writing   bool
 	followers map[string]*follower
-	outbox    []letter
+	outbox    []outgoing
 	sending   bool
 	posts     chan struct{}
 	idle      chan struct{} // closed when nothing is left to be written or sent; nil: nobody waits for it
@@ -83,26 +83,26 @@ type depot struct {
 	pending atomic.Int64 // bytes that the store has not confirmed
 }
 
-// openDepot opens a store, or returns the one that is open. It is to be given
-// back to depots by its key.
-func openDepot(module string, opener store.Opener) (*depot, error) {
+// openStoreSession opens a store, or returns the one that is open. It is to be given
+// back to storeSessions by its key.
+func openStoreSession(module string, opener store.Opener) (*storeSession, error) {
 	sum := sha256.Sum256([]byte(module + "\x00" + opener.Identity()))
 	key := string(sum[:])
-	value, _, err := depots.LoadOrNew(key, func() (caddy.Destructor, error) {
+	value, _, err := storeSessions.LoadOrNew(key, func() (caddy.Destructor, error) {
 		s, err := opener.Open()
 		if err != nil {
 			return nil, fmt.Errorf("sse: resume: store: %w", err)
 		}
-		return newDepot(key, s, tableOfDepot(opener)), nil
+		return newStoreSession(key, s, tableOfSession(opener)), nil
 	})
 	if err != nil {
 		return nil, err
 	}
-	return value.(*depot), nil
+	return value.(*storeSession), nil
 }
 
-func newDepot(key string, s store.Store, runs *runTable[*run]) *depot {
-	d := &depot{
+func newStoreSession(key string, s store.Store, runs *runTable[*run]) *storeSession {
+	d := &storeSession{
 		store:     s,
 		node:      store.Node(rand.Text()),
 		key:       key,
@@ -125,8 +125,8 @@ func newDepot(key string, s store.Store, runs *runTable[*run]) *depot {
 }
 
 // use takes note of one more configuration, run or client of a name that holds
-// the depot. It returns what gives it back.
-func (d *depot) use(name string) (release func()) {
+// the session. It returns what gives it back.
+func (d *storeSession) use(name string) (release func()) {
 	d.mu.Lock()
 	d.names[name]++
 	d.mu.Unlock()
@@ -136,30 +136,30 @@ func (d *depot) use(name string) (release func()) {
 			delete(d.names, name)
 		}
 		d.mu.Unlock()
-		// It may be one of the depot's own goroutines that is the last to hold it.
-		go func() { _, _ = depots.Delete(d.key) }()
+		// It may be one of the session's own goroutines that is the last to hold it.
+		go func() { _, _ = storeSessions.Delete(d.key) }()
 	})
 }
 
 // hold is use for a run, or a client of one: whatever reloads, it keeps the store
 // that it began with. It returns nil where the store is being closed.
-func (d *depot) hold(name string) (release func()) {
-	value, _, err := depots.LoadOrNew(d.key, func() (caddy.Destructor, error) { return nil, errDepotClosed })
+func (d *storeSession) hold(name string) (release func()) {
+	value, _, err := storeSessions.LoadOrNew(d.key, func() (caddy.Destructor, error) { return nil, errSessionClosed })
 	if err != nil {
 		return nil
 	}
 	if value != d { // one that was opened again
-		_, _ = depots.Delete(d.key)
+		_, _ = storeSessions.Delete(d.key)
 		return nil
 	}
 	return d.use(name)
 }
 
-var errDepotClosed = errors.New("the store is being closed")
+var errSessionClosed = errors.New("the store is being closed")
 
 // Destruct implements caddy.Destructor: no configuration and no run uses the
 // store any more.
-func (d *depot) Destruct() error {
+func (d *storeSession) Destruct() error {
 	d.takeLeave()
 	d.cancel()
 	err := d.store.Close()
@@ -169,7 +169,7 @@ func (d *depot) Destruct() error {
 
 // takeLeave writes and sends what is left, if that is possible in a moment,
 // and ends the node's lease: what it has not ended is over.
-func (d *depot) takeLeave() {
+func (d *storeSession) takeLeave() {
 	ctx, cancel := context.WithTimeout(d.ctx, storeLastWords)
 	defer cancel()
 	d.awaitIdle(ctx)
@@ -188,8 +188,8 @@ func (d *depot) takeLeave() {
 // leaveStores is takeLeave for all stores, when the process exits.
 func leaveStores() {
 	var leaving sync.WaitGroup
-	depots.Range(func(_, value any) bool {
-		leaving.Go(value.(*depot).takeLeave)
+	storeSessions.Range(func(_, value any) bool {
+		leaving.Go(value.(*storeSession).takeLeave)
 		return true
 	})
 	leaving.Wait()
@@ -217,7 +217,7 @@ func (op storeOp) waits() bool { return op == storeRead || op == storeReceive }
 
 // call asks the store for something, counts what came of it, for the names given
 // or else for all that use the store, and takes note of whether it is away.
-func (d *depot) call(ctx context.Context, op storeOp, patience time.Duration, f func(ctx context.Context) error, names ...string) error {
+func (d *storeSession) call(ctx context.Context, op storeOp, patience time.Duration, f func(ctx context.Context) error, names ...string) error {
 	limited, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	start := now()
@@ -242,7 +242,7 @@ func (d *depot) call(ctx context.Context, op storeOp, patience time.Duration, f 
 }
 
 // failed takes note that the store is away.
-func (d *depot) failed(op storeOp, err error, names []string) {
+func (d *storeSession) failed(op storeOp, err error, names []string) {
 	if !d.away.Swap(true) {
 		d.renewSoon()
 	}
@@ -250,7 +250,7 @@ func (d *depot) failed(op storeOp, err error, names []string) {
 }
 
 // tell counts a failure of the store, and warns of it at most once a minute.
-func (d *depot) tell(op storeOp, err error, names []string) {
+func (d *storeSession) tell(op storeOp, err error, names []string) {
 	for _, name := range names {
 		collector.storeErrors.WithLabelValues(name, string(op)).Inc()
 	}
@@ -266,7 +266,7 @@ func (d *depot) tell(op storeOp, err error, names []string) {
 }
 
 // answers takes note of a store that can be asked.
-func (d *depot) answers() {
+func (d *storeSession) answers() {
 	healed := d.away.Swap(false)
 	if healed || d.back.Load() == 0 {
 		d.back.Store(int64(now()))
@@ -277,7 +277,7 @@ func (d *depot) answers() {
 }
 
 // takesRuns reports whether a new run should begin with the store.
-func (d *depot) takesRuns() bool {
+func (d *storeSession) takesRuns() bool {
 	if d.away.Load() {
 		return false
 	}
@@ -286,14 +286,14 @@ func (d *depot) takesRuns() bool {
 }
 
 // users are the names of the handlers that use the store.
-func (d *depot) users() []string {
+func (d *storeSession) users() []string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return slices.Sorted(maps.Keys(d.names))
 }
 
 // keepLease renews the lease, and does what is to be done again and again.
-func (d *depot) keepLease() {
+func (d *storeSession) keepLease() {
 	pulse := d.lease / 3
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -319,7 +319,7 @@ func (d *depot) keepLease() {
 }
 
 // renewLease says that the node lives, unless it is about to leave.
-func (d *depot) renewLease() error {
+func (d *storeSession) renewLease() error {
 	d.leasing <- struct{}{}
 	defer func() { <-d.leasing }()
 	if d.leaves {
@@ -346,7 +346,7 @@ func (d *depot) renewLease() error {
 const touchBatch = 500
 
 // touchRuns has the runs of this node stay.
-func (d *depot) touchRuns() {
+func (d *storeSession) touchRuns() {
 	stay := make(map[time.Duration][]store.Key)
 	for _, m := range d.allMirrors() {
 		if ttl, key, ok := m.stays(); ok {
@@ -364,7 +364,7 @@ func (d *depot) touchRuns() {
 
 // isDead reports whether a node has no lease. After the store was away, or has lost
 // leases, a node that lives may not have renewed it yet.
-func (d *depot) isDead(node store.Node) bool {
+func (d *storeSession) isDead(node store.Node) bool {
 	if node == d.node {
 		return true // the run was here, and is here no more
 	}
@@ -383,7 +383,7 @@ func (d *depot) isDead(node store.Node) bool {
 }
 
 // lives asks the store whether a node has a lease.
-func (d *depot) lives(node store.Node) (lives bool, err error) {
+func (d *storeSession) lives(node store.Node) (lives bool, err error) {
 	err = d.call(d.ctx, storeLives, storePatience, func(ctx context.Context) (err error) {
 		lives, err = d.store.Lives(ctx, node)
 		return err
@@ -394,13 +394,13 @@ func (d *depot) lives(node store.Node) (lives bool, err error) {
 // leasesAreLost takes note that the store lacks the lease of this node. It has been
 // flushed, or a replica that never had it has taken its place: it lacks those of
 // others, too.
-func (d *depot) leasesAreLost() {
+func (d *storeSession) leasesAreLost() {
 	d.back.Store(int64(now()))
 	d.renewSoon()
 }
 
 // renewSoon has the lease be renewed.
-func (d *depot) renewSoon() {
+func (d *storeSession) renewSoon() {
 	select {
 	case d.renew <- struct{}{}:
 	default:
@@ -438,7 +438,7 @@ const leastLook = 600 * time.Millisecond
 // maySeeUntil returns until when the store may get a run that was there at an
 // instant. Another node writes it at once, after what it is writing, if the store
 // is as fast there as it is here; after the store was away, when it tries again.
-func (d *depot) maySeeUntil(at instant) instant {
+func (d *storeSession) maySeeUntil(at instant) instant {
 	slow := max(d.writePace.takes(), d.renewPace.takes())
 	until := at.plus(leastLook + 2*min(slow, d.lease/4))
 	if healed := instant(d.healed.Load()); healed != 0 {
@@ -448,7 +448,7 @@ func (d *depot) maySeeUntil(at instant) instant {
 }
 
 // find asks the store for a run.
-func (d *depot) find(ctx context.Context, key store.Key, name string) (found store.Run, err error) {
+func (d *storeSession) find(ctx context.Context, key store.Key, name string) (found store.Run, err error) {
 	err = d.call(ctx, storeFind, storePatience, func(ctx context.Context) (err error) {
 		found, err = d.store.Find(ctx, key)
 		return err
@@ -465,4 +465,4 @@ func currentLogger() *zap.Logger {
 }
 
 // Interface guards
-var _ caddy.Destructor = (*depot)(nil)
+var _ caddy.Destructor = (*storeSession)(nil)
