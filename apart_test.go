@@ -13,17 +13,17 @@ import (
 	"time"
 )
 
-// apartVariable makes a test binary run the one test that another one has set
+// apartVariable makes a test binary run only the test that another process runs
 // apart.
 const apartVariable = "CADDYSSE_TEST_APART"
 
-// apartAtOnce bounds how many tests run apart at a time: they mostly wait, but
-// each has a Caddy.
+// apartAtOnce limits how many tests run apart at the same time. They mostly
+// wait, but each has a Caddy.
 var apartAtOnce = make(chan struct{}, 8)
 
-// apart runs a test, or a subtest, in a process of its own and beside others, and
-// reports whether it has done so. It is for tests that need the Caddy of their
-// process and mostly wait:
+// apart runs a test or a subtest in its own process, in parallel with others,
+// and reports whether it has done so. It is for tests that need a Caddy and
+// mostly wait:
 //
 //	if apart(t) {
 //		return
@@ -40,7 +40,8 @@ func apart(t *testing.T) bool {
 	ctx := t.Context()
 	args := []string{"-test.v", "-test.run=" + patternOfOne(t.Name()), "-test.short=" + fmt.Sprint(testing.Short())}
 	if deadline, ok := t.Deadline(); ok {
-		// The child's own time is over first, so that it tells what it waits for.
+		// The child's timeout is shorter, so that its own output says where it
+		// waits.
 		left := time.Until(deadline)
 		args = append(args, "-test.timeout="+(left-left/20).String())
 		var cancel context.CancelFunc
@@ -49,7 +50,7 @@ func apart(t *testing.T) bool {
 	}
 	cmd := exec.CommandContext(ctx, os.Args[0], args...)
 	cmd.Env = append(os.Environ(), apartVariable+"=1")
-	if _, err := cmd.StdinPipe(); err != nil { // which Wait closes
+	if _, err := cmd.StdinPipe(); err != nil { // Wait closes it
 		t.Fatal(err)
 	}
 	out, err := cmd.CombinedOutput()
@@ -66,8 +67,8 @@ func apart(t *testing.T) bool {
 	return true
 }
 
-// patternOfOne is what -run takes for one test and what of its subtests this
-// process is to run.
+// patternOfOne returns the -run pattern for one test, including which of its
+// subtests this process was told to run.
 func patternOfOne(name string) string {
 	parts := strings.Split(name, "/")
 	for i, part := range parts {
@@ -79,7 +80,8 @@ func patternOfOne(name string) string {
 	return strings.Join(parts, "/")
 }
 
-// leash ends a process that runs a test apart with the one that started it.
+// leash makes a process that runs a test apart end when the process that
+// started it ends.
 func leash() {
 	if os.Getenv(apartVariable) != "" {
 		go func() {

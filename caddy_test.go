@@ -41,8 +41,7 @@ import (
 	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
-// This file is the harness of the tests that drive a real Caddy over real
-// sockets:
+// This file is the harness for tests that drive a real Caddy over real sockets:
 //
 //	up := newUpstream(t)
 //	c := startCaddy(t, `
@@ -58,17 +57,18 @@ import (
 //	call.end()
 //	body.expectEnd(t)
 //
-// Caddy is one per process: a second startCaddy waits until the first test is
-// through.
+// A process has only one Caddy: a second startCaddy waits until the first test
+// has ended.
 
-// clientProtocols are what a client can speak to Caddy. h1 is without TLS.
+// clientProtocols are the protocols that clients use. h1 is HTTP/1.1 without
+// TLS.
 var clientProtocols = []string{"h1", "h2", "h3"}
 
-// testCaddy is a running Caddy with one site, which answers to every host name
-// both without TLS (HTTP/1.1) and with it (HTTP/1.1, HTTP/2, HTTP/3).
+// testCaddy is a running Caddy with one site, which answers for every host
+// name, without TLS (HTTP/1.1) and with TLS (HTTP/1.1, HTTP/2, HTTP/3).
 type testCaddy struct {
 	t       testing.TB
-	url     string // without TLS, no slash at the end
+	url     string // without TLS and without a slash at the end
 	addr    string // host and port of url
 	tlsURL  string
 	tlsAddr string
@@ -80,14 +80,14 @@ type testCaddy struct {
 	options []siteOption
 }
 
-// siteOption changes what surrounds the site in the Caddyfile.
+// siteOption changes the Caddyfile around the site.
 type siteOption func(*surroundings)
 
 type surroundings struct {
 	global      string // more global options
 	admin       bool
 	output      string // of the logs
-	level       string // of everything but this module
+	level       string // of everything except this module
 	moduleLevel string
 }
 
@@ -96,18 +96,18 @@ func withGlobal(options string) siteOption {
 	return func(s *surroundings) { s.global += options + "\n" }
 }
 
-// withAdmin switches the admin API on; see testCaddy.admin.
+// withAdmin turns the admin API on; see testCaddy.admin.
 func withAdmin() siteOption {
 	return func(s *surroundings) { s.admin = true }
 }
 
-// withLogLevel sets the level of Caddy's own logs, instead of INFO. This
-// module's are always captured from DEBUG on.
+// withLogLevel sets the level of Caddy's own logs; the default is INFO. This
+// module's logs are always captured from DEBUG on.
 func withLogLevel(level string) siteOption {
 	return func(s *surroundings) { s.level = level }
 }
 
-// withoutLogs throws all logs away; levels are those of a Caddy without a
+// withoutLogs discards all logs. The levels are those of a Caddy without a
 // `log` option.
 func withoutLogs() siteOption {
 	return func(s *surroundings) { s.output, s.level, s.moduleLevel = "discard", "INFO", "INFO" }
@@ -123,7 +123,7 @@ func startCaddy(t testing.TB, site string, options ...siteOption) *testCaddy {
 	t.Cleanup(caddyInUse.Unlock)
 	caddysse.ForgetDrains()
 
-	// Not t.TempDir: a path to a Unix socket has to be short.
+	// Not t.TempDir, because the path of a Unix socket must be short.
 	dir, err := os.MkdirTemp("", "caddy")
 	if err != nil {
 		t.Fatal(err)
@@ -139,7 +139,7 @@ func startCaddy(t testing.TB, site string, options ...siteOption) *testCaddy {
 		c.logged.drop()
 	})
 	t.Cleanup(func() {
-		// Stop leaves the admin API running.
+		// caddy.Stop does not stop the admin API.
 		noAdmin := []byte(`{"admin": {"disabled": true, "config": {"persist": false}}, "logging": {"logs": {"default": {"writer": {"output": "discard"}}}}}`)
 		if err := errors.Join(caddy.Load(noAdmin, true), caddy.Stop()); err != nil {
 			t.Errorf("stopping Caddy: %v", err)
@@ -151,17 +151,17 @@ func startCaddy(t testing.TB, site string, options ...siteOption) *testCaddy {
 	return c
 }
 
-// reload replaces the configuration; addresses stay. Without options, those of
-// startCaddy hold. When it returns, the replaced configuration gets no new
-// connections any more. (Caddy returns sooner: while both listen, the system
-// gives some connections to the old one, and resets those that it has not
-// accepted when it closes.)
+// reload replaces the configuration; the addresses stay the same. Without
+// options, those of startCaddy apply. After it returns, the replaced
+// configuration gets no new connections. (Caddy itself returns earlier: while
+// both configurations listen, the system gives some connections to the old one,
+// and resets those that were not accepted when it closes.)
 func (c *testCaddy) reload(site string, options ...siteOption) {
 	c.t.Helper()
 	if options == nil {
 		options = c.options
 	}
-	caddysse.ForgetDrains() // tests reload more often than anybody else
+	caddysse.ForgetDrains() // tests reload more often than Caddy ever would
 	replaced := testListeners.open()
 	if err := c.load(site, options); err != nil {
 		c.t.Fatal(err)
@@ -176,13 +176,13 @@ func (c *testCaddy) reload(site string, options ...siteOption) {
 	}
 }
 
-// The ports in the Caddyfile, which stand for the real ones.
+// The ports in the Caddyfile; setAddresses replaces them with real ones.
 const (
 	plainPort = ":58080"
 	tlsPort   = ":58443"
 )
 
-// bystander is a host that is none of the site's.
+// bystander is a host that is not the site's.
 const bystander = "bystander.invalid"
 
 func (c *testCaddy) load(site string, options []siteOption) error {
@@ -208,7 +208,7 @@ func (c *testCaddy) load(site string, options []siteOption) error {
 	return nil
 }
 
-// adapt makes Caddy's JSON of a site.
+// adapt converts a site to Caddy's JSON.
 func (c *testCaddy) adapt(site string, options []siteOption) ([]byte, error) {
 	around := surroundings{output: "test_capture " + c.logged.key, level: "INFO", moduleLevel: "DEBUG"}
 	for _, option := range options {
@@ -275,12 +275,12 @@ https://%[11]s%[8]s {
 	return c.setAddresses(config)
 }
 
-// setAddresses puts the real addresses in. The first time their ports are 0,
-// and the system chooses: nothing is reserved, so nobody can be faster. After
-// that the TCP ports are those that were chosen. (The previous configuration
-// still holds them, and Caddy shares them with SO_REUSEPORT.) HTTP/3 keeps an
-// address of its own, with port 0 always: Caddy knows its sockets by this
-// name and so finds the old one again.
+// setAddresses replaces the ports of the Caddyfile with real addresses. The
+// first time, the ports are 0 and the system chooses, so no other process can
+// take a port in between. After that, the TCP ports are the ones that were
+// chosen. (The previous configuration still holds them, and Caddy shares them
+// with SO_REUSEPORT.) HTTP/3 has its own address, always with port 0: Caddy
+// identifies its sockets by this name and so finds the old one again.
 func (c *testCaddy) setAddresses(config []byte) ([]byte, error) {
 	var tree map[string]any
 	if err := json.Unmarshal(config, &tree); err != nil {
@@ -294,7 +294,7 @@ func (c *testCaddy) setAddresses(config []byte) ([]byte, error) {
 		case slices.Contains(listen, any(plainPort)):
 			server["listen"] = []string{c.addr}
 		case slices.Contains(listen, any(tlsPort)):
-			// tcp4 because Caddy takes two servers at one address for a mistake.
+			// tcp4, because Caddy rejects two servers with the same address.
 			server["listen"] = []string{"tcp4/" + c.tlsAddr, "udp/127.0.0.1:0"}
 			server["listen_protocols"] = [][]string{{"h1", "h2"}, {"h3"}}
 		default:
@@ -302,7 +302,7 @@ func (c *testCaddy) setAddresses(config []byte) ([]byte, error) {
 		}
 		wrappers := []map[string]string{{"wrapper": "test_listener"}}
 		if aroundAccepted.Load() != nil {
-			wrappers = append(wrappers, map[string]string{"wrapper": "tls"}) // around the other one
+			wrappers = append(wrappers, map[string]string{"wrapper": "tls"}) // around test_listener
 		}
 		server["listener_wrappers"] = wrappers
 	}
@@ -330,7 +330,7 @@ func (listenerWrapper) WrapListener(ln net.Listener) net.Listener {
 	return watched
 }
 
-// testListener tells when it is closed.
+// testListener closes a channel when it is closed.
 type testListener struct {
 	net.Listener
 	once   sync.Once
@@ -345,8 +345,8 @@ func (ln *testListener) Accept() (net.Conn, error) {
 	return conn, err
 }
 
-// aroundAccepted is what a test puts around the connections that Caddy accepts, inside
-// TLS; nil: nothing.
+// aroundAccepted wraps the connections that Caddy accepts, inside TLS. nil: it
+// leaves them as they are.
 var aroundAccepted atomic.Pointer[func(net.Conn) net.Conn]
 
 func (ln *testListener) Close() error {
@@ -358,7 +358,7 @@ func (ln *testListener) Close() error {
 	return err
 }
 
-// testListeners are the open ones.
+// testListeners are the listeners that are open.
 var testListeners listenerSet
 
 type listenerSet struct{ sync.Map }
@@ -375,7 +375,7 @@ func (c *testCaddy) adminSocket() string {
 	return filepath.Join(c.dir, "admin")
 }
 
-// admin calls the admin API and returns the answer with its body.
+// admin calls the admin API and returns the response with its body.
 func (c *testCaddy) admin(method, path string) (*http.Response, string) {
 	c.t.Helper()
 	res := askAdmin(c.t, c.adminSocket(), method, path, "")
@@ -387,13 +387,13 @@ func (c *testCaddy) admin(method, path string) (*http.Response, string) {
 	return res, string(body)
 }
 
-// askAdmin makes a request to the admin API at a Unix socket. The body, if there
-// is one, is a Caddyfile.
+// askAdmin sends a request to an admin API on a Unix socket. The body, if any,
+// is a Caddyfile.
 //
-// It asks again after an EOF. Caddy stops the admin server of a replaced
+// It tries again after an EOF. Caddy stops the admin server of a replaced
 // configuration after it has loaded the new one, and a net/http server that is
-// told to stop closes connections that it has just accepted, without a look at
-// their requests. So such a request has not been handled.
+// being stopped closes connections that it has just accepted, without reading
+// their requests. So such a request was not handled.
 func askAdmin(t testing.TB, socket, method, path, body string) *http.Response {
 	t.Helper()
 	transport := &http.Transport{
@@ -423,16 +423,16 @@ func askAdmin(t testing.TB, socket, method, path, body string) *http.Response {
 
 // Clients
 
-// testClient speaks one protocol to Caddy, over connections of its own. All its
-// requests are given up when the test ends.
+// testClient speaks one protocol to Caddy, over its own connections. All its
+// requests are canceled when the test ends.
 type testClient struct {
 	*http.Client
 	proto string
 	url   string
 }
 
-// client returns a new client that speaks h1, h2 or h3. It follows no
-// redirects, asks for no compression and accepts any certificate.
+// client returns a new client for h1, h2 or h3. It does not follow redirects,
+// does not ask for compression, and accepts any certificate.
 func (c *testCaddy) client(proto string) *testClient {
 	c.t.Helper()
 	insecure := &tls.Config{InsecureSkipVerify: true, ServerName: "localhost"}
@@ -470,7 +470,7 @@ func (c *testCaddy) client(proto string) *testClient {
 	return cl
 }
 
-// overTLS makes HTTP/1.1 of an h2 client, with TLS still.
+// overTLS makes an h2 client use HTTP/1.1, still with TLS.
 func (cl *testClient) overTLS() *testClient {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
@@ -480,8 +480,8 @@ func (cl *testClient) overTLS() *testClient {
 
 var altSvcPort = regexp.MustCompile(`h3=":(\d+)"`)
 
-// findHTTP3 asks over HTTP/1.1 where HTTP/3 is, as a browser does. Caddy may
-// already answer when its HTTP/3 server has not begun yet.
+// findHTTP3 asks over HTTP/1.1 for the address of HTTP/3, as a browser does.
+// Caddy may already answer before its HTTP/3 server has started.
 func (c *testCaddy) findHTTP3() string {
 	c.t.Helper()
 	c.h3Once.Do(func() {
@@ -510,7 +510,7 @@ func (c *testCaddy) findHTTP3() string {
 	return c.h3Addr
 }
 
-// request makes a request for a path of the site, with header fields given as
+// request makes a request for a path of the site. Header fields are given as
 // "Name: value".
 func (cl *testClient) request(t testing.TB, method, path string, body io.Reader, header ...string) *http.Request {
 	t.Helper()
@@ -526,16 +526,16 @@ func (cl *testClient) request(t testing.TB, method, path string, body io.Reader,
 	return req
 }
 
-// likeEventSource makes a GET that accepts event streams only what an EventSource
-// sends, unless it has a Cache-Control already (see notEventSource).
+// likeEventSource adds what an EventSource sends to a GET that accepts only
+// event streams, unless it has a Cache-Control already (see notEventSource).
 func likeEventSource(r *http.Request) {
 	if r.Method == http.MethodGet && r.Header.Get("Accept") == "text/event-stream" && r.Header["Cache-Control"] == nil {
 		r.Header.Set("Cache-Control", "no-cache")
 	}
 }
 
-// notEventSource is a header of a client that accepts event streams only and is
-// no EventSource.
+// notEventSource is a header field of a client that accepts only event streams
+// but is not an EventSource.
 const notEventSource = "Cache-Control: max-age=0"
 
 // begin sends a request and does not wait for the response headers.
@@ -567,15 +567,15 @@ func (cl *testClient) get(t testing.TB, path string, header ...string) *reply {
 	return cl.do(t, cl.request(t, http.MethodGet, path, nil, header...))
 }
 
-// exchange is a request whose response headers may not be there yet.
+// exchange is a request whose response headers may not have arrived yet.
 type exchange struct {
-	leave context.CancelFunc // goes away, like a closed tab
+	leave context.CancelFunc // cancels the request, like a closed tab
 	done  chan struct{}
 	res   *reply
 	err   error
 }
 
-// outcome waits for the response headers or what is there instead.
+// outcome waits for the response headers or for an error.
 func (e *exchange) outcome() (*reply, error) {
 	select {
 	case <-e.done:
@@ -595,14 +595,14 @@ func (e *exchange) headers(t testing.TB) *reply {
 	return r
 }
 
-// reply is a response whose body may still be on its way. It has to be read to
-// its end (text, follow) or left.
+// reply is a response whose body may still be arriving. A test must read it to
+// its end (text, follow) or call leave.
 type reply struct {
 	*http.Response
-	leave context.CancelFunc // goes away, like a closed tab
+	leave context.CancelFunc // cancels the request, like a closed tab
 }
 
-// text reads the body to its end. err is how it ended if not cleanly.
+// text reads the body to its end. err is nil after a clean end.
 func (r *reply) text() (body string, err error) {
 	defer r.leave()
 	defer r.Body.Close()
@@ -610,7 +610,7 @@ func (r *reply) text() (body string, err error) {
 	return string(text), err
 }
 
-// follow reads the body as it comes.
+// follow reads the body as it arrives.
 func (r *reply) follow() *follower {
 	f := &follower{began: time.Now(), changed: make(chan struct{})}
 	go func() {
@@ -628,21 +628,21 @@ func (r *reply) follow() *follower {
 	return f
 }
 
-// arrival is a piece of a body and when it came.
+// arrival is a piece of a body and the time at which it came.
 type arrival struct {
 	at   time.Time
 	text string
 }
 
-// follower has what has come of a body so far.
+// follower holds what has come of a body so far.
 type follower struct {
-	began time.Time // when the headers were there
+	began time.Time // when the headers had arrived
 
 	mu       sync.Mutex
 	arrivals []arrival
-	unread   string        // what no expect has seen
+	unread   string        // what no expect has returned yet
 	err      error         // io.EOF after a clean end
-	changed  chan struct{} // closed and replaced with every change
+	changed  chan struct{} // closed and replaced at every change
 }
 
 func (f *follower) add(text string, err error) {
@@ -657,7 +657,7 @@ func (f *follower) add(text string, err error) {
 	f.changed = make(chan struct{})
 }
 
-// wait blocks until enough says so, the body is at its end or patience is.
+// wait blocks until enough returns true, the body ends or patience has passed.
 func (f *follower) wait(enough func(unread string) bool) (unread string, err error) {
 	timeout := time.After(patience)
 	for {
@@ -678,7 +678,7 @@ func (f *follower) wait(enough func(unread string) bool) (unread string, err err
 
 var errNothingMore = fmt.Errorf("nothing more within %v", patience)
 
-// expect waits for want, and that nothing else has come.
+// expect waits for want, and fails if anything else has come.
 func (f *follower) expect(t testing.TB, want string) {
 	t.Helper()
 	got, err := f.wait(func(unread string) bool { return len(unread) >= len(want) })
@@ -690,7 +690,7 @@ func (f *follower) expect(t testing.TB, want string) {
 	f.mu.Unlock()
 }
 
-// expectEnd waits for the clean end, and that nothing else has come.
+// expectEnd waits for a clean end, and fails if anything else has come.
 func (f *follower) expectEnd(t testing.TB) {
 	t.Helper()
 	if got, err := f.rest(); got != "" || err != io.EOF {
@@ -698,8 +698,8 @@ func (f *follower) expectEnd(t testing.TB) {
 	}
 }
 
-// expectAbort waits for an end that no client can take for a clean one, and
-// that nothing else has come.
+// expectAbort waits for an end that no client can mistake for a clean one, and
+// fails if anything else has come.
 func (f *follower) expectAbort(t testing.TB) {
 	t.Helper()
 	if got, err := f.rest(); got != "" || err == io.EOF || errors.Is(err, errNothingMore) {
@@ -707,8 +707,8 @@ func (f *follower) expectAbort(t testing.TB) {
 	}
 }
 
-// rest waits for the end and returns what no expect has seen. err is io.EOF
-// where the end is clean.
+// rest waits for the end and returns what no expect has returned yet. err is
+// io.EOF after a clean end.
 func (f *follower) rest() (string, error) {
 	return f.wait(func(string) bool { return false })
 }
@@ -722,26 +722,27 @@ func (f *follower) all() []arrival {
 
 // Upstreams
 
-// testUpstream is a server behind Caddy.
+// testUpstream is an upstream of Caddy.
 type testUpstream struct {
 	*httptest.Server
 	addr  string // host and port
 	calls chan *upstreamCall
-	paths sync.Map // of chan *upstreamCall, for those who wait for one path
+	paths sync.Map // of chan *upstreamCall, for tests that wait for one path
 }
 
-// newUpstream starts an upstream that the test plays itself; see accept.
+// newUpstream starts an upstream whose answers the test gives itself; see
+// accept.
 func newUpstream(t testing.TB) *testUpstream {
 	up := &testUpstream{calls: make(chan *upstreamCall)}
 	up.start(t, func(w http.ResponseWriter, r *http.Request) { up.play(w, r) })
 	return up
 }
 
-// play answers a request with what the test has the call do.
+// play answers a request as the test tells it to.
 func (up *testUpstream) play(w http.ResponseWriter, r *http.Request) error {
 	body, err := io.ReadAll(r.Body)
 	if err != nil {
-		return err // the client left before it was through
+		return err // the client left before the whole request had arrived
 	}
 	c := &upstreamCall{
 		Request: r,
@@ -778,7 +779,7 @@ func (up *testUpstream) start(t testing.TB, answer http.HandlerFunc) {
 	t.Cleanup(up.Close)
 }
 
-// callsAt is where requests for a path can be waited for.
+// callsAt returns the channel for requests for a path.
 func (up *testUpstream) callsAt(path string) chan *upstreamCall {
 	calls, _ := up.paths.LoadOrStore(path, make(chan *upstreamCall))
 	return calls.(chan *upstreamCall)
@@ -790,8 +791,8 @@ func (up *testUpstream) accept(t testing.TB) *upstreamCall {
 	return acceptFrom(t, up.calls)
 }
 
-// acceptAt waits for the next request for a path: of those that are under way at
-// the same time, each test takes its own.
+// acceptAt waits for the next request for a path, for tests that have several
+// requests at the same time.
 func (up *testUpstream) acceptAt(t testing.TB, path string) *upstreamCall {
 	t.Helper()
 	if i := strings.IndexAny(path, "?#"); i >= 0 {
@@ -813,20 +814,20 @@ func acceptFrom(t testing.TB, calls <-chan *upstreamCall) *upstreamCall {
 	}
 }
 
-// upstreamCall is a request that has reached the upstream, and the answer to it. What
-// it does is done when its methods return.
+// upstreamCall is a request that has reached the upstream, and the answer to
+// it. When one of its methods returns, the step is done.
 type upstreamCall struct {
 	*http.Request
 	t     testing.TB
 	body  string
-	left  <-chan struct{} // closed when Caddy gives the request up
+	left  <-chan struct{} // closed when Caddy cancels the request
 	steps chan func(http.ResponseWriter)
-	done  chan struct{} // closed when the answer is over
+	done  chan struct{} // closed when the answer has ended
 	over  bool
 	err   error // what a handler inside Caddy returns
 }
 
-// do runs a step of the answer in the upstream's handler.
+// do runs one step of the answer in the upstream's handler.
 func (c *upstreamCall) do(step func(w http.ResponseWriter)) {
 	c.t.Helper()
 	done := make(chan struct{})
@@ -861,7 +862,7 @@ func (c *upstreamCall) startWith(status int, header ...string) {
 func (c *upstreamCall) send(text string) {
 	c.t.Helper()
 	c.do(func(w http.ResponseWriter) {
-		io.WriteString(w, text) // it fails where the client has left
+		io.WriteString(w, text) // this fails if the client has left
 		http.NewResponseController(w).Flush()
 	})
 }
@@ -879,13 +880,13 @@ func (c *upstreamCall) end() {
 	}
 }
 
-// abort breaks the answer off.
+// abort breaks off the answer.
 func (c *upstreamCall) abort() {
 	c.t.Helper()
 	c.panic(http.ErrAbortHandler)
 }
 
-// panic has the handler panic.
+// panic makes the handler panic.
 func (c *upstreamCall) panic(v any) {
 	c.t.Helper()
 	c.over = true
@@ -893,14 +894,14 @@ func (c *upstreamCall) panic(v any) {
 	<-c.done
 }
 
-// fail has a handler inside Caddy return an error.
+// fail makes a handler inside Caddy return an error.
 func (c *upstreamCall) fail(err error) {
 	c.err = err
 	c.end()
 }
 
-// floodUntilStuck sends until the client's side takes no more. It returns with
-// a write under way, which fails when Caddy gives the request up.
+// floodUntilStuck sends until the client's side takes no more. When it returns,
+// a write is blocked; it fails when Caddy cancels the request.
 func (c *upstreamCall) floodUntilStuck() {
 	c.t.Helper()
 	var sent atomic.Int64
@@ -914,7 +915,8 @@ func (c *upstreamCall) floodUntilStuck() {
 			}
 		}
 	})
-	// There is nothing to wait for but that nothing happens.
+	// Nothing tells when a write blocks, so wait until the count has not grown
+	// for a while.
 	for before, since := sent.Load(), time.Now(); time.Since(since) < 300*time.Millisecond; time.Sleep(10 * time.Millisecond) {
 		if now := sent.Load(); now != before || now == 0 {
 			before, since = now, time.Now()
@@ -922,7 +924,7 @@ func (c *upstreamCall) floodUntilStuck() {
 	}
 }
 
-// expectGone waits until Caddy gives the request up.
+// expectGone waits until Caddy cancels the request.
 func (c *upstreamCall) expectGone() {
 	c.t.Helper()
 	select {
@@ -932,11 +934,11 @@ func (c *upstreamCall) expectGone() {
 	}
 }
 
-// testHandler is a handler inside Caddy in the part of an upstream. What it
-// writes is not flushed but by send.
+// testHandler is a handler inside Caddy that acts as an upstream. Only send
+// flushes what it writes.
 type testHandler struct {
 	*testUpstream
-	directive string // how the Caddyfile names it
+	directive string // its name in the Caddyfile
 }
 
 func newTestHandler(t testing.TB) testHandler {
@@ -948,7 +950,7 @@ func newTestHandler(t testing.TB) testHandler {
 	return h
 }
 
-// testHandlers are the live ones by key.
+// testHandlers are the ones in use, by key.
 var testHandlers sync.Map
 
 func init() {
@@ -1023,7 +1025,7 @@ func (w captureWriter) OpenWriter() (io.WriteCloser, error) {
 	return capture.(*logCapture), nil
 }
 
-// logCaptures are the live ones by key.
+// logCaptures are the ones in use, by key.
 var logCaptures sync.Map
 
 // logCapture collects what Caddy logs.
@@ -1031,10 +1033,10 @@ type logCapture struct {
 	key     string
 	mu      sync.Mutex
 	entries []logEntry
-	changed chan struct{} // closed and replaced with every entry
+	changed chan struct{} // closed and replaced at every entry
 }
 
-// logEntry is a line of Caddy's log, as in its JSON.
+// logEntry is a line of Caddy's log, decoded from JSON.
 type logEntry map[string]any
 
 func (e logEntry) logger() string  { return fmt.Sprint(e["logger"]) }
@@ -1049,7 +1051,7 @@ func captureLogs(key string) *logCapture {
 
 func (l *logCapture) drop() { logCaptures.Delete(l.key) }
 
-// Write takes one line.
+// Write is called with one line at a time.
 func (l *logCapture) Write(line []byte) (int, error) {
 	entry := make(logEntry)
 	if err := json.Unmarshal(line, &entry); err != nil {
@@ -1083,8 +1085,8 @@ func (c *testCaddy) logs() []logEntry {
 	return slices.Clone(c.logged.entries)
 }
 
-// waitForLog waits for an entry with this message, after the first skip ones
-// of its kind.
+// waitForLog waits for an entry with this message, after the first skip entries
+// with the same message.
 func (c *testCaddy) waitForLog(message string, skip int) logEntry {
 	c.t.Helper()
 	timeout := time.After(patience)
@@ -1113,7 +1115,7 @@ func (c *testCaddy) waitForLog(message string, skip int) logEntry {
 
 type keyPair struct{ cert, key []byte }
 
-// testCertificate is one for any host, signed by itself.
+// testCertificate is self-signed, for any host.
 var testCertificate = sync.OnceValues(func() (keyPair, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

@@ -23,15 +23,15 @@ import (
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 )
 
-// caddyVariable makes a test binary a Caddy, with the arguments that follow.
-// leashed is its value for one that is to end with the process that started it,
-// however that ends.
+// caddyVariable makes a test binary a Caddy that gets the arguments. The value
+// leashed is for one that must end with the process that started it, however
+// that ends.
 const (
 	caddyVariable = "CADDYSSE_TEST_CADDY"
 	leashed       = "leashed"
 )
 
-// playCaddy is the caddy command, if this process was started for that.
+// playCaddy runs the caddy command if this process was started for that.
 func playCaddy() {
 	how := os.Getenv(caddyVariable)
 	if how == "" {
@@ -47,7 +47,7 @@ func playCaddy() {
 	os.Exit(0)
 }
 
-// caddyProcess is a Caddy in a process of its own, which can exit. As testCaddy,
+// caddyProcess is a Caddy in its own process, which can exit. Like testCaddy,
 // it has one site with and without TLS.
 type caddyProcess struct {
 	*testCaddy
@@ -83,7 +83,7 @@ func startCaddyProcess(t testing.TB, site, global string) *caddyProcess {
 	c.cmd = c.command("run", "--config", filepath.Join(dir, "Caddyfile"))
 	c.cmd.Stderr = &c.stderr
 	c.cmd.Env = append(c.cmd.Env, caddyVariable+"="+leashed)
-	if _, err := c.cmd.StdinPipe(); err != nil { // which Wait closes
+	if _, err := c.cmd.StdinPipe(); err != nil { // Wait closes it
 		t.Fatal(err)
 	}
 	if err := c.cmd.Start(); err != nil {
@@ -107,7 +107,7 @@ func startCaddyProcess(t testing.TB, site, global string) *caddyProcess {
 		if site == "" {
 			return true
 		}
-		conn, err := net.Dial("tcp", c.tlsAddr) // which may come a little later
+		conn, err := net.Dial("tcp", c.tlsAddr) // this port may open a little later
 		if err == nil {
 			conn.Close()
 		}
@@ -116,16 +116,16 @@ func startCaddyProcess(t testing.TB, site, global string) *caddyProcess {
 	return c
 }
 
-// Which ports freeAddress tries: none twice, as two Caddys can share one without
-// noticing (SO_REUSEPORT).
+// The ports that freeAddress tries. It returns none twice, because two Caddys
+// can share one without noticing (SO_REUSEPORT).
 var (
 	firstPort = rand.IntN(22_000)
 	ports     atomic.Int64
 )
 
-// freeAddress is an address that nobody listens on, for TCP and UDP. Its port is
-// below those that systems give to connections, one of which could take it before
-// the process has.
+// freeAddress returns an address on which nothing listens, for TCP and UDP. Its
+// port is below the ephemeral ports of common systems, so no connection can
+// take it before the process does.
 func freeAddress(t testing.TB) string {
 	t.Helper()
 	for range 100 {
@@ -154,7 +154,7 @@ func (c *caddyProcess) command(args ...string) *exec.Cmd {
 	return cmd
 }
 
-// suppressions is the file that says what the race detector finds in others' code.
+// suppressions returns the file that lists races in other projects' code.
 func suppressions(t testing.TB) string {
 	t.Helper()
 	path, err := filepath.Abs(filepath.Join("testdata", "race.suppressions"))
@@ -180,7 +180,7 @@ func (c *caddyProcess) config(site, global string) string {
 }
 `, c.dir, c.logs, global)
 	if site == "" {
-		return text // no HTTP server at all
+		return text // not an HTTP server at all
 	}
 	for _, addr := range []string{"http://" + c.addr, "https://" + c.tlsAddr} {
 		_, port, _ := net.SplitHostPort(addr[strings.LastIndex(addr, "/")+1:])
@@ -194,7 +194,7 @@ func (c *caddyProcess) config(site, global string) string {
 	return text
 }
 
-// reload replaces the configuration by the admin API.
+// reload replaces the configuration through the admin API.
 func (c *caddyProcess) reload(site, global string) {
 	c.t.Helper()
 	res := askAdmin(c.t, c.adminSocket(), "POST", "/load", c.config(site, global))
@@ -202,16 +202,16 @@ func (c *caddyProcess) reload(site, global string) {
 	if body, _ := io.ReadAll(res.Body); res.StatusCode != 200 {
 		c.t.Fatalf("reloading: %s %s", res.Status, body)
 	}
-	// Until the replaced configuration's listeners are closed, a new connection
-	// may still be theirs. Plain Caddy loses such a one, or, if it is HTTP/2,
-	// never tells it to go, and waits for it at exit.
+	// Until the listeners of the replaced configuration are closed, a new
+	// connection may still reach them. Plain Caddy loses such a connection, or,
+	// with HTTP/2, never tells it to go away and waits for it at exit.
 	for _, addr := range []string{c.addr, c.tlsAddr} {
 		eventually(c.t, "one socket listens on "+addr, func() bool { return listeners(addr) <= 1 })
 	}
 }
 
-// listeners returns how many sockets listen on an address of 127.0.0.1, where
-// the platform tells.
+// listeners returns how many sockets listen on an address of 127.0.0.1, if the
+// platform tells.
 func listeners(addr string) (n int) {
 	table, err := os.ReadFile("/proc/net/tcp")
 	if err != nil {
@@ -220,7 +220,7 @@ func listeners(addr string) (n int) {
 	_, port, _ := net.SplitHostPort(addr)
 	number, _ := strconv.Atoi(port)
 	for line := range strings.Lines(string(table)) {
-		// The local address and the state, LISTEN.
+		// The local address, and the state LISTEN.
 		if fields := strings.Fields(line); len(fields) > 3 && fields[1] == fmt.Sprintf("0100007F:%04X", number) && fields[3] == "0A" {
 			n++
 		}
@@ -228,7 +228,7 @@ func listeners(addr string) (n int) {
 	return n
 }
 
-// stop asks Caddy to exit and returns how long it took to be gone.
+// stop asks Caddy to exit and returns how long that took.
 func (c *caddyProcess) stop(how string) time.Duration {
 	c.t.Helper()
 	began := time.Now()
@@ -240,17 +240,17 @@ func (c *caddyProcess) stop(how string) time.Duration {
 	select {
 	case <-c.exited:
 	case <-time.After(patience):
-		_ = c.cmd.Process.Signal(syscall.SIGABRT) // which tells what it waits for
+		_ = c.cmd.Process.Signal(syscall.SIGABRT) // its output then shows where it waits
 		<-c.exited
 		c.t.Fatalf("%s: Caddy still ran after %v\nclosed: %v\n%s", how, patience, c.closedReasons(), c.stderr.String())
 	}
 	if code := c.cmd.ProcessState.ExitCode(); code != 0 {
-		c.t.Errorf("%s: exit status %d\n%s", how, code, c.stderr.String()) // the race detector's words, if it is 66
+		c.t.Errorf("%s: exit status %d\n%s", how, code, c.stderr.String()) // 66: the output is the race detector's
 	}
 	return time.Since(began)
 }
 
-// closedLines are the lines about streams that have closed, so far.
+// closedLines returns the `stream closed` lines so far.
 func (c *caddyProcess) closedLines() (closed []logEntry) {
 	c.t.Helper()
 	text, err := os.ReadFile(c.logs)
@@ -266,7 +266,7 @@ func (c *caddyProcess) closedLines() (closed []logEntry) {
 	return closed
 }
 
-// closedLine waits for the one about the stream at path.
+// closedLine waits for the `stream closed` line of the stream at path.
 func (c *caddyProcess) closedLine(t testing.TB, path string) (line logEntry) {
 	t.Helper()
 	eventually(t, path+" is told", func() bool {
@@ -280,7 +280,7 @@ func (c *caddyProcess) closedLine(t testing.TB, path string) (line logEntry) {
 	return line
 }
 
-// closedReasons counts the ends that the log tells of.
+// closedReasons counts the ends in the log by reason.
 func (c *caddyProcess) closedReasons() map[string]int {
 	c.t.Helper()
 	reasons := make(map[string]int)
@@ -290,8 +290,8 @@ func (c *caddyProcess) closedReasons() map[string]int {
 	return reasons
 }
 
-// followMany opens streams over every protocol, a hundred to a connection, and
-// waits for the first event of each.
+// followMany opens streams over every protocol, a hundred on each connection,
+// and waits for the first event of each.
 func (c *caddyProcess) followMany(n int) []*follower {
 	c.t.Helper()
 	bodies := make([]*follower, n)
@@ -303,9 +303,10 @@ func (c *caddyProcess) followMany(n int) []*follower {
 		key := fmt.Sprint(proto, i/240)
 		if clients[key] == nil {
 			clients[key] = c.client(proto)
-			// Many first requests would make many connections. One that is still in
-			// its handshake when a reload begins is never told to go, by plain Caddy
-			// neither, which then waits for it at exit.
+			// Many simultaneous first requests would open many connections. A
+			// connection that is still in its handshake when a reload begins is
+			// never told to go away, even by plain Caddy, which then waits for
+			// it at exit.
 			clients[key].get(c.t, "/up").text()
 		}
 		cl := clients[key]
@@ -331,7 +332,7 @@ func (c *caddyProcess) followMany(n int) []*follower {
 	return bodies
 }
 
-// eventThenSilence answers with one event and then keeps silent.
+// eventThenSilence sends one event and then nothing.
 func eventThenSilence(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", eventStream)
 	io.WriteString(w, "data: 1\n\n")
@@ -339,8 +340,8 @@ func eventThenSilence(w http.ResponseWriter, r *http.Request) {
 	<-r.Context().Done()
 }
 
-// exitingStreams is how many streams are open when Caddy exits; 5000 were tried
-// by hand.
+// exitingStreams is how many streams are open when Caddy exits. 5000 have been
+// tried by hand.
 func exitingStreams(t testing.TB) int {
 	if n, err := strconv.Atoi(os.Getenv("CADDYSSE_TEST_EXIT_STREAMS")); err == nil {
 		return n
@@ -348,8 +349,8 @@ func exitingStreams(t testing.TB) int {
 	return 500
 }
 
-// Plain Caddy does not return at all with one stream open: its grace period is
-// eternal by default.
+// With one stream open, plain Caddy never exits: by default its grace period
+// has no limit.
 func TestCaddyExitsWithinTheExitWindowWithManyStreamsOpen(t *testing.T) {
 	t.Parallel()
 	up := newUpstreamFunc(t, eventThenSilence)
@@ -371,13 +372,14 @@ func TestCaddyExitsWithinTheExitWindowWithManyStreamsOpen(t *testing.T) {
 					ends[i] = at.Sub(began)
 				})
 			}
-			took := c.stop(how) // less than a reload's window of a minute
+			took := c.stop(how) // shorter than a reload's window of one minute
 			waiting.Wait()
 			if reasons := c.closedReasons(); reasons["drained"] != streams || len(reasons) != 1 {
 				t.Errorf("told: %v", reasons)
 			}
-			// Two servers have a window each, which they begin anywhere in their first
-			// slot. The machine may make an end late, never early.
+			// There are two servers with a window each, whose start is random
+			// within the first slot. A busy machine may make an end late, never
+			// early.
 			slices.Sort(ends)
 			for i, end := range ends {
 				if slot := window * time.Duration(i-2) / time.Duration(streams); end < slot {
@@ -407,7 +409,7 @@ func TestCaddyExitsInTheMiddleOfAReloadsWindow(t *testing.T) {
 			c.reload(drainSite(up.addr, "drain 2m 1s\nname second"), "")
 			second := c.followMany(30)
 			c.reload(current.site, current.global)
-			took := c.stop("SIGTERM") // less than a reload's window of a minute
+			took := c.stop("SIGTERM") // shorter than a reload's window of one minute
 			for _, body := range append(first, second...) {
 				if _, err := body.rest(); err != io.EOF {
 					t.Errorf("a stream ended with %v", err)
@@ -427,7 +429,7 @@ func TestAtExitRequestScopedStreamsHaveCaddysGracePeriod(t *testing.T) {
 	for _, test := range []struct {
 		how      string
 		reloaded bool
-		ends     bool // before the grace period is over
+		ends     bool // before the end of the grace period
 	}{
 		{"SIGTERM", false, true},
 		{"caddy stop", true, true},
@@ -460,7 +462,7 @@ func TestAtExitRequestScopedStreamsHaveCaddysGracePeriod(t *testing.T) {
 				bodies = append(bodies, body)
 			}
 			began := time.Now()
-			if test.reloaded { // from then on, the period counts for what is open
+			if test.reloaded { // from here, the grace period counts for the streams that are open
 				c.reload(drainSite(up.addr, "drain 1m 500ms\nname other"), global)
 			}
 			reason := "server_closed"

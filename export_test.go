@@ -11,16 +11,16 @@ import (
 	"github.com/caddy-sse/caddy-sse/store"
 )
 
-// The commands, for tests that have a real Caddy to talk to.
+// The commands, for tests against a real Caddy.
 var (
 	ListCommand  = listCommand
 	CloseCommand = closeCommand
 )
 
-// DrainStreams is what the handler does when its server begins to stop.
+// DrainStreams does what the handler does when its server begins to stop.
 func (h *Handler) DrainStreams() { h.drainStreams() }
 
-// ForgetDrains lets no drain of an earlier test count.
+// ForgetDrains makes drains of earlier tests not count.
 func ForgetDrains() {
 	for _, g := range live.all() {
 		g.mu.Lock()
@@ -29,15 +29,15 @@ func ForgetDrains() {
 	}
 }
 
-// DrainOver is what it does at a reload, with another window.
+// DrainOver does what the handler does at a reload, with another window.
 func (h *Handler) DrainOver(window time.Duration, stop <-chan struct{}) bool {
 	return h.drainOver(window, stop)
 }
 
-// RegisterMetrics puts the module's metrics on a registry.
+// RegisterMetrics registers the module's metrics with a registry.
 var RegisterMetrics = registerMetrics
 
-// Observe returns what takes one snapshot of a watch after the other, as JSON.
+// Observe returns a function that takes the next snapshot of a watch, as JSON.
 func Observe(query string) (snapshot func() []byte, err error) {
 	o, _, err := parseWatch(&http.Request{URL: &url.URL{RawQuery: query}})
 	if err != nil {
@@ -52,7 +52,7 @@ func Observe(query string) (snapshot func() []byte, err error) {
 	}, nil
 }
 
-// SortKeys are what streams can be sorted by in a watch.
+// SortKeys returns the keys by which a watch can sort streams.
 func SortKeys() (names []string) {
 	for _, key := range sortKeys {
 		names = append(names, key.name)
@@ -60,14 +60,15 @@ func SortKeys() (names []string) {
 	return names
 }
 
-// SetExiting lets the process seem to end, or not, until undo is called.
+// SetExiting makes the process look as if it were exiting, or not, until undo
+// is called.
 func SetExiting(is bool) (undo func()) {
 	before := exit.exiting
 	exit.exiting = func() bool { return is }
 	return func() { exit.exiting = before }
 }
 
-// seemsToExit is read by goroutines that may outlive a test.
+// seemsToExit is atomic because goroutines that read it may outlive a test.
 var seemsToExit atomic.Bool
 
 func init() {
@@ -75,11 +76,12 @@ func init() {
 	exit.exiting = func() bool { return seemsToExit.Load() || exits() }
 }
 
-// SeemToExit lets the process of a running Caddy seem to end, or not.
+// SeemToExit makes the process of a running Caddy look as if it were exiting,
+// or not.
 func SeemToExit(is bool) { seemsToExit.Store(is) }
 
-// EndEverything ends what is left as the end of the process does, which has as much
-// time for that as it takes.
+// EndEverything ends what is left, as at the end of the process, but without a
+// limit on the time.
 func EndEverything() {
 	before := lastWordsUntil
 	lastWordsUntil = func() instant { return now().plus(time.Minute) }
@@ -87,14 +89,14 @@ func EndEverything() {
 	lastWordsUntil = before
 }
 
-// EndHandler ends a handler's streams as the end of the grace period does.
+// EndHandler ends a handler's streams, as the end of the grace period does.
 func EndHandler(h *Handler) { endStreams(h.liveStreams()) }
 
-// OpenStreams is how many streams of a handler are open.
+// OpenStreams returns how many streams of a handler are open.
 func OpenStreams(h *Handler) int { return len(h.liveStreams()) }
 
-// OpenAndChunked is how many streams there are, and to how many of them chunks may
-// be written.
+// OpenAndChunked returns how many streams there are, and to how many of them
+// chunks may be written directly.
 func OpenAndChunked() (open, chunked int) {
 	for _, s := range live.streams() {
 		s.mu.Lock()
@@ -106,8 +108,8 @@ func OpenAndChunked() (open, chunked int) {
 	return open, chunked
 }
 
-// nodeTables are where the nodes of this process find their runs, by the identity
-// of their way to the store.
+// nodeTables are the tables in which the nodes of this process find their runs,
+// by the identity of their store session.
 var nodeTables sync.Map
 
 func init() {
@@ -117,8 +119,8 @@ func init() {
 	}
 }
 
-// WaitingForStores is how many events have not been written to a store yet, and how
-// many of them are being written.
+// WaitingForStores returns how many events still wait to be written to a store,
+// and how many are being written.
 func WaitingForStores() (waiting, written int) {
 	storeSessions.Range(func(_, value any) bool {
 		for _, m := range value.(*storeSession).allMirrors() {
@@ -145,7 +147,8 @@ func StoresAreIdle() bool {
 	return idle
 }
 
-// SetStoreLease lets nodes be dead sooner, until undo is called.
+// SetStoreLease changes after what time nodes are considered dead, until undo
+// is called.
 func SetStoreLease(lease time.Duration) (undo func()) {
 	before := storeLease
 	storeLease = lease

@@ -29,15 +29,15 @@ import (
 	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
-// What follows drives the module as Caddy does: settings in as JSON, requests
-// through ServeHTTP, and a ResponseWriter that takes note of all that reaches
+// These tests drive the module as Caddy does: settings as JSON, requests
+// through ServeHTTP, and a ResponseWriter that records everything that reaches
 // it.
 
-// logged has the warnings of all handlers of these tests. Tests that look at it
+// logged holds the warnings of all handlers of these tests. Tests that read it
 // must not be parallel.
 var logged *observer.ObservedLogs
 
-// logCore is the logging core by which caddy hands that over.
+// logCore is the logging core that passes them to logged.
 type logCore struct {
 	zapcore.Core `json:"-"`
 }
@@ -50,11 +50,11 @@ func (logCore) CaddyModule() caddy.ModuleInfo {
 	}}
 }
 
-// configContext stands for a configuration of Caddy that is running. It is made
-// before any test, as a context that is made in a bubble must stay there.
+// configContext stands for a running Caddy configuration. It is made before any
+// test, because a context that is made in a bubble can't be used outside of it.
 var configContext = contextWithCore(logCore{}, "WARN")
 
-// contextWithCore runs a configuration whose log goes to a core.
+// contextWithCore runs a configuration that logs to a core.
 func contextWithCore(core caddy.Module, level string) caddy.Context {
 	caddy.RegisterModule(core)
 	var config caddy.Config
@@ -74,7 +74,7 @@ func contextWithCore(core caddy.Module, level string) caddy.Context {
 	return ctx
 }
 
-// load provisions and validates the handler that config describes.
+// load provisions and validates the handler for a JSON configuration.
 func load(t testing.TB, config string) (*caddysse.Handler, error) {
 	t.Helper()
 	ctx, cancel := caddy.NewContext(configContext)
@@ -100,7 +100,7 @@ func provision(t testing.TB, config *caddysse.Handler) *caddysse.Handler {
 	return h
 }
 
-// silent has no frames to send.
+// silent returns a handler without heartbeats.
 func silent() *caddysse.Handler {
 	return &caddysse.Handler{Heartbeat: &caddysse.Heartbeat{Interval: -1}}
 }
@@ -112,20 +112,20 @@ type happening struct {
 	at    time.Duration
 }
 
-// client is a ResponseWriter that takes note of all that reaches it. It has no
-// lock, so that the race detector sees whoever uses it at the same time.
+// client is a ResponseWriter that records everything that reaches it. It has no
+// lock, so that the race detector reports uses at the same time.
 type client struct {
 	t      testing.TB
 	start  time.Time
 	header http.Header
-	sent   http.Header // the headers when they went out
+	sent   http.Header // the headers at the time they were sent
 	status int
 	body   bytes.Buffer
 	log    []happening
 	gone   bool // the handler has returned
 
-	fail  error         // what writing gets
-	stall chan struct{} // what writing waits for
+	fail  error         // the error that writes return
+	stall chan struct{} // writes wait until it is closed
 }
 
 func newClient(t testing.TB) *client {
@@ -169,7 +169,7 @@ func (c *client) FlushError() error {
 	return nil
 }
 
-// happenings are what reached the client, without the times.
+// happenings returns what reached the client, without the times.
 func (c *client) happenings() []string {
 	var all []string
 	for _, h := range c.log {
@@ -178,7 +178,7 @@ func (c *client) happenings() []string {
 	return all
 }
 
-// serve lets h serve one request, as Caddy would.
+// serve makes h serve one request, as Caddy would.
 func serve(h caddyhttp.MiddlewareHandler, c *client, r *http.Request, next caddyhttp.HandlerFunc) error {
 	defer func() { c.gone = true }()
 	r = caddyhttp.PrepareRequest(r, caddy.NewReplacer(), c, new(caddyhttp.Server))
@@ -221,8 +221,8 @@ func write(t testing.TB, w io.Writer, text string) {
 	}
 }
 
-// quiet lets time pass, in a bubble, and everything happen that is due. Where
-// handlers run side by side, they have to sleep instead.
+// quiet lets time pass in a bubble, and waits until everything that is due has
+// happened. If handlers run at the same time, they must sleep instead.
 func quiet(d time.Duration) {
 	time.Sleep(d)
 	synctest.Wait()
@@ -235,7 +235,7 @@ func expect(t testing.TB, what string, got, want []string) {
 	}
 }
 
-// isStream reports whether the client was given a stream.
+// isStream reports whether the client got a stream.
 func isStream(c *client) bool {
 	return c.sent.Get("Incremental") != ""
 }
@@ -323,7 +323,7 @@ func TestAResponseWithoutContentTypeIsNoStream(t *testing.T) {
 	}
 }
 
-// capable is a client that can do all that a server's ResponseWriter can.
+// capable is a client with all abilities of a server's ResponseWriter.
 type capable struct{ *client }
 
 func (c capable) ReadFrom(r io.Reader) (int64, error) {
@@ -357,7 +357,7 @@ func (c capable) SetWriteDeadline(time.Time) error {
 	return nil
 }
 
-// answers are ways of answering that make no stream.
+// answers are answers that are not streams.
 var answers = map[string]caddyhttp.HandlerFunc{
 	"status and body": func(w http.ResponseWriter, _ *http.Request) error {
 		w.Header().Set("Content-Type", "text/html")
@@ -481,8 +481,8 @@ func testThatItPasses(t *testing.T, h *caddysse.Handler) {
 				without, wantErr := serve(absent{})
 				with, err := serve(h)
 				expect(t, "what reached the client", with.happenings(), without.happenings())
-				// Handlers on a goroutine of their own have a header map of their own, too,
-				// which is the client's when they answer.
+				// Handlers on their own goroutine also have their own header
+				// map, which becomes the client's when they answer.
 				own := h.Resume != nil
 				if !own && (fmt.Sprint(with.sent) != fmt.Sprint(without.sent) || fmt.Sprint(with.header) != fmt.Sprint(without.header)) {
 					t.Errorf("headers:\ngot  %v, then %v\nwant %v, then %v", with.sent, with.header, without.sent, without.header)
@@ -495,7 +495,7 @@ func testThatItPasses(t *testing.T, h *caddysse.Handler) {
 	}
 }
 
-// absent is no module.
+// absent stands for a configuration without sse: it only calls next.
 type absent struct{}
 
 func (absent) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
@@ -644,7 +644,7 @@ func TestTheRequestIsAsItWasAfterAPanicOfTheUpstream(t *testing.T) {
 	}
 }
 
-// The handlers of an error need a context that is not over.
+// Handlers for an error need a context that is not canceled.
 func TestTheRequestCanBeUsedAfterItsStreamWasEnded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		config := silent()
@@ -663,7 +663,7 @@ func TestTheRequestCanBeUsedAfterItsStreamWasEnded(t *testing.T) {
 	})
 }
 
-// contextKey is the key of a value that some outer handler has left.
+// contextKey is the key of a value that an outer handler has set.
 type contextKey struct{}
 
 func TestTheUpstreamSeesARequestOfItsOwnThatSaysWhatTheClientsDoes(t *testing.T) {
@@ -674,7 +674,7 @@ func TestTheUpstreamSeesARequestOfItsOwnThatSaysWhatTheClientsDoes(t *testing.T)
 	repl := caddy.NewReplacer()
 	r = caddyhttp.PrepareRequest(r, repl, nil, new(caddyhttp.Server))
 	repl.Set("outside", "set before")
-	repl.Set("http.reverse_proxy.upstream.hostport", "auth:1") // as forward_auth leaves it
+	repl.Set("http.reverse_proxy.upstream.hostport", "auth:1") // as forward_auth sets it
 	err := provision(t, silent()).ServeHTTP(newClient(t), r, caddyhttp.HandlerFunc(func(w http.ResponseWriter, seen *http.Request) error {
 		if seen == r {
 			t.Error("the request is the client's own")
@@ -697,7 +697,8 @@ func TestTheUpstreamSeesARequestOfItsOwnThatSaysWhatTheClientsDoes(t *testing.T)
 				t.Errorf("{%s}: got %q, want %q", placeholder, got, want)
 			}
 		}
-		// What handlers after sse rewrite, their placeholders see.
+		// Placeholders show what handlers after sse have changed in their
+		// request.
 		seen.Method = http.MethodPut
 		seen.Header.Set("X-Inside", "inside")
 		seen.URL.Path = "/rewritten"
@@ -724,7 +725,7 @@ func TestTheUpstreamSeesARequestOfItsOwnThatSaysWhatTheClientsDoes(t *testing.T)
 	if err != nil {
 		t.Error(err)
 	}
-	// What handlers after sse have set, those before it see.
+	// Handlers before sse see what handlers after it have set.
 	for placeholder, want := range map[string]string{
 		"outside":                              "set before",
 		"inside":                               "set after",
@@ -818,7 +819,7 @@ func TestAPanicOfTheUpstreamPassesUnchangedAndNothingIsWrittenAfterIt(t *testing
 	})
 }
 
-// brokenClient panics when something is called.
+// brokenClient panics in one of its methods.
 type brokenClient struct {
 	*client
 	call string
@@ -845,9 +846,9 @@ func (c brokenClient) FlushError() error {
 	return c.client.FlushError()
 }
 
-// A ResponseWriter around this one may have bugs. They stay its own: the server
-// gets its panic on the request's goroutine, whoever wrote, and other streams
-// of the same name do not suffer.
+// A ResponseWriter of another module may panic. The server must get that panic
+// on the request's goroutine, whichever goroutine wrote, and other streams of
+// the same name must not be affected.
 func TestAPanicOfAWriterStaysItsOwn(t *testing.T) {
 	for _, call := range []string{"WriteHeader", "Write", "Flush"} {
 		for _, early := range []bool{false, true} {
@@ -883,7 +884,7 @@ func TestAPanicOfAWriterStaysItsOwn(t *testing.T) {
 								}
 								w.Header().Set("Content-Type", "text/event-stream")
 								w.WriteHeader(200)
-								<-r.Context().Done() // the heartbeat's
+								<-r.Context().Done() // wait for the heartbeat's panic
 								return r.Context().Err()
 							}))
 						}()
@@ -921,7 +922,7 @@ func TestAPanicOfAWriterThatAHandlerRecoversAborts(t *testing.T) {
 	}))
 }
 
-// nested serves with an outer handler around an inner one.
+// nested calls an outer handler around an inner one.
 type nested struct{ outer, inner caddyhttp.MiddlewareHandler }
 
 func (n nested) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
@@ -1015,7 +1016,7 @@ func TestOnlyTheInnerHandlersLimitCountsItsStream(t *testing.T) {
 	})
 }
 
-// wrapping puts a ResponseWriter of its own between two handlers.
+// wrapping puts its own ResponseWriter between two handlers.
 type wrapping struct {
 	between func(w http.ResponseWriter) http.ResponseWriter
 	inner   caddyhttp.MiddlewareHandler

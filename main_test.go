@@ -14,11 +14,12 @@ import (
 	"time"
 )
 
-// patience bounds every wait for something that has to happen; nothing waits
-// for it where all is well.
+// patience limits every wait for something that must happen. No test that
+// passes waits that long.
 const patience = time.Minute
 
-// eventually waits for a condition that nothing says anything of.
+// eventually polls until a condition is true, for conditions that nothing
+// signals.
 func eventually(t testing.TB, what string, reached func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); !reached(); time.Sleep(2 * time.Millisecond) {
@@ -28,8 +29,8 @@ func eventually(t testing.TB, what string, reached func() bool) {
 	}
 }
 
-// raceEnabled says that the tests run under the race detector, several times
-// slower and with memory figures of its own.
+// raceEnabled is true under the race detector, which makes the tests several
+// times slower and changes memory figures.
 var raceEnabled = func() bool {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
@@ -45,14 +46,14 @@ var raceEnabled = func() bool {
 
 func TestMain(m *testing.M) {
 	playUpstream()
-	playReplay() // where this process is an upstream of another one's tests
+	playReplay() // if this process is an upstream of another process's tests
 	playCaddy()
 	leash()
 	os.Exit(runTests(m))
 }
 
-// runTests keeps Caddy out of the user's own folders, and at the end looks
-// for what the tests have left running or open.
+// runTests keeps Caddy out of the user's folders, and at the end checks that
+// the tests have left nothing running or open.
 func runTests(m *testing.M) int {
 	home, err := os.MkdirTemp("", "caddysse")
 	if err != nil {
@@ -64,7 +65,8 @@ func runTests(m *testing.M) int {
 		os.Setenv(variable, home)
 	}
 
-	// Most parallel subtests wait for a time to pass: let them do so together.
+	// Most parallel subtests only wait for time to pass, so many can run at
+	// once.
 	flag.Parse()
 	if parallel := flag.Lookup("test.parallel"); parallel.Value.String() == parallel.DefValue {
 		_ = flag.Set("test.parallel", "16")
@@ -81,16 +83,16 @@ func runTests(m *testing.M) int {
 	return code
 }
 
-// names counts those that uniqueName has made.
+// names counts the names that uniqueName has returned.
 var names atomic.Int64
 
-// uniqueName makes a name of a handler that no other test has had, nor this one
-// when it ran before: totals by name belong to the process.
+// uniqueName returns a handler name that no other test has used, nor an earlier
+// run of this test. Totals by name belong to the process.
 func uniqueName(name string) string { return fmt.Sprint(name, names.Add(1)) }
 
-// checkLeaks fails the test if goroutines or files are left when everything
-// registered with t.Cleanup after this call is cleaned up. So it comes first
-// in a test.
+// checkLeaks fails the test if goroutines or files are left after everything
+// that was registered with t.Cleanup after this call has been cleaned up. So a
+// test calls it first.
 func checkLeaks(t testing.TB) {
 	t.Helper()
 	before := takeInventory()
@@ -104,15 +106,15 @@ func checkLeaks(t testing.TB) {
 // inventory is what the process had at one moment.
 type inventory struct {
 	goroutines map[string]string // stacks by id
-	files      map[string]string // what open files are, by descriptor
+	files      map[string]string // what each open file is, by descriptor
 }
 
 func takeInventory() inventory {
 	return inventory{goroutineStacks(), openFiles()}
 }
 
-// waitForReturn waits until nothing is there that was not there before, and
-// tells what still is when the time is over.
+// waitForReturn waits until everything that was not there before is gone, and
+// returns what is still there when patience has passed.
 func (before inventory) waitForReturn(patience time.Duration) string {
 	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
 		left := before.whatIsNew()
@@ -137,13 +139,14 @@ func (before inventory) whatIsNew() string {
 	return left.String()
 }
 
-// isExpected knows the goroutines that end with the process, or late, and are
-// nobody's leak.
+// isExpected reports whether a goroutine is no leak although it ends late or
+// with the process.
 func isExpected(stack string) bool {
 	for _, function := range []string{
 		"testing.(*T).Run(", "testing.tRunner(", "testing.(*M).startAlarm",
 		"os/signal.", "runtime.ensureSigM",
-		// Of a lock that is released already; it notices within 5 seconds.
+		// It belongs to a lock that has been released, which it notices within
+		// 5 seconds.
 		"certmagic.keepLockfileFresh(",
 	} {
 		if strings.Contains(stack, function) {
@@ -155,7 +158,7 @@ func isExpected(stack string) bool {
 
 var goroutineID = regexp.MustCompile(`^goroutine (\d+) `)
 
-// goroutineStacks returns the stacks of all goroutines but the caller's.
+// goroutineStacks returns the stacks of all goroutines except the caller's.
 func goroutineStacks() map[string]string {
 	buf := make([]byte, 1<<20)
 	for {
@@ -175,8 +178,8 @@ func goroutineStacks() map[string]string {
 	return stacks
 }
 
-// openFiles returns the open file descriptors; none where the platform does
-// not tell.
+// openFiles returns the open file descriptors, or none if the platform does not
+// tell them.
 func openFiles() map[string]string {
 	const dir = "/proc/self/fd"
 	files := make(map[string]string)
@@ -185,11 +188,11 @@ func openFiles() map[string]string {
 		return files
 	}
 	for _, entry := range entries {
-		// The descriptor that ReadDir used is gone again, as one is that was
-		// closed meanwhile.
+		// The descriptor that ReadDir used is closed by now, and others may be
+		// too.
 		target, err := os.Readlink(dir + "/" + entry.Name())
 		if err != nil || strings.HasPrefix(target, "anon_inode:") {
-			continue // the poller's, opened once
+			continue // the poller's, opened once per process
 		}
 		files[entry.Name()] = target
 	}

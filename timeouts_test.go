@@ -25,7 +25,8 @@ import (
 
 // The server's timeouts
 
-// serverTimeouts are short ones, for everything that is no stream.
+// serverTimeouts are short timeouts, which apply to everything that is not a
+// stream.
 const serverTimeouts = `servers {
 	timeouts {
 		read_body 450ms
@@ -90,7 +91,7 @@ func TestServerWideTimeoutsSpareStreamsAndNothingElse(t *testing.T) {
 						}
 						res, err = cl.begin(cl.request(t, "GET", "/slow", nil)).outcome() // on the same connection
 						if err != nil {
-							return // cut before its headers
+							return // cut off before its headers
 						}
 						if text, err := res.text(); err == nil {
 							t.Errorf("a slow answer was not cut: %q", text)
@@ -128,7 +129,7 @@ func TestTheNextRequestOnTheConnectionHasNoDeadlineOfTheStreams(t *testing.T) {
 	})
 }
 
-// On HTTP/1.1 the deadline of the last write stays on the connection.
+// On HTTP/1.1 the deadline of the last write remains set on the connection.
 func TestAQuietStreamEndsCleanlyLongAfterItsLastWrite(t *testing.T) {
 	if apart(t) {
 		return
@@ -162,7 +163,7 @@ func TestAQuietStreamEndsCleanlyLongAfterItsLastWrite(t *testing.T) {
 				t.Run("ended by the "+path[1:], func(t *testing.T) {
 					t.Parallel()
 					atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
-						for range 2 { // on the same connection, where there is one
+						for range 2 { // on the same connection if it was kept open
 							text, err := cl.get(t, path, acceptStream).text()
 							if text != "data: 1\n\n" || err != nil {
 								t.Errorf("got %q, %v", text, err)
@@ -175,8 +176,8 @@ func TestAQuietStreamEndsCleanlyLongAfterItsLastWrite(t *testing.T) {
 	}
 }
 
-// writeWithDeadline is the usual idiom of Go's SSE servers: a deadline before each
-// write, none taken back.
+// writeWithDeadline does what Go's SSE servers usually do: it sets a deadline
+// before each write, and never clears it.
 func writeWithDeadline(t testing.TB, w http.ResponseWriter, text string, within time.Duration) {
 	t.Helper()
 	control := http.NewResponseController(w)
@@ -191,8 +192,8 @@ func writeWithDeadline(t testing.TB, w http.ResponseWriter, text string, within 
 	}
 }
 
-// Whoever sets a write deadline, a stream outlives it: with heartbeats, in a
-// silence, and at the next write.
+// A stream outlives any write deadline that a handler sets: with heartbeats, in
+// a silence, and at the next write.
 func TestDeadlinesOfHandlersDoNotEndAStream(t *testing.T) {
 	if apart(t) {
 		return
@@ -218,7 +219,7 @@ func TestDeadlinesOfHandlersDoNotEndAStream(t *testing.T) {
 					}
 					call.do(func(w http.ResponseWriter) {
 						if strings.Contains(name, "handler's") {
-							// Before there is a stream, too.
+							// The same before there is a stream.
 							_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(within))
 						}
 						w.Header().Set("Content-Type", eventStream)
@@ -232,7 +233,7 @@ func TestDeadlinesOfHandlersDoNotEndAStream(t *testing.T) {
 					}
 					body := e.headers(t).follow()
 					send("data: 1\n\n")
-					// The deadline passes, and so do frames after it.
+					// Heartbeats continue after the deadline.
 					if got, err := body.wait(func(unread string) bool { return strings.Count(unread, ":heartbeat") >= 4 }); err != nil {
 						t.Fatalf("after %q: %v", got, err)
 					}
@@ -249,7 +250,7 @@ func TestDeadlinesOfHandlersDoNotEndAStream(t *testing.T) {
 	}
 }
 
-// The other way round, what is no stream keeps them.
+// Conversely, answers that are not streams keep their deadlines.
 func TestDeadlinesOfHandlersHoldForWhatIsNoStream(t *testing.T) {
 	if apart(t) {
 		return
@@ -290,8 +291,8 @@ func TestDeadlinesOfHandlersHoldForWhatIsNoStream(t *testing.T) {
 	}
 }
 
-// A rate of the server counts from what it has sent itself; that sse looks at its
-// timeouts does not make it forget that.
+// A minimum rate of the server counts the bytes that the server has sent. When
+// sse queries the timeouts, that count must not start again.
 func TestARateOfTheServerRemembersWhatItHasCounted(t *testing.T) {
 	if apart(t) {
 		return
@@ -310,7 +311,8 @@ func TestARateOfTheServerRemembersWhatItHasCounted(t *testing.T) {
 		"timeouts":    "sse\ntimeouts {\nread_timeout 1m\n}",
 	} {
 		t.Run(name, func(t *testing.T) {
-			// An encoder writes its last words when all handlers after it have left.
+			// An encoder writes its last bytes when all handlers after it have
+			// returned.
 			c := startCaddy(t, `route {
 				encode gzip
 				`+inside+`
@@ -332,8 +334,8 @@ func TestARateOfTheServerRemembersWhatItHasCounted(t *testing.T) {
 	}
 }
 
-// timeouts after sse puts back what it has overridden when it leaves, while
-// frames go out on another goroutine.
+// When timeouts after sse returns, it restores the timeouts that it has
+// overridden, while heartbeats are sent on another goroutine.
 func TestTimeoutsAfterSSEDoNotMeetAFrame(t *testing.T) {
 	checkLeaks(t)
 	h := newTestHandler(t)
@@ -364,10 +366,10 @@ func TestTimeoutsAfterSSEDoNotMeetAFrame(t *testing.T) {
 	}
 }
 
-// Writers that say nothing of what they are around
+// Writers that can't be unwrapped
 
-// opaque is the handler `test_opaque`, with a writer as many have it: it flushes,
-// and does not unwrap.
+// opaque is the handler `test_opaque`. Like many, its writer can flush but
+// can't be unwrapped.
 type opaque struct{}
 
 func init() {
@@ -389,8 +391,8 @@ type opaqueWriter struct{ http.ResponseWriter }
 
 func (w opaqueWriter) Flush() { _ = http.NewResponseController(w.ResponseWriter).Flush() }
 
-// What sse switches off of the server's own protection, it must be able to do
-// itself, whatever writer is in between.
+// sse turns some of the server's own protection off, so it must be able to
+// replace it, whatever writer is in between.
 func TestAClientThatTakesNothingIsEndedThroughAnOpaqueWriterToo(t *testing.T) {
 	if apart(t) {
 		return
@@ -408,20 +410,20 @@ func TestAClientThatTakesNothingIsEndedThroughAnOpaqueWriterToo(t *testing.T) {
 			}`, withAdmin(), withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
 			atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 				if cl.proto != "h1" && strings.Contains(idle, "read_body_idle") {
-					return // there, nobody knows the way to one stream of a connection
+					return // through such a writer, sse can't end one stream of a connection
 				}
 				path, method := "/"+cl.proto, map[string]string{"h1": "GET", "h2": "POST", "h3": "GET"}[cl.proto]
 				body := "{}"
 				if strings.Contains(idle, "read_body_idle") {
-					// Without Caddy's reader around a body, net/http may close it while
-					// the transport still looks for its end, and then breaks the answer
-					// off: plain Caddy does, too.
+					// Without Caddy's reader around a body, net/http may close
+					// it while the transport is still looking for its end, and
+					// then breaks the answer off. Plain Caddy does the same.
 					body = ""
 				}
 				e := cl.begin(cl.request(t, method, path, strings.NewReader(body), acceptStream))
 				call := up.acceptAt(t, path)
 				call.start(eventStream)
-				res := e.headers(t) // and nothing more is read
+				res := e.headers(t) // and the client reads no more
 				call.floodUntilStuck()
 				call.expectGone()
 				line := c.closedLine(t, path)
@@ -451,7 +453,7 @@ func TestAStreamThroughAnOpaqueWriterIsAsAnyOther(t *testing.T) {
 		reverse_proxy `+up.addr+`
 	}`, withAdmin(), withGlobal("servers {\ntimeouts {\nwrite_idle 100ms\n}\n}"))
 	atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
-		for range 2 { // on one connection, where there is one
+		for range 2 { // on one connection if it was kept open
 			e, call := open(t, cl, up, "/"+cl.proto, acceptStream)
 			call.start(eventStream)
 			body := e.headers(t).follow()
@@ -468,7 +470,7 @@ func TestAStreamThroughAnOpaqueWriterIsAsAnyOther(t *testing.T) {
 	})
 }
 
-// duplex answers with an event for each line of the request, as they come.
+// duplex answers with an event for each line of the request, as the lines come.
 func duplex(w http.ResponseWriter, r *http.Request) {
 	_ = http.NewResponseController(w).EnableFullDuplex()
 	w.Header().Set("Content-Type", r.URL.Query().Get("type"))
@@ -520,7 +522,7 @@ func TestTheRequestOfAStreamMayBeAsSlowAsTheStream(t *testing.T) {
 	}
 }
 
-// On HTTP/1.1 the server reads what is left of a request before it answers.
+// On HTTP/1.1 the server reads the rest of a request before it answers.
 func TestARequestThatStopsComingDoesNotHoldItsStream(t *testing.T) {
 	if apart(t) {
 		return
@@ -575,7 +577,7 @@ func flood(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// stoppable is a client's end of a connection that stops reading.
+// stoppable is a client's end of a connection that can stop reading.
 type stoppable struct {
 	net.Conn
 	stop, closed chan struct{}
@@ -591,7 +593,8 @@ func (c *stoppable) Read(p []byte) (int, error) {
 	}
 }
 
-// A reset of an HTTP/2 stream can't go out when the connection takes nothing.
+// A reset of an HTTP/2 stream can't be sent if the connection takes no more
+// bytes.
 func TestAStreamOfAnHTTP2ConnectionThatIsStuckIsEnded(t *testing.T) {
 	if apart(t) {
 		return
@@ -653,8 +656,9 @@ func TestAStreamOfAnHTTP2ConnectionThatIsStuckIsEnded(t *testing.T) {
 	}
 }
 
-// A connection can be cut inside a TLS record. Whatever TLS sends after that, an alert
-// such as close_notify, is the rest of the record to the client.
+// A connection can be cut inside a TLS record. Whatever TLS sends after that,
+// such as the alert close_notify, looks like the rest of the record to the
+// client.
 func TestNothingFollowsATLSRecordThatIsCut(t *testing.T) {
 	if apart(t) {
 		return
@@ -681,7 +685,7 @@ func TestNothingFollowsATLSRecordThatIsCut(t *testing.T) {
 		isCutting.Store(true)
 		call.send("data: 2\n\n")
 		<-isCut
-		call.send("data: 3\n\n") // over HTTP/2 nobody waits for the one before
+		call.send("data: 3\n\n") // over HTTP/2, a write may return before its bytes are sent
 		if line := c.closedLine(t, path); line["reason"] != "write_timeout" {
 			t.Errorf("%s: %v", path, line)
 		}
@@ -691,8 +695,8 @@ func TestNothingFollowsATLSRecordThatIsCut(t *testing.T) {
 	}
 }
 
-// cutting is a connection that takes the next record but for its last bytes, and
-// nothing more until it is told to break off.
+// cutting is a connection that takes the next record except for its last bytes,
+// and nothing more until it is told to break off.
 type cutting struct {
 	net.Conn
 	next  *atomic.Bool
@@ -710,11 +714,10 @@ func (c *cutting) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// NetConn returns the connection inside.
+// NetConn returns the inner connection.
 func (c *cutting) NetConn() net.Conn { return c.Conn }
 
-// startFlooded runs a site with a write timeout in front of an upstream that
-// floods.
+// startFlooded runs a site with a write timeout and an upstream that floods.
 func startFlooded(t testing.TB, writeTimeout string, options ...siteOption) *testCaddy {
 	t.Helper()
 	up := newUpstreamFunc(t, flood)
@@ -726,7 +729,7 @@ func startFlooded(t testing.TB, writeTimeout string, options ...siteOption) *tes
 		reverse_proxy `+up.addr, options...)
 }
 
-// slowClient takes each piece in its time, unless a deadline breaks that off.
+// slowClient takes a while for each write, unless a deadline interrupts it.
 type slowClient struct {
 	*client
 	takes   time.Duration
@@ -757,7 +760,7 @@ func TestAWriteTimesOutWhenItGetsNoFurther(t *testing.T) {
 	small, large := "data: 1\n\n", "data: "+strings.Repeat("x", 32<<10)+"\n\n"
 	for name, test := range map[string]struct {
 		quiet, takes time.Duration
-		text         string // "": a frame
+		text         string // "": a heartbeat
 		beats        time.Duration
 		ends         bool
 	}{
@@ -795,7 +798,7 @@ func TestAWriteTimesOutWhenItGetsNoFurther(t *testing.T) {
 						}
 						ended = time.Now()
 						for c.writing.Load() {
-							time.Sleep(time.Second) // a bubble's time stands still for who waits for a lock
+							time.Sleep(time.Second) // a bubble's time stands still while a goroutine waits for a lock
 						}
 						return nil
 					}))
@@ -806,7 +809,7 @@ func TestAWriteTimesOutWhenItGetsNoFurther(t *testing.T) {
 				}
 				wait := timeout
 				if test.text == "" {
-					wait += test.beats // the frame's, at the latest
+					wait += test.beats // the heartbeat's, at the latest
 				}
 				if took := ended.Sub(began); test.ends && (took < timeout || took > wait+time.Millisecond) {
 					t.Errorf("it took %v, want %v", took, wait)
@@ -859,8 +862,8 @@ func TestAClientThatTakesNothingIsEndedAfterTheWriteTimeout(t *testing.T) {
 			c := startFlooded(t, "700ms", withGlobal("servers {\ntimeouts {\n"+idle+"\n}\n}"))
 			atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 				path := "/" + cl.proto
-				// Another one on the same connection, where it can be, notices
-				// nothing.
+				// Another stream, on the same connection where the protocol
+				// allows it, is not affected.
 				other := cl.get(t, path+"/other?slow", acceptStream).follow()
 				res := cl.get(t, path, acceptStream)
 				line := c.closedLine(t, path)
@@ -882,8 +885,8 @@ func TestAClientThatTakesNothingIsEndedAfterTheWriteTimeout(t *testing.T) {
 	}
 }
 
-// A client that takes little is no client that takes nothing, however much the
-// kernel could hold for it.
+// A client that reads slowly is not a client that reads nothing, however much
+// the kernel could buffer for it.
 func TestAClientOfFewBytesASecondLives(t *testing.T) {
 	if apart(t) {
 		return
@@ -899,7 +902,7 @@ func TestAClientOfFewBytesASecondLives(t *testing.T) {
 	}
 	defer conn.Close()
 	fmt.Fprintf(conn, "GET /few HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n", acceptStream)
-	// Loopback has segments of 64 KiB, and a window opens by no less.
+	// On loopback, segments are 64 KiB, and a window never opens by less.
 	piece := make([]byte, 16<<10)
 	for began := time.Now(); time.Since(began) < 2500*time.Millisecond; time.Sleep(40 * time.Millisecond) {
 		if _, err := io.ReadFull(conn, piece); err != nil {
@@ -922,7 +925,7 @@ func TestAClientThatReadsSlowlyLivesAndLeavesAsAClient(t *testing.T) {
 			cl := c.client(proto)
 			path := "/slow" + proto
 			res := cl.get(t, path, acceptStream)
-			// Windows, those of HTTP/3 above all, open in large steps.
+			// Windows open in large steps, above all those of HTTP/3.
 			piece := make([]byte, 512<<10)
 			for began := time.Now(); time.Since(began) < 2*time.Second; time.Sleep(100 * time.Millisecond) {
 				if _, err := io.ReadFull(res.Body, piece); err != nil {
@@ -941,7 +944,7 @@ func TestAWriteTimeoutThatIsOffEndsNobody(t *testing.T) {
 	atOnceOverEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
 		path := "/" + cl.proto
 		res := cl.get(t, path, acceptStream)
-		// Nothing goes for longer than the server would allow.
+		// For longer than the server would allow, no byte gets through.
 		c.waitForStream(t, path, func(s map[string]any) bool { return s["state"] != "open" || s["idle_seconds"].(float64) > 0.7 })
 		if s := c.listed(t, path); s["state"] != "open" {
 			t.Errorf("%v", s)
@@ -1030,8 +1033,8 @@ func TestAnUpstreamIsNotSilentWhileItsBytesWaitForTheClient(t *testing.T) {
 	})
 }
 
-// A reading client over raw HTTP/1.1, whose connection is TLS or not, sees an
-// abort as a missing last chunk.
+// A client over raw HTTP/1.1, with or without TLS, sees an abort as a missing
+// last chunk.
 func TestAnEndThatAbortsHasNoLastChunk(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
@@ -1104,7 +1107,7 @@ func TestAResumableStreamEndsAtItsAge(t *testing.T) {
 func TestOnlyAResumableStreamHasAMaximalAge(t *testing.T) {
 	for _, test := range []struct {
 		method, accept, body string
-		event                string // what is unfinished at the age
+		event                string // what is incomplete when the age is reached
 		want                 time.Duration
 	}{
 		{"GET", "text/event-stream", "data: 1\n\n", "", time.Hour},
@@ -1139,14 +1142,14 @@ func TestOnlyAResumableStreamHasAMaximalAge(t *testing.T) {
 	}
 }
 
-// A limit that no clock reaches ends nobody, and has nobody look at the clock
-// again and again.
+// A limit beyond what a clock can reach ends no stream, and does not make the
+// agenda run again and again.
 func TestLimitsBeyondAllTimeEndNobody(t *testing.T) {
 	const longest = caddy.Duration(1<<63 - 1)
 	for _, limit := range []caddy.Duration{caddy.Duration(1752000 * time.Hour), longest - 1, longest} {
 		for drain, beat := range map[bool]caddy.Duration{false: -1, true: limit} {
 			synctest.Test(t, func(t *testing.T) {
-				// A bubble's clock begins before that of the process.
+				// A bubble's clock starts earlier than that of the process.
 				time.Sleep(40 * 365 * 24 * time.Hour)
 				config := &caddysse.Handler{
 					Heartbeat:       &caddysse.Heartbeat{Interval: beat, Prelude: -1},
@@ -1166,7 +1169,7 @@ func TestLimitsBeyondAllTimeEndNobody(t *testing.T) {
 					})
 				}
 				if drain {
-					// One that it finds, and one that joins in.
+					// One stream that starts a run, and one that joins it.
 					go lives()
 					synctest.Wait()
 					stop := make(chan struct{})
