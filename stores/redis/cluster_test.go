@@ -22,17 +22,18 @@ import (
 	"time"
 )
 
-// Three Caddys with one Redis stand behind nginx, which takes one after the other.
-// Clients are cut at random and come back to whatever node. Meanwhile nodes are
-// restarted one after the other, one is killed, and Redis is restarted twice.
+// Three Caddys share one Redis, behind an nginx that sends requests to them in
+// turn. Clients are cut off at random and come back to any node. Meanwhile the
+// nodes are restarted one after the other, one is killed, and Redis is
+// restarted twice.
 //
-// CADDYSSE_TEST_CLUSTER is how many clients there are; without it there are few.
+// CADDYSSE_TEST_CLUSTER is the number of clients; the default is small.
 
-// ledger is what the upstream knows of its streams.
+// ledger records what the upstream knows about its streams.
 type ledger struct {
 	streams atomic.Int64
 	mu      sync.Mutex
-	nodes   map[int64]string    // by stream, the node that asked for it
+	nodes   map[int64]string    // the node that asked for a stream, by stream
 	dead    map[string]struct{} // nodes that have been ended
 	outages []outage            // of Redis
 }
@@ -47,7 +48,7 @@ func (l *ledger) begin(node string) int64 {
 	return n
 }
 
-// mayBeLost reports whether a client that came back at a time may have found
+// mayBeLost reports whether a client that came back at some time may have found
 // nothing of a stream.
 func (l *ledger) mayBeLost(stream int64, at time.Time) bool {
 	l.mu.Lock()
@@ -56,7 +57,7 @@ func (l *ledger) mayBeLost(stream int64, at time.Time) bool {
 		return true
 	}
 	for _, o := range l.outages {
-		// Until a node asks again, the store is away to it.
+		// A node treats the store as away until it tries it again.
 		if at.After(o.from.Add(-time.Second)) && (o.to.IsZero() || at.Before(o.to.Add(3*time.Second))) {
 			return true
 		}
@@ -64,7 +65,8 @@ func (l *ledger) mayBeLost(stream int64, at time.Time) bool {
 	return false
 }
 
-// serve sends an event now and then: the number of the stream, and its own.
+// serve sends events at intervals, each with the number of the stream and its
+// own.
 func (l *ledger) serve(w http.ResponseWriter, r *http.Request) {
 	stream := l.begin(r.Header.Get("X-Node"))
 	w.Header().Set("Content-Type", "text/event-stream")
@@ -83,7 +85,7 @@ func (l *ledger) serve(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// node is a Caddy.
+// node is a Caddy of the cluster.
 type node struct {
 	t          testing.TB
 	caddy      string
@@ -120,7 +122,7 @@ func (n *node) start() {
 	})
 }
 
-// end ends the node, as a deploy or a crash does.
+// end ends the node, as a deployment or a crash does.
 func (n *node) end(signal os.Signal) {
 	n.l.mu.Lock()
 	n.l.dead[n.id()] = struct{}{}
@@ -140,17 +142,17 @@ func (n *node) end(signal os.Signal) {
 	}
 }
 
-// reader is a client that comes back for ever.
+// reader is a client that comes back again and again.
 type reader struct {
 	l      *ledger
 	url    string
 	client *http.Client
 
-	id     string // the last one
+	id     string // the last one received
 	stream int64
 	last   int
-	told   bool // it has been told that it has lost something
-	bare   bool // its stream has had no ids: it began while Redis was away
+	told   bool // it was told that it had lost something
+	bare   bool // its stream has no ids, because it began while Redis was away
 	opened time.Time
 
 	events, returns, gaps, fresh int
@@ -173,7 +175,7 @@ func (r *reader) run(ctx context.Context) error {
 	return nil
 }
 
-// read is one connection. Only what must not be is an error.
+// read is one connection. It returns an error only for what must not happen.
 func (r *reader) read(ctx context.Context) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, r.url, nil)
 	if err != nil {
@@ -188,11 +190,11 @@ func (r *reader) read(ctx context.Context) error {
 	r.opened = time.Now()
 	res, err := r.client.Do(req)
 	if err != nil {
-		return nil // cut, or a node has gone
+		return nil // cut off, or the node is gone
 	}
 	defer res.Body.Close()
 	if res.StatusCode != http.StatusOK {
-		return nil // of nginx, which has found nobody
+		return nil // from nginx, which found no node
 	}
 	r.returns++
 	var event, data, id string
@@ -381,7 +383,7 @@ func writeFile(t testing.TB, name, text string) {
 	}
 }
 
-// startNginx runs a balancer that takes one server after the other.
+// startNginx runs a load balancer that sends requests to the servers in turn.
 func startNginx(t testing.TB, program, dir, servers string) (address string) {
 	t.Helper()
 	address = freeAddress(t)

@@ -158,7 +158,7 @@ func TestAServerMayWantAPasswordAndTLS(t *testing.T) {
 	certificate, key := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
 	makeCertificate(t, certificate, key)
 	s := startServer(t, "--requirepass", "hunter2")
-	// What the docs give a user of its own.
+	// A user with the rules that the docs give.
 	s.password = "hunter2"
 	s.do(t, append([]string{"ACL", "SETUSER", "caddy", "on", ">secret"}, strings.Fields(documentedRules)...)...)
 	_, port, _ := net.SplitHostPort(freeAddress(t))
@@ -225,7 +225,7 @@ func TestAServerMayWantAPasswordAndTLS(t *testing.T) {
 	}
 }
 
-// documentedRules are those of docs/several-nodes.md.
+// documentedRules are the ACL rules in docs/several-nodes.md.
 const documentedRules = "~sse:* &sse:* -@all +@connection +evalsha +script|load +hget +hset +hmget +del +xadd +xtrim +xrange +pexpire +set +exists +publish +subscribe +unsubscribe"
 
 func TestTheRulesOfTheDocsAreThoseThatAreTested(t *testing.T) {
@@ -248,7 +248,7 @@ func freeAddress(t testing.TB) string {
 	return ln.Addr().String()
 }
 
-// makeCertificate makes one for localhost that is its own authority.
+// makeCertificate makes a certificate for localhost that is its own CA.
 func makeCertificate(t *testing.T, certificateFile, keyFile string) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

@@ -20,14 +20,14 @@ func newKey() (key store.Key) {
 	return key
 }
 
-// within is the context of a call that must not take long.
+// within returns the context for a call that must not take longer than d.
 func within(t testing.TB, d time.Duration) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), d)
 	t.Cleanup(cancel)
 	return ctx
 }
 
-// write writes one event, with the beginning of its run if it is the first.
+// write writes one event, and starts its run if the event is the first.
 func write(t testing.TB, s store.Store, run store.Key, n uint64) error {
 	w := store.Write{Run: run, Events: []store.Event{{Number: n, Data: fmt.Appendf(nil, "event %d", n)}}, TTL: ttl}
 	if n == 1 {
@@ -36,7 +36,7 @@ func write(t testing.TB, s store.Store, run store.Key, n uint64) error {
 	return errors.Join(s.Write(within(t, 5*time.Second), []store.Write{w})...)
 }
 
-// eventually waits until something succeeds.
+// eventually retries until something succeeds.
 func eventually(t testing.TB, what string, try func() error) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
@@ -87,8 +87,8 @@ func TestWhatIsKeptOutlivesARestart(t *testing.T) {
 	if err := write(t, a, run, 1); err != nil {
 		t.Fatal(err)
 	}
-	// One who waits goes on waiting, or is told that the server is away, and gets
-	// what comes after it.
+	// A reader that waits either keeps waiting or is told that the server is
+	// away. Either way it then gets the events that follow.
 	got := make(chan []store.Event, 1)
 	go func() {
 		for {
@@ -173,14 +173,14 @@ func TestAServerThatHasLostEverythingDoesNotKnowTheRun(t *testing.T) {
 	if err := write(t, opened, other, 1); err != nil {
 		t.Errorf("a new run: %v", err)
 	}
-	// One that has lost the newest events, as a replica may have.
+	// This server has lost the newest events, as a replica may have.
 	if err := write(t, opened, other, 3); !errors.Is(err, store.ErrUnknown) {
 		t.Errorf("a write after a gap: %v", err)
 	}
 }
 
-// Nobody publishes that a run is gone when a server is flushed, or a run's time is
-// over.
+// No message says that a run is gone after a server was flushed or a run's time
+// is over.
 func TestAReaderOfARunThatTheServerHasLostIsTold(t *testing.T) {
 	t.Parallel()
 	s := startServer(t)
@@ -242,7 +242,7 @@ func TestACallOfAServerThatHangsEndsInTime(t *testing.T) {
 		t.Errorf("a server that hangs: %v after %v", errs, time.Since(began))
 	}
 	s.resume()
-	// It may have been done after all.
+	// The first attempt may have succeeded after all.
 	eventually(t, "the same write", func() error { return write(t, opened, run, 2) })
 	found, err := opened.Find(within(t, patience), run)
 	if err != nil || found.Last != 2 {
@@ -276,7 +276,7 @@ func TestAHundredReadersShareTwoConnections(t *testing.T) {
 		}
 		return nil
 	})
-	if n := strings.Count(s.do(t, "CLIENT", "LIST"), "name=caddy-sse"); n > 5 { // the one that asks among them
+	if n := strings.Count(s.do(t, "CLIENT", "LIST"), "name=caddy-sse"); n > 5 { // including the connection that asks
 		t.Errorf("two nodes have %d connections", n)
 	}
 	for _, key := range keys {

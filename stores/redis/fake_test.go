@@ -17,20 +17,20 @@ import (
 	"github.com/caddy-sse/caddy-sse/store"
 )
 
-// fakeServer answers as a test wants it to.
+// fakeServer answers as a test tells it to.
 type fakeServer struct {
 	t       testing.TB
 	address string
 
 	mu     sync.Mutex
-	answer func(command []string) string // "": it closes the connection; nil: it never says anything
+	answer func(command []string) string // "": it closes the connection; nil: it never answers
 	dials  int
 	conns  []net.Conn
 }
 
-const silent = "silent" // an answer that does not come
+const silent = "silent" // no answer comes
 
-// fine is what a server answers that takes everything and has nothing.
+// fine answers like a server that accepts everything and has no data.
 func fine(command []string) string {
 	switch command[0] {
 	case "HELLO":
@@ -43,7 +43,7 @@ func fine(command []string) string {
 	return "+OK\r\n"
 }
 
-// replica is what one answers that takes no writes.
+// replica answers like a server that accepts no writes.
 func replica(command []string) string {
 	switch command[0] {
 	case "HELLO":
@@ -54,7 +54,7 @@ func replica(command []string) string {
 	return fine(command)
 }
 
-// except answers one command in another way.
+// except answers like fine, except for one command.
 func except(name, answer string) func([]string) string {
 	return func(command []string) string {
 		if command[0] == name {
@@ -123,14 +123,14 @@ func (f *fakeServer) serve(conn net.Conn, mute bool) {
 	}
 }
 
-// turn has it answer in another way.
+// turn changes how the server answers.
 func (f *fakeServer) turn(answer func([]string) string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.answer = answer
 }
 
-// cut breaks all connections.
+// cut closes all connections.
 func (f *fakeServer) cut() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -146,7 +146,7 @@ func (f *fakeServer) dialled() int {
 	return f.dials
 }
 
-// openAt opens a way to servers.
+// openAt opens a store on servers.
 func openAt(t testing.TB, addresses ...string) store.Store {
 	t.Helper()
 	r := &Redis{Address: addresses, Prefix: defaultPrefix}
@@ -175,7 +175,7 @@ func TestAServerThatTurnsIntoAReplicaIsLeftForTheOtherOne(t *testing.T) {
 		t.Errorf("a replica answers %v", err)
 	}
 	eventually(t, "a write to the other one", func() error { return write(t, opened, run, 2) })
-	// Notices come from that one, too.
+	// Notices must come from the second server, too.
 	eventually(t, "a connection for calls and one for notices", func() error {
 		second.mu.Lock()
 		defer second.mu.Unlock()
@@ -216,7 +216,7 @@ func TestAProxyThatDoesNotKnowHelloIsUsed(t *testing.T) {
 			t.Errorf("without %s: %v", command, err)
 		}
 	}
-	// One in front of a replica.
+	// Such a proxy in front of a replica.
 	mute := func(command []string) string {
 		if command[0] == "HELLO" {
 			return unknown
@@ -313,7 +313,7 @@ func TestWhatIsNoAnswerBreaksTheConnectionAndNotTheStore(t *testing.T) {
 				t.Errorf("a write: %v", first)
 			}
 			f.turn(fine)
-			f.cut() // half an answer keeps a connection for connPatience
+			f.cut() // with half an answer, a connection lasts for connPatience
 			eventually(t, "the same write", func() error { return write(t, opened, run, 1) })
 		})
 	}
@@ -328,7 +328,7 @@ func TestAServerThatLoadsItsDataAgainIsLeftForTheOtherOne(t *testing.T) {
 	if err := write(t, opened, run, 1); err != nil {
 		t.Fatal(err)
 	}
-	first.turn(loading) // it has become a replica, and gets all from the other one
+	first.turn(loading) // as a replica that loads everything from the other server
 	second.turn(fine)
 	eventually(t, "a write to the other one", func() error { return write(t, opened, run, 2) })
 }
@@ -352,8 +352,8 @@ func TestAnAnswerOfAnotherKindSaysNothingOfRunsAndNodes(t *testing.T) {
 	}
 }
 
-// A server that has no place for one more says so to who has not asked yet, and
-// closes the connection.
+// A server that has no room for another connection says so before it gets a
+// command, and closes the connection.
 func TestWhyAServerTakesNoConnectionIsTold(t *testing.T) {
 	t.Parallel()
 	for _, why := range []string{"ERR max number of clients reached", "DENIED Redis is running in protected mode"} {
@@ -417,7 +417,8 @@ func TestAServerThatBreaksEveryConnectionIsNotFlooded(t *testing.T) {
 		})
 	}
 	work.Wait()
-	// Half of each pause is certain: 1/8 s, 1/4 s, 1/2 s, 1 s. And one for notices.
+	// At least half of each pause is certain: 1/8 s, 1/4 s, 1/2 s, 1 s. One
+	// connection more is for notices.
 	if n := f.dialled(); n < 3 || n > 6 {
 		t.Errorf("it was dialled %d times in %v", n, span)
 	}

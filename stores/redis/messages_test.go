@@ -16,31 +16,32 @@ import (
 	"github.com/caddy-sse/caddy-sse/store"
 )
 
-// hop stands between a store and its server, and can lose an answer.
+// hop is a proxy between a store and its server that can lose an answer.
 type hop struct {
 	address string
 
 	mu  sync.Mutex
-	at  string // an answer with this meets it
+	at  string // the text in an answer that makes it call met
 	met func() (arrives bool)
 }
 
-// lose has the next answer with a text be lost: the server has given it, and its
-// connection breaks. What is returned is closed then.
+// lose makes the next answer with a text get lost: the server has sent it, but
+// the connection breaks. The returned channel is closed when that happens.
 func (h *hop) lose(text string) <-chan struct{} {
 	lost := make(chan struct{})
 	h.meet(text, func() bool { close(lost); return false })
 	return lost
 }
 
-// meet has something done before the next answer with a text arrives, or does not.
+// meet makes the hop call met before the next answer with a text arrives. If
+// met returns false, the answer does not arrive.
 func (h *hop) meet(text string, met func() (arrives bool)) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.at, h.met = text, met
 }
 
-// passes reports whether an answer is to arrive.
+// passes reports whether an answer may arrive.
 func (h *hop) passes(answer []byte) bool {
 	h.mu.Lock()
 	met := h.met
@@ -100,7 +101,7 @@ func startHop(t testing.TB, target string) *hop {
 	return h
 }
 
-// receive returns what there is for a node now.
+// receive returns the messages that wait for a node now.
 func receive(t testing.TB, s store.Store, node store.Node) (got []string) {
 	t.Helper()
 	eventually(t, "a receipt", func() error {
@@ -145,8 +146,8 @@ func TestAMessageIsNotLostWithTheConnectionThatItComesOver(t *testing.T) {
 	<-met
 	expectMessages(t, a, "n", "first", "stop it")
 
-	// The answer to the call that says that they are here is lost: they do not come
-	// again, and what came meanwhile does.
+	// The answer to the call that acknowledges them is lost. They do not come
+	// again, but messages that arrived meanwhile do.
 	send(t, b, "n", "second")
 	met = h.lose("second")
 	if messages, err := a.Receive(within(t, patience), "n", 0); err == nil {
@@ -183,7 +184,7 @@ func TestMessagesComeAlsoWhereTheServerHasForgottenTheOlderOnes(t *testing.T) {
 	defer b.Close()
 	send(t, b, "n", "first")
 	expectMessages(t, a, "n", "first")
-	// The clock of the one that takes its place may be slow.
+	// The clock of the server that replaces it may be behind.
 	inbox := a.(*redisStore).inboxOf("n")
 	s.do(t, "DEL", inbox)
 	s.do(t, "XADD", inbox, "1-1", "m", "second")
@@ -215,7 +216,7 @@ func TestMessagesThatHaveComeAreRemovedAndThoseThatWaitAreBounded(t *testing.T) 
 		receive(t, a, "n")
 	}
 	expectMessages(t, a, "n")
-	if n := s.do(t, "XLEN", inbox); n != "1" { // the last one says that they are the same still
+	if n := s.do(t, "XLEN", inbox); n != "1" { // the last message shows that the inbox is still the same
 		t.Errorf("%s messages are left", n)
 	}
 	if left := s.do(t, "PTTL", inbox); strings.HasPrefix(left, "-") {
@@ -223,7 +224,7 @@ func TestMessagesThatHaveComeAreRemovedAndThoseThatWaitAreBounded(t *testing.T) 
 	}
 }
 
-// A node that receives nothing asks no more often than its waits say.
+// A node that receives nothing asks no more often than its waits allow.
 func TestAReceiptIsOneCallOfTheServer(t *testing.T) {
 	s := startServer(t)
 	a := s.open(t)

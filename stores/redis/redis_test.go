@@ -18,10 +18,10 @@ import (
 	"github.com/caddy-sse/caddy-sse/store/storetest"
 )
 
-// patience bounds every wait for something that has to happen.
+// patience limits every wait for something that must happen.
 const patience = time.Minute
 
-// server is a Redis of a test.
+// server is a Redis server for a test.
 type server struct {
 	t       testing.TB
 	dir     string
@@ -32,11 +32,11 @@ type server struct {
 	process  *exec.Cmd
 }
 
-// startServer runs one, on a port of loopback. CADDYSSE_TEST_REDIS names another
-// program than redis-server.
+// startServer runs a server on a loopback port. CADDYSSE_TEST_REDIS names
+// another program than redis-server.
 func startServer(t testing.TB, options ...string) *server {
 	t.Helper()
-	program := os.Getenv("CADDYSSE_TEST_REDIS") // Valkey's, for one
+	program := os.Getenv("CADDYSSE_TEST_REDIS") // for example Valkey's
 	if program == "" {
 		program = "redis-server"
 	}
@@ -52,8 +52,8 @@ func startServer(t testing.TB, options ...string) *server {
 	return s
 }
 
-// start starts the server and waits until it answers. What it has on its disk is
-// there again.
+// start starts the server and waits until it answers. It has the data that is
+// on its disk.
 func (s *server) start() {
 	s.t.Helper()
 	_, port, _ := net.SplitHostPort(s.address)
@@ -88,7 +88,6 @@ func (s *server) start() {
 	}
 }
 
-// stop ends the server.
 func (s *server) stop() {
 	if s.process != nil {
 		_ = s.process.Process.Kill()
@@ -97,11 +96,11 @@ func (s *server) stop() {
 	}
 }
 
-// pause lets the server hang, until resume.
+// pause makes the server hang until resume.
 func (s *server) pause()  { _ = s.process.Process.Signal(syscall.SIGSTOP) }
 func (s *server) resume() { _ = s.process.Process.Signal(syscall.SIGCONT) }
 
-// do has the server do something, and returns its answer as text.
+// do sends a command to the server and returns its answer as text.
 func (s *server) do(t testing.TB, command ...string) string {
 	t.Helper()
 	r := &Redis{Address: []string{s.address}, Password: s.password}
@@ -125,7 +124,7 @@ func (s *server) do(t testing.TB, command ...string) string {
 	return fmt.Sprint(replies[0])
 }
 
-// open opens a way to the server, as a node has it.
+// open opens a store on the server, as a node does.
 func (s *server) open(t testing.TB) store.Store {
 	t.Helper()
 	r := &Redis{Address: []string{s.address}}

@@ -26,7 +26,7 @@ func TestRepliesAreReadAsTheServerMeansThem(t *testing.T) {
 		"-OOM no room\r\n":              replyError("OOM no room"),
 		"*0\r\n":                        []any(nil),
 		"*2\r\n:1\r\n*1\r\n$1\r\nx\r\n": []any{int64(1), []any{"x"}},
-		// The modules of HELLO are lists with lists in a list of a list.
+		// The modules in the answer to HELLO are nested lists.
 		"*1\r\n*1\r\n*1\r\n*1\r\n$1\r\nx\r\n": []any{[]any{[]any{[]any{"x"}}}},
 	} {
 		got, err := readReply(bufio.NewReader(strings.NewReader(text)))
@@ -44,7 +44,7 @@ func TestRepliesAreReadAsTheServerMeansThem(t *testing.T) {
 	}
 }
 
-// pipe is a connection to a server that the test plays.
+// pipe returns a connection to a server that the test plays.
 func pipe(t *testing.T) (*conn, net.Conn) {
 	ours, theirs := net.Pipe()
 	c := newConn(ours)
@@ -107,7 +107,7 @@ func TestAServerThatOwesRepliesIsLeftInTime(t *testing.T) {
 				}
 			}
 		}()
-		time.Sleep(10 * connPatience) // it owes nothing
+		time.Sleep(10 * connPatience) // no answer is pending
 		if err := c.failure(); err != nil {
 			t.Fatalf("a quiet connection is given up: %v", err)
 		}
@@ -150,7 +150,7 @@ func TestACallOfAServerThatDoesNotReadHeedsItsContext(t *testing.T) {
 		if _, err := c.do(ctx, []string{"SET", strings.Repeat("x", 1<<20)}); !errors.Is(err, context.DeadlineExceeded) || time.Since(began) != time.Second {
 			t.Errorf("after %v: %v", time.Since(began), err)
 		}
-		// What it would still have to read is bounded, and so is the time.
+		// The amount of unsent data is limited, and so is the time.
 		var err error
 		for range mostUnsent>>20 + 2 {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
@@ -182,7 +182,7 @@ func TestAServerThatAnswersTooSlowlyDoesNotOweMoreAndMore(t *testing.T) {
 		if !errors.Is(err, errBehind) || len(c.pending) != mostPending {
 			t.Errorf("it owes %d answers: %v", len(c.pending), err)
 		}
-		// It answers one, and gets one more.
+		// After it has answered one command, it may get another.
 		if _, err := server.Write([]byte("+PONG\r\n")); err != nil {
 			t.Fatal(err)
 		}
@@ -213,7 +213,7 @@ func TestAConnectionIsGivenUpAtOnceThoughItsServerReadsNothing(t *testing.T) {
 		}
 		c := newConn(secured)
 		began := time.Now()
-		c.fail(errClosed) // all that calls waits for it
+		c.fail(errClosed) // all calls wait until it returns
 		if took := time.Since(began); took > 0 {
 			t.Errorf("it took %v", took)
 		}

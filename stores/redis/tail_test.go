@@ -11,7 +11,7 @@ import (
 	"github.com/caddy-sse/caddy-sse/store"
 )
 
-// someEvents are those with the numbers from first to last.
+// someEvents returns events with the numbers from first to last.
 func someEvents(first, last uint64) (events []store.Event) {
 	for n := first; n <= last; n++ {
 		events = append(events, store.Event{Number: n, Data: fmt.Appendf(nil, "event %d", n)})
@@ -19,7 +19,7 @@ func someEvents(first, last uint64) (events []store.Event) {
 	return events
 }
 
-// numbers is what a reader gets, in short.
+// numbers describes in short what a reader gets.
 func numbers(events []store.Event, ask bool) string {
 	switch {
 	case ask:
@@ -56,7 +56,7 @@ func TestAReaderAsksTheServerUntilNoticesTellAll(t *testing.T) {
 		"something else":                       {func(t *tail) { t.found(3, 3, 0); t.doubt() }, 3, "ask"},
 		"something else meanwhile":             {func(t *tail) { t.doubt(); t.found(3, 3, 0) }, 3, "ask"},
 		"and it was asked again":               {func(t *tail) { t.doubt(); t.found(3, 3, 1) }, 3, "none"},
-		// What was told before a doubt is no proof that it is the newest.
+		// What was told before a doubt does not prove that it is the newest.
 		"a part up to what was told":  {func(t *tail) { t.add(someEvents(4, 5), all); t.doubt(); t.found(2, 5, 1) }, 5, "ask"},
 		"a place that is not reached": {func(t *tail) { t.found(9, 9, 0); t.add(someEvents(4, 5), all) }, 3, "4 to 5"},
 	} {
@@ -87,7 +87,7 @@ func TestWhatWaitsForReadersIsBounded(t *testing.T) {
 	names := make([]string, 2*mostTails/longestTail)
 	for i := range names {
 		names[i] = fmt.Sprint(i)
-		n.enter(names[i])() // it has left, and may come back
+		n.enter(names[i])() // its reader has left, and may come back
 		for number := uint64(1); number <= 20; number++ {
 			n.tell(names[i], fmt.Sprintf("%d %d %s", number, len(piece), piece))
 			if held := n.channels[names[i]].tail.size; held > longestTail || n.size > mostTails {
@@ -95,7 +95,7 @@ func TestWhatWaitsForReadersIsBounded(t *testing.T) {
 			}
 		}
 	}
-	// Small events cost more than their bytes.
+	// A small event costs more than its bytes.
 	n.tell(names[0], "")
 	for number := uint64(1); number <= 2*longestTail; number++ {
 		n.tell(names[0], fmt.Sprintf("%d 1 x", number))
@@ -124,7 +124,7 @@ func TestANoticeThatIsDamagedSaysOnlyThatThereIsSomething(t *testing.T) {
 	}
 }
 
-// calls returns how often scripts have been called.
+// calls returns how often the server has run scripts.
 func (s *server) calls(t testing.TB) (n int) {
 	for line := range strings.Lines(s.do(t, "INFO", "commandstats")) {
 		if _, err := fmt.Sscanf(line, "cmdstat_evalsha:calls=%d,", &n); err == nil {

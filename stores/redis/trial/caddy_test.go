@@ -1,5 +1,5 @@
-// Package trial has tests of several real Caddys with a real Redis, while one of
-// them fails.
+// Package trial tests several real Caddys with a real Redis while one of them
+// fails.
 package trial
 
 import (
@@ -19,8 +19,8 @@ import (
 	"time"
 )
 
-// caddyBinary is a Caddy with the store: the one that CADDY_SSE_CADDY names, else
-// one that is built here.
+// caddyBinary is the path of a Caddy with the store: the one that
+// CADDY_SSE_CADDY names, or one that is built here.
 var caddyBinary = sync.OnceValues(func() (string, error) {
 	if path := os.Getenv("CADDY_SSE_CADDY"); path != "" {
 		return filepath.Abs(path)
@@ -43,10 +43,10 @@ func TestMain(m *testing.M) {
 	os.Exit(status)
 }
 
-// buildDir has the Caddy that was built here, if any was.
+// buildDir is the folder of the Caddy that was built here; "" if none was.
 var buildDir string
 
-// node is a Caddy of a test, a process of its own.
+// node is a Caddy of a test, in its own process.
 type node struct {
 	t              testing.TB
 	name           string
@@ -58,7 +58,7 @@ type node struct {
 	logs lines
 }
 
-// lines are what a process has written.
+// lines holds what a process has written.
 type lines struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
@@ -76,7 +76,7 @@ func (l *lines) String() string {
 	return l.buf.String()
 }
 
-// count returns how many of them have a text.
+// count returns how many lines contain a text.
 func (l *lines) count(text string) (n int) {
 	for line := range strings.Lines(l.String()) {
 		if strings.Contains(line, text) {
@@ -86,8 +86,8 @@ func (l *lines) count(text string) (n int) {
 	return n
 }
 
-// newNode is a Caddy that has not been started; one without a store where redis is
-// "". What it is proxy for learns its name as X-Node.
+// newNode returns a Caddy that has not been started. If redis is "", it has no
+// store. Its upstream gets its name as X-Node.
 func newNode(t testing.TB, name, upstream, redis, window, settings string) *node {
 	t.Helper()
 	binary, err := caddyBinary()
@@ -182,7 +182,7 @@ func (n *node) end(signal syscall.Signal) {
 	n.cmd = nil
 }
 
-// reload has the node load its configuration again.
+// reload makes the node load its configuration again.
 func (n *node) reload() {
 	n.t.Helper()
 	out, err := exec.Command(n.binary, "reload", "--force", "--address", n.admin, "--config", n.config, "--adapter", "caddyfile").CombinedOutput()
@@ -191,7 +191,8 @@ func (n *node) reload() {
 	}
 }
 
-// metric is the sum of the samples of a metric whose line has all of these texts.
+// metric returns the sum of the samples of a metric whose lines contain all of
+// these texts.
 func (n *node) metric(name string, texts ...string) (sum float64) {
 	n.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -223,9 +224,9 @@ func (n *node) metric(name string, texts ...string) (sum float64) {
 	return sum
 }
 
-// hop is an address in front of a server, with a delay each way. It can be given to
-// another server, as a virtual address or a name is: connections that are there stay
-// where they are.
+// hop is an address in front of a server, with a delay in each direction. It
+// can be moved to another server, like a virtual IP address or a DNS name:
+// existing connections stay with the old one.
 type hop struct {
 	addr string
 
@@ -239,7 +240,6 @@ func (h *hop) moveTo(target string) {
 	h.target = target
 }
 
-// startHop starts one.
 func startHop(t testing.TB, target string, delay time.Duration) *hop {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -275,7 +275,7 @@ func startHop(t testing.TB, target string, delay time.Duration) *hop {
 	return h
 }
 
-// delayed passes on what comes, each piece when its time has come.
+// delayed passes data on, each piece after the delay.
 func delayed(to, from net.Conn, delay time.Duration) {
 	type piece struct {
 		data []byte

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// waitFor waits until a server says something of its replication.
+// waitFor waits until the server's replication status contains a text.
 func (s *server) waitFor(text string) {
 	s.t.Helper()
 	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
@@ -26,7 +26,8 @@ func (s *server) waitFor(text string) {
 	}
 }
 
-// hop has a tab come back to any of some nodes, cut at random, until ctx ends.
+// hop makes a tab come back to nodes chosen at random, cut off at random, until
+// ctx ends.
 func (c *tab) hop(ctx context.Context, path string, nodes ...*node) error {
 	for ctx.Err() == nil {
 		c.url = "http://" + nodes[rand.IntN(len(nodes))].addr + path
@@ -91,12 +92,12 @@ func TestAFailoverHarmsNoStream(t *testing.T) {
 	elsewhere.tab = begun.tab
 	elsewhere.more(20)
 
-	// A planned one: the replica has everything. Old connections stay with the one
-	// that was demoted.
+	// A planned failover: the replica has everything. Old connections stay with
+	// the server that was demoted.
 	first.must("FAILOVER")
 	second.waitFor("role:master")
 	at.moveTo(second.addr)
-	elsewhere.more(100) // it goes on through the store
+	elsewhere.more(100) // it continues through the store
 	back := view(t, b, site, one.tab.lastID)
 	back.tab = one.tab
 	back.more(100)
@@ -105,7 +106,7 @@ func TestAFailoverHarmsNoStream(t *testing.T) {
 		elsewhere.withID()
 	}
 
-	// A crash: the replica lacks what came last.
+	// A crash: the replica lacks the last events.
 	first.waitFor("master_link_status:up")
 	first.must("REPLICAOF", "127.0.0.1", portOf(freeAddress(t)))
 	kept := view(t, a, site, "")

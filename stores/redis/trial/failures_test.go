@@ -11,7 +11,7 @@ import (
 
 const warning = "the store has failed"
 
-// viewer is a client that reads one stream, and lets a test wait for what comes.
+// viewer is a client that reads one stream and lets a test wait for its events.
 type viewer struct {
 	t        testing.TB
 	stream   *stream
@@ -46,7 +46,7 @@ func view(t testing.TB, n *node, host, lastID string) *viewer {
 	return v
 }
 
-// until checks what comes, up to an event for which f is true.
+// until checks events up to the first one for which f returns true.
 func (v *viewer) until(what string, f func(message) bool) {
 	v.t.Helper()
 	deadline := time.NewTimer(patience)
@@ -69,14 +69,14 @@ func (v *viewer) until(what string, f func(message) bool) {
 	}
 }
 
-// more waits for some events more.
+// more waits for n more events.
 func (v *viewer) more(n int) {
 	v.t.Helper()
 	want := v.tab.seen + n
 	v.until(fmt.Sprint(n, " more events"), func(message) bool { return v.tab.seen >= want })
 }
 
-// withID and withoutID wait for an event of that kind.
+// withID and withoutID wait for an event with an id, and for one without.
 func (v *viewer) withID() {
 	v.t.Helper()
 	v.until("an event with an id", func(m message) bool { return m.id != "" })
@@ -107,7 +107,7 @@ func often() time.Duration { return 20 * time.Millisecond }
 
 const site = "nodes.test"
 
-// host is the site as a client asks for it, whichever node it asks.
+// host is the site's Host, the same for every node.
 func host(n *node) string { return site + ":" + portOf(n.addr) }
 
 func TestAServerThatIsAwayHarmsNoStream(t *testing.T) {
@@ -116,14 +116,15 @@ func TestAServerThatIsAwayHarmsNoStream(t *testing.T) {
 	up := newSource(t, 0, often)
 	n := startNode(t, "a", up.host(), s.addr, "1m", "")
 	one := view(t, n, host(n), "")
-	one.more(20) // Caddy starts and serves without it
+	one.more(20) // Caddy starts and works without it
 	n.reload()
 	one.more(20)
 	s.start()
 	waitForIDs(t, n, host(n))
 	two := view(t, n, host(n), "")
 	two.withID()
-	// The server has the stream before it loses it: what is under way does not count.
+	// Make sure that the server has the stream before it loses it; writes that
+	// are under way do not count.
 	writes := func() float64 { return n.metric("caddy_sse_store_duration_seconds_count", `op="write"`) }
 	for before := writes(); writes() < before+2; {
 		two.more(1)
@@ -133,7 +134,7 @@ func TestAServerThatIsAwayHarmsNoStream(t *testing.T) {
 		s.start()
 		two.more(20)
 	}
-	two.withoutID() // what it had was lost with the server
+	two.withoutID() // what the server had of it was lost
 	two.more(20)
 	one.more(20)
 	waitForIDs(t, n, host(n))
@@ -166,7 +167,7 @@ func TestAServerThatIsFullHarmsNoStream(t *testing.T) {
 	s.must("CONFIG", "SET", "maxmemory", "1")
 	one.withoutID()
 	one.more(20)
-	// The lease is renewed all the same.
+	// The lease is still renewed.
 	if answer := s.must("DBSIZE"); answer == ":0" {
 		t.Fatal("nothing is there")
 	}
@@ -200,7 +201,7 @@ func TestAServerThatIsFlushedHarmsNoStream(t *testing.T) {
 	two := view(t, a, host(a), "")
 	two.more(20)
 	two.withID()
-	s.must("SCRIPT", "FLUSH") // and that alone harms nothing
+	s.must("SCRIPT", "FLUSH") // this alone does no harm
 	for range 50 {
 		two.withID()
 	}

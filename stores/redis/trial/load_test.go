@@ -12,9 +12,9 @@ import (
 	"time"
 )
 
-// TestWhatTheStoreCosts measures live delivery without a store, with one, with one
-// that is slow, and of the streams of another node. CADDYSSE_TEST_LOAD is how many
-// streams, with ten events a second each.
+// TestWhatTheStoreCosts measures live delivery without a store, with one, with
+// a slow one, and of streams of another node. CADDYSSE_TEST_LOAD is the number
+// of streams, with ten events per second each.
 func TestWhatTheStoreCosts(t *testing.T) {
 	var streams int
 	if _, err := fmt.Sscan(os.Getenv("CADDYSSE_TEST_LOAD"), &streams); err != nil {
@@ -49,8 +49,8 @@ func TestWhatTheStoreCosts(t *testing.T) {
 	}
 }
 
-// measure opens streams on a, has their clients come back to b unless that is nil,
-// and measures how long events take from the upstream to the client.
+// measure opens streams on a, makes their clients come back to b unless that is
+// nil, and measures how long events take from the upstream to the client.
 func measure(t *testing.T, s *server, a, b *node, streams int) string {
 	t.Helper()
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
@@ -143,7 +143,7 @@ func measure(t *testing.T, s *server, a, b *node, streams int) string {
 	return fmt.Sprintf("%6.0f events/s, p50 %s, p99 %s, %s", float64(len(latencies))/took.Seconds(), at(0.5), at(0.99), text)
 }
 
-// cpu is how long a process has used a processor.
+// cpu returns how much CPU time a process has used.
 func cpu(pid int) time.Duration {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {

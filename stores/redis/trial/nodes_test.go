@@ -16,7 +16,7 @@ import (
 	"time"
 )
 
-// startBalancer runs an nginx that gives each request to the next node.
+// startBalancer runs an nginx that sends requests to the nodes in turn.
 func startBalancer(t *testing.T, nodes ...*node) (addr string) {
 	t.Helper()
 	nginx, err := exec.LookPath("nginx")
@@ -87,20 +87,20 @@ http {
 	}
 }
 
-// span is a time in which something was not there.
+// span is a period in which something was not available.
 type span struct {
 	from, to time.Time
 	what     string
 }
 
-// history is what happened to nodes and the server.
+// history records what happened to the nodes and the server.
 type history struct {
 	mu    sync.Mutex
 	nodes map[string][]span
 	redis []span
 }
 
-// gone says that a node is gone for a while, with its runs.
+// gone records that a node, with its runs, is gone while f runs.
 func (h *history) gone(n *node, what string, f func()) {
 	from := time.Now()
 	f()
@@ -109,8 +109,8 @@ func (h *history) gone(n *node, what string, f func()) {
 	h.nodes[n.name] = append(h.nodes[n.name], span{from, time.Now(), what})
 }
 
-// outage says that the server is gone for a while, with what it had. For some
-// time after, new streams may do without.
+// outage records that the server loses its data and is away while f runs. New
+// streams may have no ids for some time after that.
 func (h *history) outage(f func()) {
 	from := time.Now()
 	f()
@@ -119,7 +119,8 @@ func (h *history) outage(f func()) {
 	h.redis = append(h.redis, span{from, time.Now().Add(12 * time.Second), "restarted"})
 }
 
-// excuse returns why a stream of a node need not have been delivered whole.
+// excuse returns why a stream of a node need not have been delivered
+// completely; "" if there is no reason.
 func (h *history) excuse(call *incarnation) (what string, at time.Time) {
 	call.mu.Lock()
 	ended := call.ended
@@ -129,7 +130,7 @@ func (h *history) excuse(call *incarnation) (what string, at time.Time) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	// What has ended just before must still be read, or written.
+	// The last events before an end may not have been read or written yet.
 	for _, s := range h.redis {
 		if call.begun.Before(s.to) && ended.Add(5*time.Second).After(s.from) {
 			return "redis", s.from
@@ -143,9 +144,10 @@ func (h *history) excuse(call *incarnation) (what string, at time.Time) {
 	return "", time.Time{}
 }
 
-// TestThreeNodesLoseNothing has clients that are cut at random read through
-// three nodes, which are restarted in turn. One is killed, and the server loses
-// all that it has, twice. CADDYSSE_TEST_NODES is for how long, such as 5m.
+// TestThreeNodesLoseNothing lets clients that are cut off at random read
+// through three nodes, which are restarted in turn. One node is killed, and the
+// server loses all its data twice. CADDYSSE_TEST_NODES is how long this takes,
+// such as 5m.
 func TestThreeNodesLoseNothing(t *testing.T) {
 	total, clients := 110*time.Second, 500
 	if testing.Short() {
@@ -190,7 +192,7 @@ func TestThreeNodesLoseNothing(t *testing.T) {
 	at := func(part float64) time.Duration { return time.Duration(part * float64(total)) }
 	start := time.Now()
 	sleepUntil := func(part float64) { time.Sleep(time.Until(start.Add(at(part)))) }
-	// In turn, as a deploy does it.
+	// In turn, as a deployment does.
 	for i, n := range nodes {
 		sleepUntil(0.10 + 0.06*float64(i))
 		h.gone(n, "stopped", func() { n.stop(); n.start() })
@@ -235,7 +237,8 @@ func TestThreeNodesLoseNothing(t *testing.T) {
 			default:
 				excused[why]++
 				if why == "killed" {
-					// What had been sent to the store: all but that of the last moments.
+					// Everything must have been sent to the store, except the
+					// events of the last moments.
 					call.mu.Lock()
 					for n, sent := range call.sent {
 						if sent.Before(since.Add(-2*time.Second)) && n+1 > o.seen {
@@ -259,7 +262,8 @@ func TestThreeNodesLoseNothing(t *testing.T) {
 	}
 }
 
-// abiding is a tab that stays, and notes what became of each stream.
+// abiding is a tab that keeps coming back, and records what happened to each
+// stream.
 type abiding struct {
 	tab
 	outcomes []outcome
@@ -272,8 +276,8 @@ type outcome struct {
 	done        bool
 }
 
-// abide comes back again and again, cut at random, until its stream is over once
-// the test is finishing.
+// abide comes back again and again, cut off at random. Once the test is
+// finishing, it returns at the end of its stream.
 func (c *abiding) abide(ctx context.Context, visits *atomic.Int64, finishing *atomic.Bool) error {
 	defer c.finished.Store(true)
 	c.turn = func() { c.outcomes = append(c.outcomes, outcome{c.incarnation, c.seen, c.done}) }

@@ -16,11 +16,11 @@ import (
 	"time"
 )
 
-// patience bounds every wait for something that has to happen. A test that
-// passes does not wait that long, but the machine and its disk can be busy.
+// patience limits every wait for something that must happen. A test that passes
+// does not wait that long, but the machine and its disk can be busy.
 const patience = 90 * time.Second
 
-// server is a redis-server of a test.
+// server is a redis-server for a test.
 type server struct {
 	t       testing.TB
 	program string
@@ -32,7 +32,7 @@ type server struct {
 	out *bytes.Buffer
 }
 
-// startServer starts a redis-server on a port of its own, with more arguments.
+// startServer starts a redis-server on its own port, with more arguments.
 func startServer(t testing.TB, args ...string) *server {
 	t.Helper()
 	s := newServer(t, args...)
@@ -40,8 +40,8 @@ func startServer(t testing.TB, args ...string) *server {
 	return s
 }
 
-// newServer is a redis-server that has not been started. CADDYSSE_TEST_REDIS
-// names another program, such as valkey-server.
+// newServer returns a redis-server that has not been started.
+// CADDYSSE_TEST_REDIS names another program, such as valkey-server.
 func newServer(t testing.TB, args ...string) *server {
 	t.Helper()
 	program := os.Getenv("CADDYSSE_TEST_REDIS")
@@ -63,8 +63,8 @@ func newServer(t testing.TB, args ...string) *server {
 	return s
 }
 
-// freeAddress is one at which nothing listens, and that no connection gets by
-// itself: most systems take ports from 32768 on for these.
+// freeAddress returns an address on which nothing listens, and whose port no
+// outgoing connection gets: most systems take ports from 32768 on for these.
 func freeAddress(t testing.TB) string {
 	t.Helper()
 	for range 100 {
@@ -81,7 +81,7 @@ func freeAddress(t testing.TB) string {
 	return ""
 }
 
-// addresses are those that a test has.
+// addresses are those that freeAddress has returned.
 var addresses sync.Map
 
 func (s *server) start() {
@@ -106,10 +106,10 @@ func (s *server) start() {
 	}
 }
 
-// stop ends the server, if it runs.
+// stop ends the server if it runs.
 func (s *server) stop() { s.end(syscall.SIGTERM) }
 
-// kill ends it as a crash does.
+// kill ends the server as a crash does.
 func (s *server) kill() { s.end(syscall.SIGKILL) }
 
 func (s *server) end(signal syscall.Signal) {
@@ -125,7 +125,7 @@ func (s *server) end(signal syscall.Signal) {
 	s.cmd = nil
 }
 
-// pause stops the server's process, or lets it go on.
+// pause stops the server's process, or lets it continue.
 func (s *server) pause(paused bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -136,8 +136,8 @@ func (s *server) pause(paused bool) {
 	_ = s.cmd.Process.Signal(signal)
 }
 
-// ask sends a command, and returns the first line of the answer; for bulk
-// strings all of it.
+// ask sends a command and returns the first line of the answer, or all of it if
+// it is a bulk string.
 func (s *server) ask(args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -166,7 +166,7 @@ func (s *server) ask(args ...string) (string, error) {
 	return line, err
 }
 
-// must is ask for what has to succeed.
+// must is ask for commands that must succeed.
 func (s *server) must(args ...string) string {
 	s.t.Helper()
 	answer, err := s.ask(args...)

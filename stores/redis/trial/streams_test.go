@@ -14,12 +14,12 @@ import (
 	"time"
 )
 
-// source is an upstream that counts: each request is an incarnation of its own,
-// whose events say which one it is and their number.
+// source is an upstream that counts. Each request gets its own incarnation,
+// whose events contain its number and their own.
 type source struct {
 	*httptest.Server
 	every  func() time.Duration
-	events int // of each; 0: they go on
+	events int // of each answer; 0: no end
 
 	mu    sync.Mutex
 	calls map[int64]*incarnation
@@ -32,7 +32,7 @@ type incarnation struct {
 	begun time.Time
 
 	mu    sync.Mutex
-	sent  []time.Time // when event i+1 was
+	sent  []time.Time // when event i+1 was sent
 	ended time.Time
 }
 
@@ -84,20 +84,20 @@ func (s *source) call(number int64) *incarnation {
 	return s.calls[number]
 }
 
-// message is one event as a client gets it.
+// message is one event as a client receives it.
 type message struct {
 	event, id, data string
 	hasID           bool
 }
 
-// stream is what a client gets of one response.
+// stream is the client's side of one response.
 type stream struct {
 	res    *http.Response
 	cancel context.CancelFunc
 	r      *bufio.Reader
 }
 
-// request sends a request of an EventSource.
+// request sends a request as an EventSource does.
 func request(ctx context.Context, client *http.Client, method, url, host, lastID string) (*stream, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	req, err := http.NewRequestWithContext(ctx, method, url, nil)
@@ -124,8 +124,8 @@ func (s *stream) close() {
 	s.res.Body.Close()
 }
 
-// next reads up to the next blank line. What is there is told, an id without data
-// included.
+// next reads up to the next blank line and returns what came, even an id
+// without data.
 func (s *stream) next() (m message, err error) {
 	for {
 		line, err := s.r.ReadString('\n')
@@ -150,7 +150,7 @@ func (s *stream) next() (m message, err error) {
 	}
 }
 
-// tab is a client that comes back, and checks what it gets.
+// tab is a client that comes back and checks what it receives.
 type tab struct {
 	url, host string
 	client    *http.Client
@@ -159,13 +159,13 @@ type tab struct {
 
 	incarnation int64  // 0: none yet
 	seen        int    // the last number
-	brought     string // the id that it came with
-	ids         bool   // they had ids
+	brought     string // the id that it sent
+	ids         bool   // the events had ids
 	done        bool
-	lost        bool // told that what it had is gone
-	resumed     int  // how often it has gone on where it was
+	lost        bool // it was told that its events are lost
+	resumed     int  // how often it has continued where it was
 
-	turn func() // called before the next stream begins, unless nil
+	turn func() // called before the next stream begins; may be nil
 }
 
 // take checks one event.
@@ -191,7 +191,7 @@ func (c *tab) take(m message) error {
 		return fmt.Errorf("an event that nobody has sent: %+v", m)
 	}
 	if incarnation != c.incarnation {
-		// Without ids nobody can tell a client that it has lost something.
+		// Without ids, a client can't be told that it has lost something.
 		if c.ids && !c.lost && !c.done {
 			return fmt.Errorf("after event %d of stream %d comes event %d of stream %d, and nothing was told; it came with the id %q", c.seen, c.incarnation, number, incarnation, c.brought)
 		}
@@ -209,7 +209,7 @@ func (c *tab) take(m message) error {
 	return nil
 }
 
-// visit connects once, and reads until ctx ends or the response does.
+// visit connects once, and reads until ctx or the response ends.
 func (c *tab) visit(ctx context.Context) error {
 	c.brought = c.lastID
 	s, err := request(ctx, c.client, "GET", c.url, c.host, c.lastID)
