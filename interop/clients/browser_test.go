@@ -18,8 +18,8 @@ import (
 )
 
 // counter is an upstream that counts ten events a second. On each connection it
-// goes on after Last-Event-ID, so a client that comes back as it should misses no
-// event and sees none twice.
+// continues after Last-Event-ID, so a client that reconnects correctly misses
+// no event and gets none twice.
 type counter struct {
 	addr string
 
@@ -54,7 +54,8 @@ func (c *counter) up(t *testing.T) {
 	}()
 }
 
-// down is a crash: every stream breaks off, and new connections are refused.
+// down simulates a crash: every stream breaks off, and new connections are
+// refused.
 func (c *counter) down() {
 	c.mutex.Lock()
 	defer c.mutex.Unlock()
@@ -80,7 +81,7 @@ func (c *counter) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// TestAPageSurvives has one page live through everything that ends a stream.
+// TestAPageSurvives has one page go through everything that ends a stream.
 func TestAPageSurvives(t *testing.T) {
 	for _, protocol := range []string{"HTTP/1.1", "HTTP/2"} {
 		t.Run(protocol, func(t *testing.T) {
@@ -120,7 +121,7 @@ func TestAPageSurvives(t *testing.T) {
 			browser.awaitCount(t, "event", 5, append(names, "unprotected")...)
 			t.Logf("Chromium %s", of(browser.reports(), "page", "loaded")[0].Data)
 
-			// opened is how often each stream has been opened so far.
+			// opened returns how often each stream has been opened so far.
 			opened := func() map[string]int {
 				counts := make(map[string]int)
 				for _, name := range append(names, "unprotected") {
@@ -156,7 +157,8 @@ func TestAPageSurvives(t *testing.T) {
 			awaitBack("a reload", before, append(names, "unprotected")...)
 			awaitReasons(t, caddy, "drained", 4, proto)
 
-			// The upstream crashes and answers 502 for a while when it is back.
+			// The upstream crashes, and after it is back it answers 502 for a
+			// while.
 			before = opened()
 			upstream.down()
 			harness.Eventually(t, harness.Patience, "502 while nobody listens has been answered for the streams", func() bool {
@@ -185,7 +187,8 @@ func TestAPageSurvives(t *testing.T) {
 					}
 				}
 			}
-			// This is what reconnect_on is for: without it the first 502 is final.
+			// This is what reconnect_on is for: without it, the first 502 is
+			// final.
 			final := of(all, "unprotected", "error")
 			if len(final) == 0 || final[len(final)-1].State != closedForGood {
 				t.Errorf("the stream without reconnect_on was not closed for good by a 502: %v", final)
@@ -210,7 +213,7 @@ func awaitReasons(t *testing.T, caddy *harness.Caddy, reason string, count int, 
 	})
 }
 
-// reconnectsAnswered is the sum of caddy_sse_reconnects_answered_total.
+// reconnectsAnswered returns the sum of caddy_sse_reconnects_answered_total.
 func reconnectsAnswered(t *testing.T, caddy *harness.Caddy) int {
 	t.Helper()
 	_, metrics := caddy.Admin(t, http.MethodGet, "/metrics", "")
@@ -227,12 +230,12 @@ func reconnectsAnswered(t *testing.T, caddy *harness.Caddy) int {
 	return sum
 }
 
-// TestManyStreamsInOnePage: over HTTP/1.1 browsers open at most six connections to
-// a host, so the seventh EventSource waits forever. Over HTTP/2 all share one.
+// Over HTTP/1.1, browsers open at most six connections to a host, so the
+// seventh EventSource waits forever. Over HTTP/2 all share one connection.
 func TestManyStreamsInOnePage(t *testing.T) {
 	for _, test := range []struct {
 		protocol string
-		open     int // of twelve
+		open     int // of twelve streams
 	}{
 		{"HTTP/1.1", 6},
 		{"HTTP/2", 12},
@@ -266,7 +269,7 @@ func TestManyStreamsInOnePage(t *testing.T) {
 				return count
 			}
 			browser.await(t, fmt.Sprintf("%d streams open", test.open), func(all []report) bool { return greeted(all) == test.open })
-			time.Sleep(2 * time.Second) // heartbeats, and time for more to open
+			time.Sleep(2 * time.Second) // time for heartbeats, and for more streams to open
 			if n := greeted(browser.reports()); n != test.open {
 				t.Errorf("%d streams are open, want %d", n, test.open)
 			}

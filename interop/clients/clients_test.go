@@ -1,7 +1,7 @@
 //go:build interop
 
-// Package clients puts other people's event stream clients in front of Caddy
-// with this module, and a scripted upstream behind it.
+// Package clients tests event stream clients of other projects with a Caddy
+// that has this module, and a scripted upstream.
 package clients
 
 import (
@@ -21,7 +21,7 @@ func TestMain(m *testing.M) { harness.Main(m) }
 // report is a line that a client program prints.
 type report struct {
 	Stream string `json:"stream"` // its name
-	Kind   string `json:"kind"`   // open, place (the event "sse"), event, error, end; failure is one of the program itself
+	Kind   string `json:"kind"`   // open, place (the event "sse"), event, error, end; failure: the program itself failed
 	Type   string `json:"type"`
 	Data   string `json:"data"`
 	ID     string `json:"id"`
@@ -29,7 +29,7 @@ type report struct {
 	State  int    `json:"state"` // readyState of an EventSource
 }
 
-// closedForGood is the readyState of an EventSource that does not come back.
+// closedForGood is the readyState of an EventSource that does not reconnect.
 const closedForGood = 2
 
 func parseReports(output string) []report {
@@ -43,7 +43,7 @@ func parseReports(output string) []report {
 	return all
 }
 
-// of are the reports of one stream that are of these kinds.
+// of returns the reports of one stream that are of one of these kinds.
 func of(reports []report, stream string, kinds ...string) []report {
 	var chosen []report
 	for _, r := range reports {
@@ -66,7 +66,7 @@ func (p program) await(t testing.TB, what string, holds func([]report) bool) {
 	harness.Eventually(t, harness.Patience, what, func() bool { return holds(p.reports()) })
 }
 
-// awaitCount waits for that many reports of a kind from each stream.
+// awaitCount waits until each stream has this many reports of a kind.
 func (p program) awaitCount(t testing.TB, kind string, count int, streams ...string) {
 	t.Helper()
 	p.await(t, fmt.Sprintf("%d × %s of %v", count, kind, streams), func(all []report) bool {
@@ -86,7 +86,7 @@ func startNode(t testing.TB, file string, arguments []string, settings ...harnes
 	return program{harness.Start(t, append([]string{node, file}, arguments...), settings...)}
 }
 
-// startChromium starts a program of node/ that opens a page in Chromium.
+// startChromium starts a program in node/ that opens a page in Chromium.
 func startChromium(t testing.TB, file string, arguments []string) program {
 	t.Helper()
 	chromium := harness.Program(t, "chromium", "chromium")
@@ -107,7 +107,7 @@ func startPython(t testing.TB, file string, arguments []string, settings ...harn
 
 func rootCA(c *harness.Caddy) harness.Setting { return harness.Env("ROOT_CA=" + c.RootCA) }
 
-// event is what a client tells its application of an event.
+// event is what a client tells its application about an event.
 type event struct{ Type, Data, ID string }
 
 func events(reports []report, stream string) []event {
@@ -118,7 +118,8 @@ func events(reports []report, stream string) []event {
 	return all
 }
 
-// compare finds what a client did not see, and what it saw in addition.
+// compare returns the events that a client did not see, and those that it saw
+// in addition.
 func compare(got, want []event) (lost, besides []event) {
 	for _, e := range got {
 		if len(want) > 0 && e == want[0] {
@@ -130,8 +131,8 @@ func compare(got, want []event) (lost, besides []event) {
 	return want, besides
 }
 
-// verdict is a cell of a matrix: "exact", or the noise that the client shows
-// its application, or the data of what is LOST.
+// verdict returns a cell of a matrix: "exact", the noise that the client shows
+// its application, or the data of events that are LOST.
 func verdict(got, want []event) (text string, noise string) {
 	lost, besides := compare(got, want)
 	if len(lost) > 0 {
@@ -203,8 +204,8 @@ func (m *matrix) String() string {
 
 var styles = []string{"block", "line", "event"}
 
-// styleSite has a route for each heartbeat style, /block/* and so on. The upstream
-// does not see that part of the path.
+// styleSite has a route for each heartbeat style: /block/* and so on. The
+// upstream does not see that part of the path.
 func styleSite(upstream string, more string) string {
 	var site strings.Builder
 	for _, style := range styles {
@@ -226,8 +227,8 @@ func styleSite(upstream string, more string) string {
 	return site.String() + page
 }
 
-// page is an empty page at /page. It names an icon: otherwise a browser asks for
-// /favicon.ico, which would be one more stream.
+// page is an empty page at /page. It names an icon, because otherwise browsers
+// request /favicon.ico, which would be one more stream.
 const page = `
 	handle /page {
 		header Content-Type text/html
@@ -235,7 +236,7 @@ const page = `
 	}`
 
 // awaitTLS waits until Caddy's internal CA has issued the site's certificate,
-// which it does after it has begun to serve.
+// which may happen after Caddy has begun to serve.
 func awaitTLS(t testing.TB, tlsURL string) {
 	t.Helper()
 	harness.Eventually(t, harness.Patience, "there is a certificate", func() bool {

@@ -14,15 +14,16 @@ import (
 	"github.com/caddy-sse/caddy-sse/interop/harness"
 )
 
-// teller is an upstream without ids and without a replay: on each path it counts
-// from 1 for each request, as far as it has been told to.
+// teller is an upstream without ids and without a replay. On each path, each
+// request is answered with the numbers from 1 up to the one that the test has
+// told it.
 type teller struct {
 	addr  string
-	whole int // where an answer ends; 0: nowhere
+	whole int // the number after which an answer ends; 0: never
 
 	mutex   sync.Mutex
 	changed chan struct{}
-	told    map[string]int // how far, by path
+	told    map[string]int // up to which number, by path
 	asked   map[string]int // how often
 	had     map[string][]string
 }
@@ -34,7 +35,7 @@ func serveTeller(t *testing.T) *teller {
 }
 
 func (u *teller) serve(w http.ResponseWriter, r *http.Request) {
-	// Pages of other origins may ask.
+	// Pages of other origins may request it.
 	w.Header().Set("Access-Control-Allow-Origin", "*")
 	w.Header().Set("Access-Control-Allow-Headers", "Content-Type, Last-Event-ID")
 	if r.Method == http.MethodOptions {
@@ -67,7 +68,7 @@ func (u *teller) serve(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// tell has the upstream count further on a path.
+// tell makes the upstream count further on a path.
 func (u *teller) tell(path string, to int) {
 	u.mutex.Lock()
 	defer u.mutex.Unlock()
@@ -76,7 +77,7 @@ func (u *teller) tell(path string, to int) {
 	u.changed = make(chan struct{})
 }
 
-// requests says how often a path has been asked for, and with which ids.
+// requests returns how often a path has been requested, and with which ids.
 func (u *teller) requests(path string) (asked int, ids []string) {
 	u.mutex.Lock()
 	defer u.mutex.Unlock()
@@ -85,7 +86,7 @@ func (u *teller) requests(path string) (asked int, ids []string) {
 
 // TestAClientThatWasCutComesBackAndMissesNothing cuts the connection of each
 // client twice, before its first event and after the third, while the upstream
-// goes on.
+// continues.
 func TestAClientThatWasCutComesBackAndMissesNothing(t *testing.T) {
 	t.Parallel()
 	upstream := serveTeller(t)
@@ -117,8 +118,8 @@ func TestAClientThatWasCutComesBackAndMissesNothing(t *testing.T) {
 		{"Chromium, HTTP/2", true, inChromium},
 		{"Firefox, HTTP/1.1", false, inPage(startFirefox)},
 		{"Firefox, HTTP/2", true, inPage(startFirefox)},
-		// Not over HTTP/2: libsoup 3.2, below WebKitGTK 2.50, does not notice that
-		// such a connection is gone, and waits on.
+		// Not over HTTP/2: libsoup 3.2, which WebKitGTK 2.50 uses, does not
+		// notice that such a connection is gone, and keeps waiting.
 		{"WebKit, HTTP/1.1", false, inPage(startSurf)},
 		{"npm eventsource", false, inNode("eventsource")},
 		{"undici EventSource, HTTP/1.1", false, inNode("undici")},

@@ -12,7 +12,7 @@ import (
 
 var demoAddress = regexp.MustCompile(`Open +(http://\S+)`)
 
-// TestTheDemosPage pulls the plug as a visitor does.
+// TestTheDemosPage pulls the plug on the page, as a visitor does.
 func TestTheDemosPage(t *testing.T) {
 	t.Parallel()
 	home := harness.ShortTempDir(t)

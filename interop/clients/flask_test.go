@@ -15,10 +15,10 @@ import (
 	"github.com/caddy-sse/caddy-sse/interop/harness"
 )
 
-// TestAPageOfTheFlaskExampleMissesNothing: the example as it stands, a page with
-// an EventSource for each of its streams, and a network between browser and Caddy
-// that is cut again and again, before the first event too. /events has ids and a
-// replay, /notifications and /broadcast have neither.
+// TestAPageOfTheFlaskExampleMissesNothing uses the unchanged example and a page
+// with an EventSource for each of its streams. The network between browser and
+// Caddy is cut again and again, also before the first event. /events has ids
+// and a replay; /notifications and /broadcast have neither.
 func TestAPageOfTheFlaskExampleMissesNothing(t *testing.T) {
 	dir := harness.Root(t, "examples", "flask")
 	bin := filepath.Join(harness.Python(t, filepath.Join(dir, "requirements.txt")), "bin")
@@ -136,8 +136,8 @@ func TestAPageOfTheFlaskExampleMissesNothing(t *testing.T) {
 	}
 }
 
-// inOrder checks that numbers begin with 1, and that none is missing or there
-// twice.
+// inOrder checks that numbers start with 1, and that none is missing or
+// duplicated.
 func inOrder(t *testing.T, what string, numbers []string) {
 	t.Helper()
 	for i, n := range numbers {

@@ -13,14 +13,14 @@ import (
 	"github.com/caddy-sse/caddy-sse/interop/harness"
 )
 
-// chunk is one of a streamed chat completion.
+// chunk returns one chunk of a streamed chat completion.
 func chunk(delta string) string {
 	return `data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1700000000,"model":"stand-in",` +
 		`"choices":[{"index":0,"delta":` + delta + `,"finish_reason":null}]}` + "\n\n"
 }
 
-// chatScript is an answer with silences before its first chunk, between two,
-// and before its end.
+// chatScript is an answer with silences before its first chunk, between two
+// chunks, and before its end.
 var chatScript = []string{
 	"",
 	chunk(`{"role":"assistant","content":""}`),
@@ -71,9 +71,9 @@ var messagesScript = []string{
 	"event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n",
 }
 
-// serveLLM is a stand-in for an LLM API: /v1, /ids/v1, which has an id with each
-// event, /slow/v1, which takes a second for its headers, and /broken/v1, which
-// takes one to fail.
+// serveLLM stands in for an LLM API. It has /v1, /ids/v1, which sends an id
+// with each event, /slow/v1, which takes a second to send its headers, and
+// /broken/v1, which takes a second to fail.
 func serveLLM(t *testing.T) (addr string) {
 	return harness.Serve(t, func(w http.ResponseWriter, r *http.Request) {
 		var asked struct{ Stream bool }
@@ -105,8 +105,8 @@ func serveLLM(t *testing.T) (addr string) {
 	})
 }
 
-// TestLLMClientsInEveryStyle also shows why the style is a setting: one of these
-// clients fails on what another one needs.
+// TestLLMClientsInEveryStyle also shows why the style is a setting: what one of
+// these clients needs makes another one fail.
 func TestLLMClientsInEveryStyle(t *testing.T) {
 	caddy := harness.StartSite(t, styleSite(serveLLM(t), ""))
 	rows := []struct {
@@ -121,11 +121,12 @@ func TestLLMClientsInEveryStyle(t *testing.T) {
 			map[string]string{"event": "ping as a chunk"}},
 		{"openai, responses", "/v1", pythonLLM("responses"), responsesEvents,
 			map[string]string{"event": "ping as an event"}},
-		// After an id it takes each blank line for an event, and an empty event is
-		// not JSON.
+		// After an id, it treats each blank line as an event, and an empty
+		// event is not JSON.
 		{"openai, chat completions with ids", "/ids/v1", pythonLLM("chat"), chatEvents,
 			map[string]string{"block": "lost", "event": "ping as a chunk"}},
-		// With the bare comment line the next block does not begin with "data:".
+		// After a comment line alone, the next block does not begin with
+		// "data:".
 		{"hand-written, splits on blank lines", "/v1", handWritten, chatEvents,
 			map[string]string{"line": "lost"}},
 	}
@@ -177,7 +178,7 @@ func handWritten(t *testing.T, streams []string) program {
 	return startNode(t, "clients.mjs", append([]string{"hand-written"}, streams...))
 }
 
-// TestAnAnswerOutlivesAReload: nobody can ask for an answer to a POST again.
+// An answer to a POST can't be requested again.
 func TestAnAnswerOutlivesAReload(t *testing.T) {
 	t.Parallel()
 	upstream := serveLLM(t)
@@ -196,9 +197,9 @@ func TestAnAnswerOutlivesAReload(t *testing.T) {
 	}
 }
 
-// TestAnEarlyStartForAnSDK: these SDKs ask for a stream in the request body, not in
-// Accept. They raise on the error event of an early start, since its data has a
-// member "error", also if resume adds an id to it.
+// These SDKs ask for a stream in the request body, not in Accept. They raise an
+// exception on the error event of an early start, because its data has a member
+// "error", even if resume adds an id to it.
 func TestAnEarlyStartForAnSDK(t *testing.T) {
 	t.Parallel()
 	upstream, site := serveLLM(t), ""

@@ -19,12 +19,12 @@ import (
 	"github.com/caddy-sse/caddy-sse/interop/harness"
 )
 
-// silence is long enough for a heartbeat at an interval of one second, on a busy
-// machine too.
+// silence is long enough for a heartbeat at an interval of one second, even on
+// a busy machine.
 const silence = 1800 * time.Millisecond
 
 // script is what the upstream sends on a first request, with silences before
-// the first event, between two and in the middle of one.
+// the first event, between two events and in the middle of one.
 var script = []string{
 	"",
 	"retry: 200\ndata: first\n\n",
@@ -43,7 +43,7 @@ var scriptEvents = []event{
 	{"half", "begins\nends", "3"},
 }
 
-// backEvent answers a request with Last-Event-ID 3, and only that one.
+// backEvent is the answer to a request with Last-Event-ID 3, and to no other.
 var backEvent = event{"message", "back after 3", "4"}
 
 func serveScript(t *testing.T) (addr string) {
@@ -69,20 +69,20 @@ func serveScript(t *testing.T) (addr string) {
 	})
 }
 
-// A watched client says what it has seen so far.
+// watched is a client that reports what it has seen so far.
 type watched interface{ reports() []report }
 
 type client struct {
 	name string
 	tls  bool
-	// start follows streams, which are name=url.
+	// start follows streams, given as name=url.
 	start func(t *testing.T, caddy *harness.Caddy, streams []string) watched
-	// back says who asks again, with Last-Event-ID, after a clean end; ""
-	// means nobody.
+	// back says who sends the next request, with Last-Event-ID, after a clean
+	// end; "" means nobody.
 	back string
-	// noise is what it is known to report beside the events, by style, with CRLF
-	// and LF alike. An application that listens to events of all names sees the
-	// heartbeats of the style "event", as it should.
+	// noise is what the client is known to report besides the events, by style,
+	// the same for CRLF and LF. An application that listens to events of all
+	// names sees the heartbeats of the style "event", as expected.
 	noise map[string]string
 }
 
@@ -91,11 +91,11 @@ const (
 	byCaller = "its caller's job"
 )
 
-// ignoresComments is what the standard asks for.
+// ignoresComments follows the standard.
 var ignoresComments = map[string]string{"block": "", "line": "", "event": "ping"}
 
-// blankLineIsAnEvent reports an event without data at a blank line after a
-// comment, some only once the stream has had an id.
+// blankLineIsAnEvent reports an event without data at the blank line after a
+// comment, with some clients only once the stream has had an id.
 var blankLineIsAnEvent = map[string]string{"block": "empty", "line": "", "event": "ping"}
 
 func nodeClient(name string) func(*testing.T, *harness.Caddy, []string) watched {
@@ -132,8 +132,8 @@ var everyClient = []client{
 	{"Go r3labs/sse", false, goClient(followR3labs), byCaller, blankLineIsAnEvent},
 }
 
-// cleanEnd is the column that says what a client does after one, such as
-// drain's and max_duration's.
+// cleanEnd is the column for what a client does after a clean end, such as
+// those by drain and max_duration.
 const cleanEnd = "after a clean end"
 
 var lineEnds = []string{"lf", "crlf"}
@@ -189,7 +189,8 @@ func testClient(t *testing.T, caddy *harness.Caddy, c client, tag string, cells 
 		all := running.reports()
 		for _, stream := range streams {
 			name, _, _ := strings.Cut(stream, "=")
-			// Pings may follow it before the other streams are back.
+			// Pings may follow backEvent before the other streams have
+			// reconnected.
 			back := slices.Contains(events(all, name), backEvent)
 			if !back && len(of(all, name, "end")) == 0 {
 				return false
@@ -224,7 +225,7 @@ func testClient(t *testing.T, caddy *harness.Caddy, c client, tag string, cells 
 	}
 }
 
-// checkClosed looks up what the module says of the scripted stream.
+// checkClosed checks what the module logs about the scripted stream.
 func checkClosed(t *testing.T, caddy *harness.Caddy, proto, style, path string) {
 	t.Helper()
 	var scripted *harness.Closed
@@ -242,14 +243,14 @@ func checkClosed(t *testing.T, caddy *harness.Caddy, proto, style, path string) 
 	}
 	beats, deferred := 3, 0
 	if style == "event" {
-		beats, deferred = 2, 1 // none goes into the unfinished event
+		beats, deferred = 2, 1 // none is allowed in the incomplete event
 	}
 	if scripted.Heartbeats < beats || scripted.HeartbeatDeferred < deferred {
 		t.Errorf("%s: %d heartbeats, %d deferred", path, scripted.Heartbeats, scripted.HeartbeatDeferred)
 	}
 }
 
-// frame is one that the module added, in any style.
+// frame is a heartbeat of any style.
 var frame = regexp.MustCompile(`(?m)^(?::heartbeat\r?\n(?:\r?\n)?|event: ping\r?\ndata: \{\}\r?\n\r?\n)`)
 
 func testCurl(t *testing.T, caddy *harness.Caddy, cells map[string]string, protocol, base string) {
@@ -284,7 +285,7 @@ func testCurl(t *testing.T, caddy *harness.Caddy, cells map[string]string, proto
 	}
 }
 
-// goWatched is a client library in this process.
+// goWatched is a client library that runs in this process.
 type goWatched struct {
 	mutex sync.Mutex
 	all   []report
@@ -338,8 +339,8 @@ func followTmaxmax(ctx context.Context, url string, report func(typ, data, id st
 	return connection.Connect()
 }
 
-// followR3labs subscribes again after each clean end; by itself the library does so
-// only after an error.
+// followR3labs subscribes again after each clean end. The library itself does
+// that only after an error.
 func followR3labs(ctx context.Context, url string, report func(typ, data, id string)) error {
 	client := r3labs.NewClient(url)
 	for ctx.Err() == nil {

@@ -18,9 +18,9 @@ import (
 	"github.com/caddy-sse/caddy-sse/interop/harness"
 )
 
-// TestMCP has a client of the MCP TypeScript SDK talk to a server of the same SDK
-// through the proxy: answers to POST as event streams, the session's GET stream, its
-// resumption, and the session's end.
+// TestMCP has a client and a server of the MCP TypeScript SDK talk through the
+// proxy: answers to POST as event streams, the session's GET stream, its
+// resumption, and the end of the session.
 func TestMCP(t *testing.T) {
 	for _, style := range styles {
 		t.Run(style, func(t *testing.T) {
@@ -39,7 +39,7 @@ func testMCP(t *testing.T, upstream, style string) {
 	caddy := harness.StartCaddy(t, harness.SiteCaddyfile(plain, tls, site))
 	client := startNode(t, "mcp-client.mjs", []string{"mcp=http://" + plain + "/" + style + "/mcp"})
 
-	// saw are the events of a type, in their order.
+	// saw returns the data of the events of one type, in their order.
 	saw := func(all []report, typ string) (data []string) {
 		for _, e := range events(all, "mcp") {
 			if e.Type == typ {
@@ -60,20 +60,21 @@ func testMCP(t *testing.T, upstream, style string) {
 		}
 		response.Body.Close()
 	}
-	// listening is whether the client's GET stream is there.
+	// listening reports whether the client's GET stream is open.
 	listening := func() bool {
 		return len(caddy.OpenStreams(t)) == 1
 	}
 
-	// initialize, tools/list, and a call with a heartbeat's silence before each
-	// step: each is a POST that is answered with a stream.
+	// initialize, tools/list, and a call with a silence before each step that
+	// is long enough for a heartbeat. Each is a POST that is answered with a
+	// stream.
 	await("result", 1)
 	harness.Eventually(t, harness.Patience, "only the GET stream is open", listening)
 	notify("one")
 	await("log", 1)
 
-	// The GET stream ends, and the server has something to say before the client
-	// is back. Last-Event-ID gets it.
+	// The GET stream ends, and the server sends something before the client has
+	// reconnected. The client gets it by Last-Event-ID.
 	harness.Run(t, harness.Command(harness.CaddyBinary(t), "sse", "close", "--all", "--address", caddy.AdminAddress))
 	harness.Eventually(t, harness.Patience, "the GET stream has ended", func() bool { return len(caddy.OpenStreams(t)) == 0 })
 	notify("two")
@@ -81,8 +82,9 @@ func testMCP(t *testing.T, upstream, style string) {
 	await("log", 2)
 	t.Logf("the GET stream was back with what it had missed after %v", time.Since(begin).Round(time.Millisecond))
 
-	// A call outlives a reload, which leaves streams of MCP alone: clients of the
-	// 2025 revisions lose a running call when a resumed answer ends early.
+	// A call outlives a reload, because a reload does not end streams of MCP:
+	// clients of the 2025 revisions lose a running call if a resumed answer
+	// ends early.
 	stream := caddy.OpenStreams(t)
 	notify("call")
 	await("progress", 3)
@@ -106,8 +108,8 @@ func testMCP(t *testing.T, upstream, style string) {
 			t.Errorf("%s: %s, want %s", typ, got, want)
 		}
 	}
-	// The GET stream that the admin API ended broke off: to a client that is no
-	// EventSource a clean end could be the end of its answer.
+	// The GET stream that the admin API ended was aborted: to a client that is
+	// not an EventSource, a clean end could look like the end of its answer.
 	if failures := of(all, "mcp", "error"); len(failures) != 1 || !strings.Contains(failures[0].Error, "terminated") {
 		t.Errorf("the client's errors: %v", failures)
 	}
@@ -134,15 +136,15 @@ func testMCP(t *testing.T, upstream, style string) {
 	caddy.CheckNoErrors(t)
 }
 
-// TestMCPCallsOutliveAReload: the server has closed the answer to a call, and the
-// client waits for the rest by GET with Last-Event-ID. If that GET ended, some SDKs
-// would lose the call, and the others one of their few tries.
+// The server has closed the answer to a call, and the client waits for the rest
+// by GET with Last-Event-ID. If that GET ended, some SDKs would lose the call,
+// and others would use up one of their few attempts.
 func TestMCPCallsOutliveAReload(t *testing.T) {
 	for _, test := range []struct {
 		name  string
 		start func(t *testing.T, stream string) watched
-		// No setting makes a request of MCP resumable. The Python SDK names several
-		// types in Accept, so only with always does that rule matter to it.
+		// No setting makes an MCP request resumable. The Python SDK lists
+		// several types in Accept, so this rule matters to it only with always.
 		resumable string
 	}{
 		{"TypeScript SDK", func(t *testing.T, stream string) watched { return startNode(t, "mcp-call.mjs", []string{stream}) }, "auto"},
@@ -169,7 +171,7 @@ func TestMCPCallsOutliveAReload(t *testing.T) {
 				return len(open) == 2 && strings.Count(answer, `"method":"GET"`) == 2
 			})
 			caddy.Reload(t, harness.SiteCaddyfile(plain, tls, "header X-Generation 2\n"+site))
-			time.Sleep(time.Second) // ten times the drain's window
+			time.Sleep(time.Second) // ten times the drain window
 			if now := caddy.OpenStreams(t); !slices.Equal(now, open) {
 				t.Errorf("open after the reload: %v, before it: %v", now, open)
 			}

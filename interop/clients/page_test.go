@@ -20,13 +20,13 @@ import (
 //go:embed page.html
 var pageOfReports string
 
-// telling serves a page that tells this test what its EventSources see. It needs
-// a browser and no driver for it.
+// telling serves a page that reports to this test what its EventSources see.
+// That needs a browser but no driver for it.
 type telling struct {
 	addr string
 
 	mutex sync.Mutex
-	seen  map[int]bool // numbers of reports: one may come twice
+	seen  map[int]bool // numbers of reports, because one may be sent twice
 	all   []report
 }
 
@@ -56,7 +56,7 @@ func (p *telling) add(t *testing.T, body io.Reader) {
 		Number int
 	}
 	if err := json.NewDecoder(body).Decode(&r); err != nil {
-		return // broken off: it comes again
+		return // broken off: it will be sent again
 	}
 	p.mutex.Lock()
 	defer p.mutex.Unlock()
@@ -72,7 +72,7 @@ func (p *telling) reports() []report {
 	return append([]report(nil), p.all...)
 }
 
-// route is where a site has the page, beside its streams.
+// route returns the site's directives for the page, beside its streams.
 func (p *telling) route(folder string) string {
 	return `
 	handle_path /` + folder + `/* {
@@ -80,7 +80,7 @@ func (p *telling) route(folder string) string {
 	}`
 }
 
-// address is that of the page with EventSources for these streams.
+// address returns the URL of the page with EventSources for these streams.
 func (p *telling) address(base, folder string, streams ...string) string {
 	query := make(url.Values)
 	for _, stream := range streams {
@@ -90,8 +90,8 @@ func (p *telling) address(base, folder string, streams ...string) string {
 	return base + "/" + folder + "/page?" + query.Encode()
 }
 
-// firefoxSettings keep it from asking for hosts of its own, and from pages that
-// it shows to new users.
+// firefoxSettings keep Firefox from sending requests of its own, and from
+// showing pages for new users.
 const firefoxSettings = `
 user_pref("app.normandy.enabled", false);
 user_pref("app.update.enabled", false);
@@ -115,8 +115,8 @@ user_pref("services.settings.server", "data:,");
 user_pref("toolkit.telemetry.reportingpolicy.firstRun", false);
 `
 
-// startFirefox opens an address in a Firefox with a profile of its own, which
-// trusts Caddy's CA where there is one.
+// startFirefox opens an address in a Firefox with its own profile, which trusts
+// Caddy's CA if there is one.
 func startFirefox(t *testing.T, address, rootCA string) {
 	firefox := harness.Program(t, "firefox-esr", "firefox-esr")
 	home := harness.ShortTempDir(t)
@@ -135,15 +135,15 @@ func startFirefox(t *testing.T, address, rootCA string) {
 		harness.Env("HOME="+home, "TMPDIR="+home))
 }
 
-// startSurf opens an address in surf, a browser that is WebKitGTK and a window.
+// startSurf opens an address in surf, a minimal browser based on WebKitGTK.
 func startSurf(t *testing.T, address, _ string) {
 	surf := harness.Program(t, "surf", "surf")
 	home := harness.ShortTempDir(t)
-	harness.Start(t, harness.Command(surf, "-t", address), // -t: takes Caddy's certificate
+	harness.Start(t, harness.Command(surf, "-t", address), // -t: accepts Caddy's certificate
 		harness.Env("DISPLAY="+display(t), "HOME="+home, "XDG_CACHE_HOME="+home, "XDG_DATA_HOME="+home, "XDG_CONFIG_HOME="+home))
 }
 
-// display is an X display that nobody sees.
+// display returns a virtual X display.
 func display(t *testing.T) string {
 	xvfb := harness.Program(t, "Xvfb", "xvfb")
 	server := harness.Start(t, harness.Command(xvfb, "-displayfd", "1", "-screen", "0", "1280x1024x24", "-nolisten", "tcp"))

@@ -15,8 +15,8 @@ import (
 	"github.com/caddy-sse/caddy-sse/interop/harness"
 )
 
-// serveAnswers is an LLM API, under /v1 and where Groq's SDK looks for it, that
-// sends ids with its events or not, and Google's API, which never does.
+// serveAnswers is an LLM API, at /v1 and where Groq's SDK expects it, with or
+// without ids, and Google's API, which never sends ids.
 func serveAnswers(t *testing.T, withIDs bool) (addr string) {
 	return harness.Serve(t, func(w http.ResponseWriter, r *http.Request) {
 		script, ids := chatScript, withIDs
@@ -37,15 +37,16 @@ func serveAnswers(t *testing.T, withIDs bool) (addr string) {
 	})
 }
 
-// part is one of an answer of Google's API, which has no ids.
+// part is one part of an answer of Google's API, which has no ids.
 func part(text string) string {
 	return `data: {"candidates":[{"content":{"parts":[{"text":"` + text + `"}],"role":"model"}}]}` + "\n\n"
 }
 
 // TestClientsThatFailOnCommentsAreSpared checks the table of clients in both
-// directions: with it they see their answer and nothing else, and without it they
-// fail. The entry of a client that has been fixed can go. The ids that resume adds
-// do none of them harm, as those that would fail get none.
+// directions: with it they see their answer and nothing else, and without it
+// they fail. Once a client has been fixed, its entry can be removed. The ids
+// that resume adds harm none of them, because clients that would fail on ids
+// get none.
 func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 	t.Parallel()
 	caddy := harness.StartSite(t, `
@@ -77,7 +78,7 @@ func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 		{"groq (Python)", "groq", true},
 		{"groq (Python), async", "groq-async", true},
 		{"litellm, through openai-python", "litellm-openai", true},
-		// Its own requests, not through an SDK of the provider.
+		// It makes its own requests, without the provider's SDK.
 		{"litellm", "litellm", false},
 		{"Google GenAI SDK for Python", "google", true},
 		{"Google GenAI SDK for Go", "google-go", true},
@@ -113,7 +114,7 @@ func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 			if row.client == "google-go" {
 				running = inGo
 			}
-			// saw is all that the application saw of an answer.
+			// saw returns everything that the application saw of an answer.
 			saw := func(style string) string {
 				name := row.client + "/" + style
 				harness.Eventually(t, harness.Patience, "the answer "+name, func() bool { return len(of(running.reports(), name, "end")) > 0 })
@@ -133,7 +134,7 @@ func TestClientsThatFailOnCommentsAreSpared(t *testing.T) {
 	}
 }
 
-// askGoogle asks with Google's SDK for Go.
+// askGoogle asks through Google's SDK for Go.
 func (w *goWatched) askGoogle(ctx context.Context, name, url string) {
 	text, err := googleAnswer(ctx, url)
 	if err != nil {

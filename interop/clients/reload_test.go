@@ -15,35 +15,36 @@ import (
 
 const (
 	half  = 5  // events before the reload
-	whole = 12 // and in all
+	whole = 12 // events in all
 )
 
-// dialect is what the events of an answer look like to one kind of client.
+// dialect is how the events of an answer look to one kind of client.
 type dialect struct {
-	event string // %d is its number
-	end   string // what follows the last one
+	event string // %d is the event's number
+	end   string // what follows the last event
 }
 
 const numbered = "id: %d\ndata: {\"n\":%[1]d}\n\n"
 
-// dialects are by the first part of a URL's path.
+// dialects are the dialects by the first part of a URL's path.
 var dialects = map[string]dialect{
 	"plain":     {numbered, ""},
 	"datastar":  {"id: %d\nevent: datastar-merge-signals\ndata: signals {\"n\":%[1]d}\n\n", ""},
 	"langgraph": {"event: values\n" + numbered, "event: end\ndata: {}\n\n"},
-	// LangGraph's SDKs come back to what Location names.
+	// LangGraph's SDKs reconnect to the URL in Location.
 	"langgraph-location": {"event: values\n" + numbered, "event: end\ndata: {}\n\n"},
 	"replicate":          {"event: output\n" + numbered, "id: done\nevent: done\ndata: {}\n\n"},
 }
 
-// serveAnswer answers a GET with half of an answer, and with the rest once reloaded
-// is closed. A client that has all of it and asks for more waits forever.
+// serveAnswer answers a GET with half of an answer, and sends the rest once
+// reloaded is closed. A client that has everything and asks for more waits
+// forever.
 func serveAnswer(t *testing.T, reloaded <-chan struct{}) (addr string) {
 	return harness.Serve(t, func(w http.ResponseWriter, r *http.Request) {
 		path := strings.SplitN(r.URL.Path, "/", 4) // "", dialect, number, the client's own
 		name := path[1]
 		if r.Method == http.MethodPost {
-			// Replicate's SDKs create what they then read.
+			// Replicate's SDKs first create what they then read.
 			w.Header().Set("Content-Type", "application/json")
 			fmt.Fprintf(w, `{"id":"1","model":"owner/model","version":"version","status":"starting","input":{},"urls":{"stream":"http://%s%s"}}`, r.Host, r.URL.Path)
 			return
@@ -70,17 +71,17 @@ func serveAnswer(t *testing.T, reloaded <-chan struct{}) (addr string) {
 	})
 }
 
-// reader is a client program that reads one answer or more.
+// reader is a client program that reads one or more answers.
 type reader struct {
 	start   func(t *testing.T, caddy *harness.Caddy, streams []string) watched
 	streams []string
 	running watched
 }
 
-// TestNobodyTakesHalfAnAnswerForAWholeOne has clients ask by GET for an answer
-// that a reload cuts in the middle. Clients that come back by themselves get all of
-// it, each event once. The others get an error, not a quiet end. Requests that are
-// not resumable keep their connection.
+// TestNobodyTakesHalfAnAnswerForAWholeOne has clients request, by GET, an
+// answer that a reload interrupts in the middle. Clients that reconnect by
+// themselves get all of it, each event once. The others get an error, not a
+// clean end. Requests that are not resumable keep their connection.
 func TestNobodyTakesHalfAnAnswerForAWholeOne(t *testing.T) {
 	t.Parallel()
 	type outcome int
@@ -90,12 +91,13 @@ func TestNobodyTakesHalfAnAnswerForAWholeOne(t *testing.T) {
 		stays
 	)
 	alone := func(start func(*testing.T, *harness.Caddy, []string) watched) *reader { return &reader{start: start} }
-	// Importing these SDKs takes longer than the answers, and Chromium to start.
+	// Importing these SDKs, and starting Chromium, takes longer than the
+	// answers.
 	hypermedia, inPython, inNode := alone(startHypermedia), alone(startByGetPython), alone(startByGetNode)
 	rows := []struct {
 		name   string
 		reader *reader
-		client string // one of the reader's, where it has several
+		client string // for a reader with several clients
 		path   string
 		want   outcome
 	}{
@@ -103,7 +105,7 @@ func TestNobodyTakesHalfAnAnswerForAWholeOne(t *testing.T) {
 		{"npm eventsource", alone(nodeClient("eventsource")), "", "plain", comesBack},
 		{"undici EventSource", alone(nodeClient("undici")), "", "plain", comesBack},
 		{"npm fetch-event-source", alone(nodeClient("fetch-event-source")), "", "plain", comesBack},
-		// It comes back after an abort, not after a clean end.
+		// It reconnects after an abort, but not after a clean end.
 		{"npm fetch-event-source, no onclose", alone(nodeClient("fetch-event-source-plain")), "", "plain", comesBack},
 		{"Go tmaxmax/go-sse", alone(goClient(followTmaxmax)), "", "plain", comesBack},
 		{"npm eventsource-parser, fetch", alone(nodeClient("eventsource-parser")), "", "plain", fails},
@@ -112,7 +114,7 @@ func TestNobodyTakesHalfAnAnswerForAWholeOne(t *testing.T) {
 		{"openai-python, events of a session", alone(pythonRequest("session")), "", "plain", fails},
 		{"langgraph-sdk (Python)", inPython, "langgraph", "langgraph", fails},
 		{"langgraph-sdk (Python), with Location", inPython, "langgraph", "langgraph-location", comesBack},
-		// Its requests have no Accept.
+		// Its requests have no Accept header.
 		{"@langchain/langgraph-sdk", inNode, "langgraph", "langgraph", stays},
 		{"@langchain/langgraph-sdk, resumable always", inNode, "langgraph", "always/langgraph", fails},
 		{"@langchain/langgraph-sdk, with Location, resumable always", inNode, "langgraph", "always/langgraph-location", comesBack},
@@ -161,7 +163,7 @@ func TestNobodyTakesHalfAnAnswerForAWholeOne(t *testing.T) {
 	for _, r := range readers {
 		r.running = r.start(t, caddy, r.streams)
 	}
-	// seen are the numbers of the events that an application has got.
+	// seen returns the numbers of the events that an application has received.
 	seen := func(i int) (numbers []int) {
 		for _, e := range events(rows[i].reader.running.reports(), stream(i)) {
 			var data struct{ N int }

@@ -20,8 +20,8 @@ import (
 //go:embed posts.html
 var pageOfPosts string
 
-// tabs is a Chromium with two tabs, one of which is seen. Nothing emulates that:
-// a driver that does keeps every page visible.
+// tabs is a Chromium with two tabs, one of which is visible. Drivers can't be
+// used, because they keep every page visible.
 type tabs struct {
 	debugger    string // its URL
 	page, other string // the ids of the page's tab and of an empty one
@@ -76,7 +76,7 @@ func (b *tabs) call(t *testing.T, method, path string) []byte {
 	return body
 }
 
-// away shows another tab.
+// away shows the other tab.
 func (b *tabs) away(t *testing.T) {
 	t.Helper()
 	if b.other != "" {
@@ -96,8 +96,8 @@ func (b *tabs) back(t *testing.T) {
 	b.call(t, http.MethodGet, "/json/activate/"+b.page)
 }
 
-// servePosts is a page of POSTs by the real fetch-event-source, which npm has
-// installed.
+// servePosts serves a page that sends POSTs with the real fetch-event-source,
+// installed by npm.
 func servePosts(t *testing.T) *telling {
 	_, dir := harness.Node(t, harness.Root(t, "interop", "clients", "node"))
 	library := filepath.Join(dir, "node_modules", "@microsoft", "fetch-event-source", "lib", "esm")
@@ -108,7 +108,8 @@ func servePosts(t *testing.T) *telling {
 		case r.Method == http.MethodPost:
 			p.add(t, r.Body)
 		case isLibrary:
-			// It imports "./parse", as bundlers take it.
+			// It imports "./parse" without an extension, which only bundlers
+			// resolve.
 			content, err := os.ReadFile(filepath.Join(library, strings.TrimSuffix(filepath.Base(name), ".js")+".js"))
 			if err != nil {
 				t.Error(err)
@@ -123,14 +124,14 @@ func servePosts(t *testing.T) *telling {
 	return p
 }
 
-// TestFetchEventSourceOnTabSwitches has a page ask for answers by POST with
-// fetch-event-source as it comes: it closes its requests when its tab is hidden,
-// and sends each again, with the last id, when it is seen.
+// TestFetchEventSourceOnTabSwitches has a page request answers by POST with an
+// unchanged fetch-event-source. It closes its requests when its tab is hidden,
+// and sends each again, with the last id, when the tab is visible.
 func TestFetchEventSourceOnTabSwitches(t *testing.T) {
 	for _, test := range []struct {
 		name           string
-		tls, elsewhere bool // the streams are of another origin than the page
-		streams        int  // Chromium opens six connections to a host over HTTP/1.1
+		tls, elsewhere bool // the streams have another origin than the page
+		streams        int  // over HTTP/1.1, Chromium opens only six connections to a host
 	}{
 		{"HTTP/1.1", false, false, 4},
 		{"HTTP/2", true, false, 20},
@@ -206,7 +207,7 @@ func TestFetchEventSourceOnTabSwitches(t *testing.T) {
 			await("event", 2, paths...)
 			hide()
 			tell(5, paths...)
-			// Not for luck: the window of /late has to be over.
+			// The resume window of /late must be over.
 			harness.Eventually(t, harness.Patience, "what /late has had is gone", func() bool { return len(caddy.Log("run ended")) == 1 })
 			browser.back(t)
 			await("event", 5, kept...)
@@ -218,12 +219,12 @@ func TestFetchEventSourceOnTabSwitches(t *testing.T) {
 				browser.back(t)
 				await("event", n, kept...)
 			}
-			// The answers end while the page is away.
+			// The answers end while the page is hidden.
 			hide()
 			tell(whole, kept...)
 			browser.back(t)
 			await("end", 1, kept...)
-			// A request that has stopped stays stopped.
+			// A request that has ended is not sent again.
 			browser.away(t)
 			await("hidden", 6, "page")
 			browser.back(t)
@@ -245,7 +246,7 @@ func TestFetchEventSourceOnTabSwitches(t *testing.T) {
 					t.Errorf("%s: the page asked %+v", path, requests)
 				}
 			}
-			// An answer is not paid for twice.
+			// An answer is requested from the upstream only once.
 			late := of(all, "/late", "event")
 			if last := late[len(late)-1]; len(late) != 3 || last.Type != "error" || !strings.Contains(last.Data, `"type":"stream_lost"`) {
 				t.Errorf("/late: %+v", late)

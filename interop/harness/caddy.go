@@ -23,9 +23,9 @@ type Caddy struct {
 
 	URL    string // "http://127.0.0.1:…" of StartSite, HTTP/1.1 and HTTP/2 without TLS
 	TLSURL string // "https://localhost:…" of StartSite, HTTP/1.1 and HTTP/2
-	RootCA string // path of the certificate of Caddy's internal CA, a PEM file; there once a TLS site is
+	RootCA string // path of a PEM file with the certificate of Caddy's internal CA; it exists once there is a TLS site
 
-	// AdminAddress is what `caddy … --address` takes.
+	// AdminAddress is the value for `caddy … --address`.
 	AdminAddress string
 
 	binary string
@@ -39,8 +39,8 @@ var (
 	built      string // path of the binary, once built
 )
 
-// CaddyBinary is the path of Caddy with this module, built from the checkout,
-// or the one that CADDY_SSE_INTEROP_CADDY names.
+// CaddyBinary returns the path of a Caddy with this module, either built from
+// the checkout or named by CADDY_SSE_INTEROP_CADDY.
 func CaddyBinary(t testing.TB) string {
 	t.Helper()
 	if path := os.Getenv("CADDY_SSE_INTEROP_CADDY"); path != "" {
@@ -52,7 +52,7 @@ func CaddyBinary(t testing.TB) string {
 		defer lock(t, "caddy")()
 		root := Root(t)
 		binary := filepath.Join(cache(t, "caddy", digest(root)), "caddy")
-		// Go leaves a binary alone that is up to date.
+		// go build leaves a binary alone if it is up to date.
 		if err := run(t, Command("go", "build", "-o", binary, "./cmd/caddy"), In(root), Env("GOWORK=off")); err != nil {
 			t.Fatal(err)
 		}
@@ -62,8 +62,8 @@ func CaddyBinary(t testing.TB) string {
 }
 
 // StartCaddy runs Caddy with a complete Caddyfile until the test ends. Any
-// Caddyfile will do: the admin API moves to a Unix socket, certificates and
-// other state to a temporary folder, the logs become JSON with this module's
+// Caddyfile works: the admin API moves to a Unix socket, certificates and other
+// state go to a temporary folder, and the logs become JSON, with this module's
 // from DEBUG on.
 func StartCaddy(t testing.TB, caddyfile string) *Caddy {
 	t.Helper()
@@ -81,8 +81,8 @@ func StartCaddy(t testing.TB, caddyfile string) *Caddy {
 	return c
 }
 
-// StartSite is StartCaddy with the directives of one site, which answers at
-// URL and TLSURL. Global options may follow.
+// StartSite is StartCaddy with the directives of one site, which answers at URL
+// and TLSURL. Global options may follow.
 //
 //	c := harness.StartSite(t, "sse\nreverse_proxy "+addr)
 func StartSite(t testing.TB, site string, global ...string) *Caddy {
@@ -93,7 +93,7 @@ func StartSite(t testing.TB, site string, global ...string) *Caddy {
 	return c
 }
 
-// SiteCaddyfile is the Caddyfile of StartSite, for Reload.
+// SiteCaddyfile returns the Caddyfile that StartSite uses, for Reload.
 func SiteCaddyfile(plain string, tls int, site string, global ...string) string {
 	return fmt.Sprintf(`{
 	auto_https disable_redirects
@@ -151,8 +151,8 @@ func (c *Caddy) Admin(t testing.TB, method, path, body string) (status int, answ
 	return response.StatusCode, string(content)
 }
 
-// OpenStreams are the ids of the streams that Caddy lists, or with a path of
-// those whose path begins with it.
+// OpenStreams returns the ids of the streams that Caddy lists. With a path, it
+// returns only streams whose path begins with it.
 func (c *Caddy) OpenStreams(t testing.TB, path ...string) []string {
 	t.Helper()
 	query := ""
@@ -171,7 +171,7 @@ func (c *Caddy) OpenStreams(t testing.TB, path ...string) []string {
 	return ids
 }
 
-// adapt turns a Caddyfile into JSON and puts in what a test needs.
+// adapt converts a Caddyfile to JSON and adds what a test needs.
 func (c *Caddy) adapt(t testing.TB, caddyfile string) string {
 	t.Helper()
 	path := WriteFile(t, c.dir, "Caddyfile", caddyfile)
@@ -189,7 +189,7 @@ func (c *Caddy) adapt(t testing.TB, caddyfile string) string {
 	}
 	object(config, "admin")["listen"] = c.AdminAddress
 	object(config, "admin", "config")["persist"] = false
-	// It would be put into the system's trust store otherwise.
+	// Otherwise it would be added to the system's trust store.
 	object(config, "apps", "pki", "certificate_authorities", "local")["install_trust"] = false
 	logs := object(config, "logging", "logs")
 	everything := object(logs, "default")
@@ -208,7 +208,8 @@ func (c *Caddy) adapt(t testing.TB, caddyfile string) string {
 	return string(changed)
 }
 
-// object is the JSON object at a path in another, made if it is not there.
+// object returns the JSON object at a path in another one, and creates it if
+// needed.
 func object(in map[string]any, path ...string) map[string]any {
 	for _, key := range path {
 		next, ok := in[key].(map[string]any)
@@ -254,7 +255,7 @@ type Closed struct {
 	Missed            int     `json:"missed"`
 }
 
-// Log is the log so far: the lines whose message is msg, or all for "".
+// Log returns the log lines so far whose message is msg, or all if msg is "".
 func (c *Caddy) Log(msg string) []map[string]any {
 	var lines []map[string]any
 	c.eachLine(func(line []byte) {
@@ -266,7 +267,7 @@ func (c *Caddy) Log(msg string) []map[string]any {
 	return lines
 }
 
-// ClosedStreams are the streams that have ended so far.
+// ClosedStreams returns the streams that have ended so far.
 func (c *Caddy) ClosedStreams() []Closed {
 	var closed []Closed
 	c.eachLine(func(line []byte) {
@@ -281,7 +282,7 @@ func (c *Caddy) ClosedStreams() []Closed {
 	return closed
 }
 
-// eachLine leaves the last line out while it is incomplete.
+// eachLine skips the last line while it is incomplete.
 func (c *Caddy) eachLine(do func(line []byte)) {
 	for line := range strings.Lines(c.Output()) {
 		if strings.HasSuffix(line, "\n") {
@@ -290,8 +291,8 @@ func (c *Caddy) eachLine(do func(line []byte)) {
 	}
 }
 
-// AwaitClosed waits for the next stream to end, or with a path the next one of
-// that path. Every stream is returned once, in the order of their ends.
+// AwaitClosed waits for the next stream to end; with a path, for the next one
+// of that path. Each stream is returned once, in the order in which they ended.
 func (c *Caddy) AwaitClosed(t testing.TB, path ...string) Closed {
 	t.Helper()
 	var next Closed
@@ -310,8 +311,7 @@ func (c *Caddy) AwaitClosed(t testing.TB, path ...string) Closed {
 	return next
 }
 
-// CheckNoErrors fails the test if Caddy has logged a warning or an error of
-// this module.
+// CheckNoErrors fails the test if this module has logged a warning or an error.
 func (c *Caddy) CheckNoErrors(t testing.TB) {
 	t.Helper()
 	for _, line := range c.Log("") {

@@ -16,9 +16,9 @@ import (
 	"time"
 )
 
-// Client speaks one protocol: "h1" is HTTP/1.1, with or without TLS as the URL
-// says, "h2" is HTTP/2 over TLS, "h2c" HTTP/2 without TLS. rootCAs are PEM files of
-// certificates to trust, such as Caddy.RootCA.
+// Client returns a client for one protocol: "h1" is HTTP/1.1, with or without
+// TLS depending on the URL, "h2" is HTTP/2 over TLS, "h2c" is HTTP/2 without
+// TLS. rootCAs are PEM files of certificates to trust, such as Caddy.RootCA.
 func Client(t testing.TB, protocol string, rootCAs ...string) *http.Client {
 	t.Helper()
 	pool := x509.NewCertPool()
@@ -45,15 +45,15 @@ func Client(t testing.TB, protocol string, rootCAs ...string) *http.Client {
 	transport := &http.Transport{
 		Protocols:          protocols,
 		TLSClientConfig:    &tls.Config{RootCAs: pool},
-		DisableCompression: true, // so that the body stays as it came
+		DisableCompression: true, // so that the body is received unchanged
 	}
 	t.Cleanup(transport.CloseIdleConnections)
 	return &http.Client{Transport: transport}
 }
 
 // Certificate makes a certificate for localhost and 127.0.0.1 that is its own
-// CA, for programs other than Caddy. The paths are of PEM files; both holds
-// certificate and key, as HAProxy wants it.
+// CA, for programs other than Caddy. It returns paths of PEM files; both
+// contains certificate and key, as HAProxy needs it.
 func Certificate(t testing.TB) (certificate, key, both string) {
 	t.Helper()
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

@@ -1,7 +1,7 @@
-// Package harness is what the interop suite's tests share: it builds Caddy
-// with this module, starts it and other people's programs as real processes on
-// loopback, installs what these need, and reads event streams with the time
-// at which each byte arrived. interop/README.md shows how a test looks.
+// Package harness is shared by the tests of the interop suite. It builds Caddy
+// with this module, starts it and programs of other projects as real processes
+// on loopback, installs what they need, and reads event streams with the time
+// at which each byte arrived. interop/README.md shows what a test looks like.
 package harness
 
 import (
@@ -22,15 +22,15 @@ import (
 	"time"
 )
 
-// Patience bounds every wait for something that has to happen. A test that
-// passes does not wait that long, but the machine can be busy: starting a
-// browser or Java, or writing to the disk, has taken more than 30 seconds.
+// Patience limits every wait for something that must happen. A test that passes
+// does not wait that long, but the machine can be busy: starting a browser or
+// Java, or writing to the disk, has taken more than 30 seconds.
 const Patience = 90 * time.Second
 
-// Missing is for what this machine can't provide. It skips the test, or fails
-// it where CADDY_SSE_INTEROP=all says that nothing may be skipped. It fails it
-// without -v too: go test hides the skips of a package that passes, and a skip
-// that nobody sees looks like proof.
+// Missing reports that this machine can't provide something. It skips the test,
+// or fails it if CADDY_SSE_INTEROP=all forbids skips. Without -v it fails the
+// test too: go test does not show the skips of a package that passes, and a
+// skip that nobody sees looks like a pass.
 func Missing(t testing.TB, what string, cause error) {
 	t.Helper()
 	message := fmt.Sprintf("SKIPPED, NOT SHOWN: %s: %v", what, cause)
@@ -44,10 +44,11 @@ func Missing(t testing.TB, what string, cause error) {
 	}
 }
 
-// Root is the folder of the checkout. A path in it: Root(t, "examples", "flask").
+// Root returns the folder of the checkout, or a path in it: Root(t, "examples",
+// "flask").
 func Root(t testing.TB, elements ...string) string {
 	t.Helper()
-	dir, err := os.Getwd() // go test starts a test in its package's folder
+	dir, err := os.Getwd() // go test runs a test in its package's folder
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -61,8 +62,8 @@ func Root(t testing.TB, elements ...string) string {
 	}
 }
 
-// cache is the folder where installs are kept from run to run, in the user's
-// cache folder or where CADDY_SSE_INTEROP_CACHE says.
+// cache returns the folder where installs are kept between runs: in the user's
+// cache folder, or the folder that CADDY_SSE_INTEROP_CACHE names.
 func cache(t testing.TB, elements ...string) string {
 	t.Helper()
 	dir := os.Getenv("CADDY_SSE_INTEROP_CACHE")
@@ -80,8 +81,9 @@ func cache(t testing.TB, elements ...string) string {
 	return dir
 }
 
-// lock keeps the other test processes out, as go test runs packages side by
-// side. It is released by the function that it returns, and with the process.
+// lock excludes other test processes, because go test runs packages in
+// parallel. The returned function releases it, and so does the end of the
+// process.
 func lock(t testing.TB, name string) (unlock func()) {
 	t.Helper()
 	file, err := os.OpenFile(filepath.Join(cache(t), name+".lock"), os.O_CREATE|os.O_RDWR, 0o644)
@@ -94,8 +96,8 @@ func lock(t testing.TB, name string) (unlock func()) {
 	return func() { file.Close() }
 }
 
-// once fills a folder of the cache with what make puts there, if it is not
-// there already. The key says what the content depends on.
+// once fills a folder of the cache by calling fill, unless that has been done
+// already. The key identifies what the content depends on.
 func once(t testing.TB, kind string, key string, fill func(dir string) error) (string, error) {
 	t.Helper()
 	defer lock(t, kind)()
@@ -104,7 +106,7 @@ func once(t testing.TB, kind string, key string, fill func(dir string) error) (s
 	if _, err := os.Stat(done); err == nil {
 		return dir, nil
 	}
-	// What is there was broken off.
+	// What is there was left incomplete.
 	if err := os.RemoveAll(dir); err != nil {
 		return "", err
 	}
@@ -125,10 +127,11 @@ func digest(parts ...string) string {
 	return hex.EncodeToString(sum.Sum(nil)[:8])
 }
 
-// builtFolders are what tools leave in a project's folder, and no part of it.
+// builtFolders are folders that tools create in a project and that are not part
+// of it.
 var builtFolders = []string{"node_modules", "target", "__pycache__", ".venv", "dist"}
 
-// sources are the files of a project's folder by their relative paths.
+// sources returns the files of a project's folder by their relative paths.
 func sources(dir string) (map[string][]byte, error) {
 	files := make(map[string][]byte)
 	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
@@ -169,8 +172,8 @@ var (
 	portsGiven = make(map[int]bool)
 )
 
-// FreePort is a port on loopback that nobody listens on. It lies below the
-// ports that the kernel gives to outgoing connections, which could otherwise
+// FreePort returns a port on loopback on which nothing listens. It is below the
+// ports that the kernel uses for outgoing connections, which could otherwise
 // take it before its listener does.
 func FreePort(t testing.TB) int {
 	t.Helper()
@@ -193,14 +196,14 @@ func FreePort(t testing.TB) int {
 	return 0
 }
 
-// FreeAddr is 127.0.0.1 with a free port.
+// FreeAddr returns 127.0.0.1 with a free port.
 func FreeAddr(t testing.TB) string {
 	t.Helper()
 	return fmt.Sprintf("127.0.0.1:%d", FreePort(t))
 }
 
-// ShortTempDir is a t.TempDir whose path is short enough for Unix sockets in
-// it.
+// ShortTempDir is like t.TempDir, but its path is short enough for Unix
+// sockets.
 func ShortTempDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "sse")
@@ -221,7 +224,7 @@ func WriteFile(t testing.TB, dir, name, content string) string {
 	return path
 }
 
-// ReadFile is the content of a file.
+// ReadFile returns the content of a file.
 func ReadFile(t testing.TB, path string) string {
 	t.Helper()
 	content, err := os.ReadFile(path)
@@ -231,9 +234,9 @@ func ReadFile(t testing.TB, path string) string {
 	return string(content)
 }
 
-// Replace is text with each old string replaced by the new one that follows it. An
-// old one that is not there fails the test: a Caddyfile of an example that has
-// changed must not be tested with its own ports by accident.
+// Replace returns text with each old string replaced by the new one that
+// follows it. If an old string is missing, the test fails: if the Caddyfile of
+// an example changes, it must not be tested with its own ports by accident.
 func Replace(t testing.TB, text string, oldnew ...string) string {
 	t.Helper()
 	for i := 0; i < len(oldnew); i += 2 {
@@ -244,8 +247,8 @@ func Replace(t testing.TB, text string, oldnew ...string) string {
 	return strings.NewReplacer(oldnew...).Replace(text)
 }
 
-// Eventually polls until the condition holds, and fails the test if it does
-// not within the time.
+// Eventually polls until the condition is true, and fails the test if that
+// takes too long.
 func Eventually(t testing.TB, within time.Duration, what string, holds func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(within); !holds(); time.Sleep(20 * time.Millisecond) {

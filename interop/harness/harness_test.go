@@ -87,7 +87,8 @@ func TestAProcessEndsWithItsChildren(t *testing.T) {
 		t.Fatal(err)
 	}
 	harness.Eventually(t, time.Second, "its child is gone", func() bool {
-		// Where nobody asks for its exit status a zombie stays, which is gone too.
+		// If nothing reads its exit status, it remains as a zombie. That counts
+		// as gone too.
 		state, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", child))
 		return errors.Is(syscall.Kill(child, 0), syscall.ESRCH) || strings.Contains(string(state), ") Z ")
 	})

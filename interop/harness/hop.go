@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// Hop is what is between a client and a server: a network that can be cut. It
-// passes bytes on, TLS or not.
+// Hop is a network between a client and a server that can be cut. It passes
+// bytes on, TLS or not.
 type Hop struct {
 	Addr string // "127.0.0.1:…"
 
@@ -53,11 +53,11 @@ func StartHop(t testing.TB, target string) *Hop {
 	return h
 }
 
-// Port is that of the address.
+// Port returns the port of the address.
 func (h *Hop) Port() int { return h.listener.Addr().(*net.TCPAddr).Port }
 
-// Cut breaks every connection off. Those that clients open from now on stay
-// without an answer until Rejoin.
+// Cut breaks off every connection. Connections that clients open after that get
+// no answer until Rejoin.
 func (h *Hop) Cut() {
 	h.mutex.Lock()
 	select {
@@ -113,7 +113,7 @@ func (h *Hop) pass(client net.Conn) {
 			server.Close()
 			abort(client)
 			return
-		case h.joined != joined: // it was cut again meanwhile
+		case h.joined != joined: // it was cut again in the meantime
 			h.mutex.Unlock()
 			server.Close()
 			continue

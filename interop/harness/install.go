@@ -12,8 +12,8 @@ import (
 	"testing"
 )
 
-// Program is the path of a program, which is installed from these Debian
-// packages if it is not there. What can't be installed is Missing.
+// Program returns the path of a program. If it is not there, it is installed
+// from these Debian packages. If that fails, it is Missing.
 //
 //	nginx := harness.Program(t, "nginx", "nginx-light")
 func Program(t testing.TB, name string, packages ...string) string {
@@ -31,7 +31,7 @@ func Program(t testing.TB, name string, packages ...string) string {
 	return path
 }
 
-// findProgram looks into the sbin folders too, which are not on every user's
+// findProgram searches the sbin folders too, which are not on every user's
 // PATH.
 func findProgram(name string) (string, error) {
 	path, err := exec.LookPath(name)
@@ -62,23 +62,23 @@ func installPackages(t testing.TB, packages ...string) error {
 		apt = append(Command("sudo", "--non-interactive", "--preserve-env=DEBIAN_FRONTEND,RUNLEVEL"), apt...)
 	}
 	defer lock(t, "apt")()
-	// In run level 1 a server that is installed is not started as a service.
+	// In run level 1, installing a server does not start it as a service.
 	quiet := Env("DEBIAN_FRONTEND=noninteractive", "RUNLEVEL=1")
 	install := append(slices.Clone(apt), "install", "-qy", "--no-install-recommends")
 	install = append(install, packages...)
 	if err := run(t, install, quiet); err == nil {
 		return nil
 	}
-	// The lists may be old, or not there.
+	// The package lists may be old or missing.
 	if err := run(t, append(slices.Clone(apt), "update", "-q"), quiet); err != nil {
 		return err
 	}
 	return run(t, install, quiet)
 }
 
-// Python is a virtual environment with the packages that a file pins, and no
-// others: a dependency that no test uses may be missing. Its programs:
-// filepath.Join(venv, "bin", "gunicorn").
+// Python returns a virtual environment with exactly the packages that a file
+// pins. A dependency that no test uses may be missing. Its programs are at
+// filepath.Join(venv, "bin", "gunicorn") and so on.
 func Python(t testing.TB, requirements string) (venv string) {
 	t.Helper()
 	python := Program(t, "python3", "python3", "python3-venv")
@@ -90,7 +90,7 @@ func Python(t testing.TB, requirements string) (venv string) {
 	venv, err = once(t, "python", digest(string(version), python, content), func(dir string) error {
 		create := Command(python, "-m", "venv", dir)
 		if err := run(t, create); err != nil {
-			// On Debian, venv is a package of its own.
+			// On Debian, venv is in a separate package.
 			if run(t, Command(python, "-c", "import ensurepip")) == nil {
 				return err
 			}
@@ -110,9 +110,9 @@ func Python(t testing.TB, requirements string) (venv string) {
 	return venv
 }
 
-// Node is the path of node and a copy of a project's folder in which the
+// Node returns the path of node, and a copy of a project's folder in which the
 // packages of its package-lock.json are installed. The checkout itself gets no
-// node_modules, in which go and gofmt would find other people's Go files.
+// node_modules, because go and gofmt would find other projects' Go files in it.
 //
 //	node, dir := harness.Node(t, harness.Root(t, "examples", "express"))
 //	harness.Start(t, harness.Command(node, "server.js"), harness.In(dir))
@@ -151,12 +151,12 @@ func Node(t testing.TB, project string) (node, dir string) {
 	return node, dir
 }
 
-// Maven is the path of java and the jar that `mvn package` makes of a
-// project's folder. It is built again when one of its files has changed.
+// Maven returns the path of java, and the jar that `mvn package` builds from a
+// project's folder. It is built again if a file there has changed.
 func Maven(t testing.TB, project string) (java, jar string) {
 	t.Helper()
 	java = Program(t, "java", "openjdk-17-jdk-headless")
-	// Maven needs the compiler, which a machine with java need not have.
+	// Maven needs the compiler, which may be missing even if java is there.
 	Program(t, "javac", "openjdk-17-jdk-headless")
 	mvn := Program(t, "mvn", "maven")
 	files, err := sources(project)

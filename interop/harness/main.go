@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// Main runs a package's tests. They wait more than they compute, so more of
-// them run side by side than there are processors:
+// Main runs a package's tests. They mostly wait, so more of them run in
+// parallel than there are processors:
 //
 //	func TestMain(m *testing.M) { harness.Main(m) }
 func Main(m *testing.M) {
@@ -22,7 +22,7 @@ func Main(m *testing.M) {
 		parallel.Value.Set("16")
 	}
 
-	// t.Cleanup does not run where a signal or go test's time limit ends this
+	// t.Cleanup does not run if a signal or go test's timeout ends this
 	// process, and a process group outlives its leader.
 	limit := flag.Lookup("test.timeout").Value.(flag.Getter).Get().(time.Duration)
 	if limit > 0 {

@@ -15,13 +15,12 @@ import (
 	"time"
 )
 
-// Process is a program that runs until the test ends, in a process group of
-// its own.
+// Process is a program that runs until the test ends, in its own process group.
 type Process struct {
 	Name string
 
 	command *exec.Cmd
-	ended   chan struct{} // closed when the process is gone and its output read
+	ended   chan struct{} // closed when the process has ended and its output has been read
 
 	mutex  sync.Mutex
 	output bytes.Buffer
@@ -31,7 +30,7 @@ type Process struct {
 // Setting changes a command before it starts.
 type Setting func(*exec.Cmd)
 
-// Settings are several in one.
+// Settings combines several settings.
 func Settings(all ...Setting) Setting {
 	return func(c *exec.Cmd) {
 		for _, set := range all {
@@ -40,21 +39,23 @@ func Settings(all ...Setting) Setting {
 	}
 }
 
-// In sets the working folder.
+// In sets the working directory.
 func In(dir string) Setting {
 	return func(c *exec.Cmd) { c.Dir = dir }
 }
 
-// Env adds variables, "NAME=value".
+// Env adds variables in the form "NAME=value".
 func Env(variables ...string) Setting {
 	return func(c *exec.Cmd) { c.Env = append(c.Environ(), variables...) }
 }
 
-// Command makes an argument list readable: Command("node", "server.js").
+// Command returns its arguments, to make an argument list readable:
+// Command("node", "server.js").
 func Command(words ...string) []string { return words }
 
-// Start runs a program in the background. The test's end ends it, first with
-// SIGTERM, and its output is shown if the test failed.
+// Start runs a program in the background. At the end of the test it gets
+// SIGTERM, and SIGKILL if it does not end. Its output is shown if the test
+// failed.
 func Start(t testing.TB, command []string, settings ...Setting) *Process {
 	t.Helper()
 	p := &Process{
@@ -65,7 +66,8 @@ func Start(t testing.TB, command []string, settings ...Setting) *Process {
 	p.command.Stdout = writerFunc(p.write)
 	p.command.Stderr = p.command.Stdout
 	p.command.SysProcAttr = processGroup()
-	// Children that have left the group would keep the output open forever.
+	// Children that have left the process group would keep the output open
+	// forever.
 	p.command.WaitDelay = 2 * time.Second
 	for _, set := range settings {
 		set(p.command)
@@ -76,7 +78,7 @@ func Start(t testing.TB, command []string, settings ...Setting) *Process {
 	groups.add(p.PID())
 	go func() {
 		err := p.command.Wait()
-		// Children that outlive their leader, if there are any.
+		// Children may have outlived their leader.
 		syscall.Kill(-p.PID(), syscall.SIGKILL)
 		groups.remove(p.PID())
 		p.mutex.Lock()
@@ -103,32 +105,32 @@ func (p *Process) write(b []byte) (int, error) {
 	return p.output.Write(b)
 }
 
-// Output is what the process has printed so far, both streams together.
+// Output returns what the process has printed so far, to stdout and stderr.
 func (p *Process) Output() string {
 	p.mutex.Lock()
 	defer p.mutex.Unlock()
 	return p.output.String()
 }
 
-// PID is the process id, and that of its group.
+// PID returns the process id, which is also that of its group.
 func (p *Process) PID() int { return p.command.Process.Pid }
 
-// Signal goes to the whole process group.
+// Signal sends a signal to the whole process group.
 func (p *Process) Signal(signal syscall.Signal) {
 	select {
-	case <-p.ended: // the id may be somebody else's by now
+	case <-p.ended: // the id may belong to another process by now
 	default:
 		syscall.Kill(-p.PID(), signal)
 	}
 }
 
-// Stop ends the process with SIGTERM, after five seconds with SIGKILL.
+// Stop ends the process with SIGTERM, or after five seconds with SIGKILL.
 func (p *Process) Stop(t testing.TB) {
 	t.Helper()
 	p.Signal(syscall.SIGTERM)
 	if !p.endsWithin(5 * time.Second) {
 		p.Signal(syscall.SIGKILL)
-		// A process that waits for the disk ends only after that.
+		// A process that waits for the disk ends only after that wait.
 		if !p.endsWithin(Patience) {
 			t.Errorf("%s (%d) did not end after SIGKILL", p.Name, p.PID())
 		}
@@ -144,7 +146,7 @@ func (p *Process) endsWithin(d time.Duration) bool {
 	}
 }
 
-// Running says whether the process is still there.
+// Running reports whether the process is still running.
 func (p *Process) Running() bool {
 	select {
 	case <-p.ended:
@@ -154,8 +156,8 @@ func (p *Process) Running() bool {
 	}
 }
 
-// Wait waits for the process's own end and returns its output; the test fails
-// if that takes longer than Patience, or its exit status is not 0.
+// Wait waits until the process ends by itself and returns its output. The test
+// fails if that takes longer than Patience, or if the exit status is not 0.
 func (p *Process) Wait(t testing.TB) string {
 	t.Helper()
 	if !p.endsWithin(Patience) {
@@ -175,7 +177,7 @@ func (p *Process) AwaitOutput(t testing.TB, text string) {
 	p.await(t, "print "+text, func() bool { return strings.Contains(p.Output(), text) })
 }
 
-// AwaitPort waits until somebody listens at the address.
+// AwaitPort waits until something listens on the address.
 func (p *Process) AwaitPort(t testing.TB, addr string) {
 	t.Helper()
 	p.await(t, "listen on "+addr, func() bool {
@@ -188,7 +190,7 @@ func (p *Process) AwaitPort(t testing.TB, addr string) {
 	})
 }
 
-// AwaitHTTP waits until a GET of the address is answered with 200.
+// AwaitHTTP waits until a GET of the URL is answered with 200.
 func (p *Process) AwaitHTTP(t testing.TB, url string) {
 	t.Helper()
 	client := &http.Client{Timeout: 2 * time.Second}
@@ -220,14 +222,14 @@ func (p *Process) await(t testing.TB, what string, holds func() bool) {
 	}
 }
 
-// Run runs a program to its end and returns its output; an exit status other
+// Run runs a program to its end and returns its output. An exit status other
 // than 0 fails the test.
 func Run(t testing.TB, command []string, settings ...Setting) string {
 	t.Helper()
 	return Start(t, command, settings...).Wait(t)
 }
 
-// run is Run for installs, whose failure is told as an error.
+// run is like Run, but returns failures as errors. It is for installs.
 func run(t testing.TB, command []string, settings ...Setting) error {
 	t.Helper()
 	t.Logf("%s", strings.Join(command, " "))
@@ -268,5 +270,5 @@ func lastLines(text string, n int) string {
 
 var _ io.Writer = writerFunc(nil)
 
-// isRoot says whether Debian packages can be installed without sudo.
+// isRoot reports whether Debian packages can be installed without sudo.
 func isRoot() bool { return os.Geteuid() == 0 }

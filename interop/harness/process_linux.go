@@ -2,8 +2,8 @@ package harness
 
 import "syscall"
 
-// processGroup has the kernel end the process with this one: t.Cleanup does
-// not run where a test panics or go test's own time limit ends it.
+// processGroup makes the kernel end the process with this one: t.Cleanup does
+// not run if a test panics or go test's timeout ends this process.
 func processGroup() *syscall.SysProcAttr {
 	return &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 }

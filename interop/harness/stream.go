@@ -13,7 +13,8 @@ import (
 )
 
 // Stream is an event stream as a client sees it, read in the background. What
-// it has received so far can be asked for at any time; Next and its like wait.
+// it has received so far can be read at any time; Next and similar methods
+// wait.
 type Stream struct {
 	Response  *http.Response
 	Asked     time.Time // the request was sent
@@ -22,26 +23,26 @@ type Stream struct {
 	cancel context.CancelFunc
 
 	mutex    sync.Mutex
-	changed  chan struct{} // closed and replaced with each change below
+	changed  chan struct{} // closed and replaced at each change below
 	chunks   []Chunk
 	events   []Event
 	comments []Comment
 	ended    bool
 	err      error
-	next     int // event that Next returns
-	nextNote int // comment that NextComment returns
+	next     int // index of the event that Next returns
+	nextNote int // index of the comment that NextComment returns
 }
 
-// Chunk is what one read gave.
+// Chunk is the result of one read.
 type Chunk struct {
 	At   time.Time
 	Data string
 }
 
-// Event is one that a client that follows the standard dispatches.
+// Event is an event that a client following the standard dispatches.
 type Event struct {
-	At   time.Time // its blank line arrived
-	Type string    // "message" where the stream names none
+	At   time.Time // when its blank line arrived
+	Type string    // "message" if the stream names none
 	Data string
 	ID   string // last event ID
 }
@@ -60,7 +61,7 @@ func Header(name, value string) RequestOption {
 	return func(r *http.Request) { r.Header.Set(name, value) }
 }
 
-// Post makes the request a POST of JSON, as LLM and MCP clients send.
+// Post makes the request a POST of JSON, as LLM and MCP clients send it.
 func Post(body string) RequestOption {
 	return func(r *http.Request) {
 		r.Method = http.MethodPost
@@ -70,8 +71,8 @@ func Post(body string) RequestOption {
 	}
 }
 
-// Open asks for an event stream as an EventSource does, and waits for the
-// response headers. The test's end closes it.
+// Open requests an event stream as an EventSource does, and waits for the
+// response headers. The stream is closed at the end of the test.
 func Open(t testing.TB, client *http.Client, url string, options ...RequestOption) *Stream {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -139,7 +140,7 @@ func (s *Stream) read() {
 	}
 }
 
-// await waits, holding the lock, until the condition holds.
+// await waits until the condition is true. The caller must hold the lock.
 func (s *Stream) await(within time.Duration, holds func() bool) bool {
 	timeout := time.After(within)
 	for !holds() {
@@ -156,7 +157,7 @@ func (s *Stream) await(within time.Duration, holds func() bool) bool {
 	return true
 }
 
-// Next waits for the next event. Every event is returned once.
+// Next waits for the next event. Each event is returned once.
 func (s *Stream) Next(t testing.TB, within time.Duration) Event {
 	t.Helper()
 	s.mutex.Lock()
@@ -169,8 +170,8 @@ func (s *Stream) Next(t testing.TB, within time.Duration) Event {
 	return s.events[s.next-1]
 }
 
-// NextComment waits for the next comment line, such as a heartbeat. Every one
-// is returned once.
+// NextComment waits for the next comment line, such as a heartbeat. Each one is
+// returned once.
 func (s *Stream) NextComment(t testing.TB, within time.Duration) Comment {
 	t.Helper()
 	s.mutex.Lock()
@@ -183,7 +184,7 @@ func (s *Stream) NextComment(t testing.TB, within time.Duration) Comment {
 	return s.comments[s.nextNote-1]
 }
 
-// AwaitEnd waits for the end of the response; nil is a clean one.
+// AwaitEnd waits for the end of the response. It returns nil after a clean end.
 func (s *Stream) AwaitEnd(t testing.TB, within time.Duration) error {
 	t.Helper()
 	s.mutex.Lock()
@@ -194,38 +195,38 @@ func (s *Stream) AwaitEnd(t testing.TB, within time.Duration) error {
 	return s.err
 }
 
-// Ended says whether the response has ended.
+// Ended reports whether the response has ended.
 func (s *Stream) Ended() bool {
 	s.mutex.Lock()
 	defer s.mutex.Unlock()
 	return s.ended
 }
 
-// Close leaves, as a closed tab does.
+// Close leaves the stream, as a closed tab does.
 func (s *Stream) Close() { s.cancel() }
 
-// Events are all so far.
+// Events returns all events so far.
 func (s *Stream) Events() []Event {
 	s.mutex.Lock()
 	defer s.mutex.Unlock()
 	return append([]Event(nil), s.events...)
 }
 
-// Comments are all so far.
+// Comments returns all comments so far.
 func (s *Stream) Comments() []Comment {
 	s.mutex.Lock()
 	defer s.mutex.Unlock()
 	return append([]Comment(nil), s.comments...)
 }
 
-// Chunks are the raw reads so far.
+// Chunks returns all reads so far.
 func (s *Stream) Chunks() []Chunk {
 	s.mutex.Lock()
 	defer s.mutex.Unlock()
 	return append([]Chunk(nil), s.chunks...)
 }
 
-// LongestSilence is the longest time without a byte, from the headers on.
+// LongestSilence returns the longest time without a byte, from the headers on.
 func (s *Stream) LongestSilence() time.Duration {
 	longest, last := time.Duration(0), s.HeadersAt
 	for _, chunk := range s.Chunks() {
@@ -237,7 +238,7 @@ func (s *Stream) LongestSilence() time.Duration {
 	return longest
 }
 
-// Body is what has arrived so far.
+// Body returns what has arrived so far.
 func (s *Stream) Body() string {
 	var body strings.Builder
 	for _, chunk := range s.Chunks() {
@@ -246,7 +247,7 @@ func (s *Stream) Body() string {
 	return body.String()
 }
 
-// String is for a failed test's log.
+// String describes the stream for the log of a failed test.
 func (s *Stream) String() string {
 	var text strings.Builder
 	text.WriteString(s.Response.Proto + " " + s.Response.Status + "\n")
@@ -263,8 +264,8 @@ func (s *Stream) String() string {
 	return text.String()
 }
 
-// parser follows the WHATWG HTML standard, section 9.2.6, written for this
-// suite so that the module's own reading of it is not its judge.
+// parser follows the WHATWG HTML standard, section 9.2.6. It is written for
+// this suite, so that the module's own parser does not judge itself.
 type parser struct {
 	line      []byte
 	afterCR   bool

@@ -7,8 +7,7 @@ import (
 	"testing"
 )
 
-// Serve runs a handler of the test's own as an upstream and returns its
-// address.
+// Serve runs a handler of the test as an upstream and returns its address.
 func Serve(t testing.TB, handler http.HandlerFunc) (addr string) {
 	t.Helper()
 	server := httptest.NewServer(handler)
@@ -19,7 +18,7 @@ func Serve(t testing.TB, handler http.HandlerFunc) (addr string) {
 	return strings.TrimPrefix(server.URL, "http://")
 }
 
-// Begin answers with the headers that recipes set, at once.
+// Begin sends the usual headers of recipes for event streams, and flushes them.
 func Begin(w http.ResponseWriter) {
 	w.Header().Set("Content-Type", "text/event-stream")
 	w.Header().Set("Cache-Control", "no-cache")
@@ -27,7 +26,7 @@ func Begin(w http.ResponseWriter) {
 	http.NewResponseController(w).Flush()
 }
 
-// Send writes bytes of a stream, at once.
+// Send writes bytes of a stream and flushes them.
 func Send(w http.ResponseWriter, bytes string) {
 	w.Write([]byte(bytes))
 	http.NewResponseController(w).Flush()

@@ -19,8 +19,7 @@ func entrancesOf(caddy *harness.Caddy) []address {
 	}
 }
 
-// fronts are the Caddies that stand in front of the one that is tested, and how
-// they speak to it.
+// fronts are the Caddys in front of the tested one, and how they speak to it.
 var fronts = []struct {
 	name, before string
 	upstream     func(inner *site) string
@@ -66,7 +65,7 @@ func TestCaddyInFrontPassesEventsAtOnce(t *testing.T) {
 						"/ticks/":         "upstream_closed",
 						"/quiet/":         "client_closed",
 						"/abort/":         "upstream_error",
-						"/quiet/drained-": "upstream_closed", // the drained one is not this one
+						"/quiet/drained-": "upstream_closed", // the inner Caddy drained it, not this one
 					} {
 						path += front.name + "-" + a.name
 						if closed := awaitClosed(t, outer.Caddy, path); closed.Reason != reason {
@@ -79,8 +78,8 @@ func TestCaddyInFrontPassesEventsAtOnce(t *testing.T) {
 	}
 }
 
-// A client that takes gzip gets it from a Caddy with encode, but for streams
-// that have passed the module.
+// A client that accepts gzip gets it from a Caddy with encode, except for
+// streams that have passed through the module.
 func TestEncodeInFrontLeavesStreamsAlone(t *testing.T) {
 	t.Parallel()
 	upstream := startOrigin(t)
@@ -113,8 +112,8 @@ func TestEncodeInFrontLeavesStreamsAlone(t *testing.T) {
 	}
 }
 
-// A reload of the Caddy in front ends the stream there, and with it that of the
-// Caddy behind it.
+// A reload of the Caddy in front ends its stream, and so also the stream of the
+// Caddy after it.
 func TestAReloadInFrontReachesTheUpstream(t *testing.T) {
 	t.Parallel()
 	upstream := startOrigin(t)

@@ -1,7 +1,7 @@
 //go:build interop
 
-// Package intermediaries_test puts nginx, HAProxy and another Caddy in front
-// of Caddy with this module, each as a real process.
+// Package intermediaries_test puts nginx, HAProxy and another Caddy, each as a
+// real process, in front of a Caddy with this module.
 package intermediaries_test
 
 import (
@@ -23,18 +23,18 @@ const (
 	ticks    = 8
 	tickTime = 300 * time.Millisecond
 
-	// atOnce is far less than the time that a stream with held events takes, and
-	// far more than a busy machine needs.
+	// atOnce is much less than the time that a stream with delayed events
+	// takes, and much more than a busy machine needs.
 	atOnce = time.Second
 )
 
 // origin is the upstream at the end of each chain. The first element of a path
-// says what it does, the rest tells tests apart.
+// selects what it does; the rest distinguishes tests.
 type origin struct {
 	addr string
 
 	mutex sync.Mutex
-	left  map[string]time.Time // when the client of a path was gone
+	left  map[string]time.Time // when the client of a path left
 }
 
 func startOrigin(t *testing.T) *origin {
@@ -46,7 +46,7 @@ func startOrigin(t *testing.T) *origin {
 func (o *origin) serve(w http.ResponseWriter, r *http.Request) {
 	harness.Begin(w)
 	switch strings.Split(r.URL.Path, "/")[1] {
-	case "ticks": // each says when it was sent
+	case "ticks": // each event says when it was sent
 		for i := range ticks {
 			if i > 0 && !pause(r, tickTime) {
 				return
@@ -59,7 +59,7 @@ func (o *origin) serve(w http.ResponseWriter, r *http.Request) {
 		o.mutex.Lock()
 		defer o.mutex.Unlock()
 		o.left[r.URL.Path] = time.Now()
-	case "silent": // headers and no more
+	case "silent": // headers and nothing more
 		<-r.Context().Done()
 	case "bulk":
 		harness.Send(w, bulk)
@@ -74,7 +74,7 @@ func (o *origin) serve(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// bulk is more than all buffers on the way hold, and compresses badly.
+// bulk is more than all buffers on the way can hold, and compresses badly.
 var bulk = func() string {
 	var body strings.Builder
 	for i := range 100 {
@@ -92,7 +92,7 @@ func pause(r *http.Request, d time.Duration) bool {
 	}
 }
 
-// awaitLeft waits until the client of a path is gone.
+// awaitLeft waits until the client of a path has left.
 func (o *origin) awaitLeft(t *testing.T, path string, within time.Duration) {
 	t.Helper()
 	start := time.Now()
@@ -120,7 +120,7 @@ func awaitClosed(t *testing.T, caddy *harness.Caddy, path string) (closed harnes
 }
 
 // site is a Caddy that answers for any Host, because intermediaries pass on the
-// Host of their own requests.
+// Host of the requests that they get.
 type site struct {
 	*harness.Caddy
 	port       int
@@ -165,12 +165,12 @@ func (s *site) reload(t *testing.T) {
 	s.Reload(t, s.caddyfile())
 }
 
-// address is where a chain can be entered, and how.
+// address is one way to reach a chain.
 type address struct {
 	name     string
 	protocol string // of harness.Client
 	url      string
-	rootCA   string // of the TLS ones
+	rootCA   string // of addresses with TLS
 }
 
 func (a address) client(t *testing.T) *http.Client {
@@ -194,23 +194,25 @@ func (a address) open(t *testing.T, path string, options ...harness.RequestOptio
 	return stream
 }
 
-// chain is client, intermediary, Caddy with this module, origin.
+// chain is a client, an intermediary, a Caddy with this module, and the origin.
 type chain struct {
 	name   string
 	caddy  *site
 	origin *origin
 
-	// hidesAborts is the protocol ("all" for each) over which the intermediary
-	// makes a response that was broken off look complete.
+	// hidesAborts is the protocol ("all" for every one) over which the
+	// intermediary makes an aborted response look complete.
 	hidesAborts string
-	// holdsHeaders is the protocol over which it holds headers until a body follows.
+	// holdsHeaders is the protocol over which it delays headers until a body
+	// follows.
 	holdsHeaders string
 
-	// leaves is how long it may take until the upstream notices that a client has left.
+	// leaves is how long it may take until the upstream notices that a client
+	// has left.
 	leaves time.Duration
 }
 
-// passes checks all that must hold for every chain.
+// passes checks everything that must hold for every chain.
 func (c chain) passes(t *testing.T, entrances []address) {
 	for _, a := range entrances {
 		t.Run(a.name, func(t *testing.T) {
@@ -249,7 +251,7 @@ func (c chain) eventsAtOnce(t *testing.T, a address, path string) {
 	}
 }
 
-// worstLateness reads all ticks and returns the most that one came late.
+// worstLateness reads all ticks and returns the longest delay of one.
 func worstLateness(t *testing.T, stream *harness.Stream) (worst time.Duration) {
 	t.Helper()
 	var each []string
@@ -267,7 +269,8 @@ func worstLateness(t *testing.T, stream *harness.Stream) (worst time.Duration) {
 	return worst
 }
 
-// headersAtOnce: a page's `open` event waits for the headers.
+// headersAtOnce checks that headers are not delayed: a page's `open` event
+// depends on them.
 func (c chain) headersAtOnce(t *testing.T, a address, path string) {
 	stream := a.open(t, path)
 	within := atOnce
@@ -336,7 +339,7 @@ func (c chain) abortedEnd(t *testing.T, a address, path string) {
 }
 
 // drains checks that a reload of the Caddy with this module reaches the clients
-// as a clean end, and that they get in again.
+// as a clean end, and that they can reconnect.
 func (c chain) drains(t *testing.T, entrances []address) {
 	t.Helper()
 	streams := make([]*harness.Stream, len(entrances))

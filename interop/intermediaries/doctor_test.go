@@ -23,7 +23,7 @@ func startProbe(t *testing.T) *harness.Caddy {
 	return harness.StartSite(t, "sse_probe {\n\ttoken sesame\n\tmax_probes 64\n}")
 }
 
-// diagnosis is the report of a check, as far as the tests look.
+// diagnosis is the part of a check's report that the tests use.
 type diagnosis struct {
 	Result   string
 	Error    string
@@ -55,7 +55,7 @@ func (d diagnosis) evidence(code, key string) any {
 	return nil
 }
 
-// checking is a `caddy sse check` that runs.
+// checking is a running `caddy sse check`.
 type checking struct {
 	cmd           *exec.Cmd
 	out, progress bytes.Buffer
@@ -130,8 +130,8 @@ func entrance(t *testing.T, addresses []address, name string) string {
 	return ""
 }
 
-// haproxyTimers are startHAProxy's timeouts, but longer than any heartbeat of a
-// test.
+// haproxyTimers are startHAProxy's timeouts, made longer than any heartbeat
+// interval in a test.
 func haproxyTimers(options ...string) []string {
 	return append([]string{"timeout client 10s", "timeout server 10s"}, options...)
 }
@@ -181,8 +181,8 @@ func TestTheDoctorNamesWhatIsWrongOnTheWay(t *testing.T) {
 			}
 		}},
 	}
-	// All at once, and not as parallel tests: they would take the places of tests
-	// that have something to do.
+	// All checks at once, and not as parallel tests, where they would keep
+	// other tests from running.
 	var running []*checking
 	for _, test := range tests {
 		running = append(running, startCheck(t, test.url(t), test.flags...))
@@ -210,7 +210,7 @@ func covers(t *testing.T, d diagnosis) {
 	}
 }
 
-// within checks a number of a finding's evidence.
+// within checks a number in a finding's evidence.
 func within(t *testing.T, d diagnosis, code, key string, want, tolerance float64) {
 	t.Helper()
 	got, ok := d.evidence(code, key).(float64)
@@ -234,8 +234,8 @@ func TestTheDoctorNamesACaddyThatRefuses(t *testing.T) {
 	}
 }
 
-// A process that is stopped reads what came meanwhile all at once, which looks
-// like a buffer.
+// A process that was stopped reads everything that arrived meanwhile at once,
+// which looks like a buffer.
 func TestADoctorThatIsStoppedFindsNothing(t *testing.T) {
 	t.Parallel()
 	caddy := startProbe(t)

@@ -11,8 +11,9 @@ import (
 	"github.com/caddy-sse/caddy-sse/interop/harness"
 )
 
-// startHAProxy runs HAProxy with timeouts of 2 s in front of a Caddy, to which
-// it speaks as server says: "" is HTTP/1.1, "proto h2" HTTP/2 without TLS.
+// startHAProxy runs HAProxy with timeouts of 2 s in front of a Caddy. server
+// selects the protocol between them: "" is HTTP/1.1, "proto h2" is HTTP/2
+// without TLS.
 func startHAProxy(t *testing.T, caddy, server string, options ...string) []address {
 	t.Helper()
 	haproxy := harness.Program(t, "haproxy", "haproxy")
@@ -49,14 +50,14 @@ backend caddy
 	}
 }
 
-// servers is what HAProxy can speak to Caddy.
+// servers are the protocols that HAProxy can use to Caddy.
 var servers = []struct{ name, setting string }{
 	{"haproxy-http11", ""},
 	{"haproxy-http2", "proto h2"},
 }
 
-// HAProxy 2.6 ends an HTTP/2 response with END_STREAM although the response
-// that it passes on was broken off.
+// HAProxy 2.6 ends an HTTP/2 response with END_STREAM even if the response that
+// it passes on was aborted.
 func TestHAProxyInFrontPassesEventsAtOnce(t *testing.T) {
 	t.Parallel()
 	for _, server := range servers {
@@ -94,8 +95,8 @@ func TestHeartbeatsOutliveHAProxysTimeouts(t *testing.T) {
 	}
 }
 
-// Without `option abortonclose` HAProxy does not act on a client that leaves
-// over HTTP/1.1; only the next heartbeat shows that it has left.
+// Without `option abortonclose`, HAProxy does not react to a client that leaves
+// over HTTP/1.1. Only the next heartbeat shows that the client has left.
 func TestHeartbeatsFindClientsThatHAProxyDoesNotMiss(t *testing.T) {
 	t.Parallel()
 	upstream := startOrigin(t)
@@ -106,8 +107,8 @@ func TestHeartbeatsFindClientsThatHAProxyDoesNotMiss(t *testing.T) {
 	}
 }
 
-// Without `option http-no-delay` HAProxy has the kernel wait for more data where it
-// can't tell whether more follows. In a slow stream that takes 200 ms.
+// Without `option http-no-delay`, HAProxy makes the kernel wait for more data
+// when it can't tell whether more follows. In a slow stream that takes 200 ms.
 func TestHAProxyWithoutNoDelayKeepsAnEventForAMomentOnly(t *testing.T) {
 	t.Parallel()
 	upstream := startOrigin(t)

@@ -14,8 +14,8 @@ import (
 	"github.com/caddy-sse/caddy-sse/interop/harness"
 )
 
-// startNginx runs nginx with a server that passes everything on to Caddy, and
-// whatever is set beside that. Nothing is said of buffering, which is on then.
+// startNginx runs nginx with a server that passes everything on to Caddy, with
+// additional settings. It does not configure buffering, which is on by default.
 func startNginx(t *testing.T, name, caddy, settings string) []address {
 	t.Helper()
 	nginx := harness.Program(t, "nginx", "nginx-light")
@@ -64,8 +64,8 @@ func TestNginxInFrontPassesEventsAtOnce(t *testing.T) {
 	for _, version := range []struct {
 		name, settings, hidesAborts string
 	}{
-		// By default nginx sends HTTP/1.0 requests. There a response without a length
-		// ends with the connection, complete or not.
+		// By default nginx sends HTTP/1.0 requests. Over HTTP/1.0, a response
+		// without a length ends with the connection, complete or not.
 		{"nginx-http10", "", "all"},
 		{"nginx-http11", "proxy_http_version 1.1;\nproxy_set_header Connection \"\";", ""},
 	} {
@@ -81,10 +81,10 @@ func TestNginxInFrontPassesEventsAtOnce(t *testing.T) {
 	}
 }
 
-// Without the module the same chain holds the events back, so the test above shows
-// what the module does. Over HTTP/1.0, its default towards upstreams, nginx can't
-// tell where a piece of the body ends and waits for a full buffer. Over HTTP/1.1 it
-// passes chunks on, but not out of its TLS buffer.
+// Without the module, the same chain delays the events, so the test above shows
+// what the module does. Over HTTP/1.0, its default for upstreams, nginx can't
+// tell where a piece of the body ends and waits for a full buffer. Over
+// HTTP/1.1 it passes chunks on, but keeps them in its TLS buffer.
 func TestNginxHoldsEventsBackWithoutTheModule(t *testing.T) {
 	t.Parallel()
 	upstream := startOrigin(t)
@@ -98,7 +98,7 @@ func TestNginxHoldsEventsBackWithoutTheModule(t *testing.T) {
 				t.Parallel()
 				stream := a.open(t, "/ticks/without")
 				worst := worstLateness(t, stream)
-				// The first one comes with the last one.
+				// The first event comes with the last one.
 				if all := (ticks - 1) * tickTime; slices.Contains(strings.Fields(version.held), a.name) && worst < all-tickTime {
 					t.Errorf("the first event came only %v late, and the stream took %v", worst, all)
 				}
@@ -107,9 +107,9 @@ func TestNginxHoldsEventsBackWithoutTheModule(t *testing.T) {
 	}
 }
 
-// Over HTTP/2 with TLS, nginx holds the headers back too, whatever its
-// buffering, until something follows them: an EventSource stays CONNECTING. The
-// first heartbeat, a second after the headers, lets them go.
+// Over HTTP/2 with TLS, nginx also delays the headers, whatever its buffering,
+// until something follows them; an EventSource stays CONNECTING. The first
+// heartbeat, one second after the headers, makes nginx send them.
 func TestNginxHoldsHeadersBackUntilABodyFollows(t *testing.T) {
 	t.Parallel()
 	upstream := startOrigin(t)
@@ -149,8 +149,8 @@ func TestNginxHoldsHeadersBackUntilABodyFollows(t *testing.T) {
 	}
 }
 
-// nginx gives up when it has heard nothing for proxy_read_timeout, by default
-// 60 s.
+// nginx gives up if it has received nothing for proxy_read_timeout, 60 s by
+// default.
 func TestHeartbeatsOutliveNginxsReadTimeout(t *testing.T) {
 	t.Parallel()
 	const settings = "proxy_http_version 1.1;\nproxy_read_timeout 2s;"
@@ -169,7 +169,7 @@ func TestHeartbeatsOutliveNginxsReadTimeout(t *testing.T) {
 	})
 }
 
-// outlives checks that a quiet stream is alive long after timeouts of 2 s.
+// outlives checks that a quiet stream is still open long after timeouts of 2 s.
 func outlives(t *testing.T, a address, path string) {
 	t.Helper()
 	stream := a.open(t, path)
@@ -184,7 +184,7 @@ func outlives(t *testing.T, a address, path string) {
 		len(stream.Comments()), time.Since(stream.HeadersAt).Round(time.Millisecond), stream.LongestSilence().Round(time.Millisecond))
 }
 
-// isCut checks that a quiet stream without heartbeats is not.
+// isCut checks that a quiet stream without heartbeats is cut off.
 func isCut(t *testing.T, a address, path string) {
 	t.Helper()
 	stream := a.open(t, path)

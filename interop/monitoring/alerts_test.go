@@ -34,16 +34,16 @@ func alerts(t *testing.T) []string {
 
 func TestPromtoolTakesTheExample(t *testing.T) {
 	t.Parallel()
-	// It reads the rules that the configuration names, too.
+	// It also reads the rules that the configuration names.
 	t.Log(harness.Run(t, harness.Command(promtool(t), "check", "config", "--lint=all", "--lint-fatal", example(t, "prometheus.yml"))))
 }
 
-// series are what a Caddy has been scraped for, a sample each minute, in the
-// notation of promtool: 0+3x60 is 0 and then 3 more in each of 60 minutes.
+// series are the values scraped from a Caddy, one sample a minute, in
+// promtool's notation: 0+3x60 is 0, followed by 60 samples, each 3 higher.
 type series map[string]string
 
-// steady has every series of a handler that has no problem: two streams a
-// minute come and go, and each is open for minutes.
+// steady has every series of a handler without problems: two streams a minute
+// begin and end, and each is open for minutes.
 var steady = series{
 	`streams{name="chat",proto="HTTP/2.0"}`:                              "100+0x60",
 	`streams_opened_total{name="chat",proto="HTTP/2.0"}`:                 "0+2x60",
@@ -77,12 +77,12 @@ var steady = series{
 	`time_to_first_event_seconds_bucket{name="chat",le="+Inf"}`:          "0+2x60",
 }
 
-// after is when the alerts are looked at. Everything happens at the start or at 20
-// minutes.
+// after is when the alerts are evaluated. Everything happens at the start or at
+// 20 minutes.
 const after = "40m"
 
-// TestEveryAlertFiresForItsCause: with the changed series the alert fires and no
-// other does; where there is no alert, none.
+// TestEveryAlertFiresForItsCause checks that with the changed series the alert
+// fires and no other, or none if there is no alert.
 func TestEveryAlertFiresForItsCause(t *testing.T) {
 	t.Parallel()
 	rows := []struct {
@@ -233,8 +233,8 @@ func TestEveryAlertFiresForItsCause(t *testing.T) {
 		}},
 	}
 
-	// promtool compares annotations too, unless it is asked for the series that
-	// Prometheus itself makes of its alerts.
+	// promtool also compares annotations, unless it is asked for the series
+	// that Prometheus itself creates from its alerts.
 	type sample struct {
 		Labels string  `json:"labels"`
 		Value  float64 `json:"value"`
@@ -268,7 +268,7 @@ func TestEveryAlertFiresForItsCause(t *testing.T) {
 		for name, values := range all {
 			one.Input = append(one.Input, input{"caddy_sse_" + name, values})
 		}
-		// promtool names a test that fails by nothing but its query.
+		// promtool's output names only the query of a failed test.
 		firing := query{Expr: `ALERTS{alertstate="firing"} # ` + row.name, Time: after}
 		if row.alert != "" {
 			alert, labels, more := strings.Cut(row.alert, " ")

@@ -17,14 +17,14 @@ import (
 	"github.com/caddy-sse/caddy-sse/interop/harness"
 )
 
-// prometheus is one that runs the example.
+// prometheus is a Prometheus that runs the example.
 type prometheus struct {
 	t   *testing.T
 	url string
 }
 
-// startPrometheus runs the example's Prometheus, but each second what it does each
-// 15 s and each minute.
+// startPrometheus runs the example's Prometheus, but with intervals of one
+// second instead of 15 s and one minute.
 func startPrometheus(t *testing.T, caddyMetrics string) prometheus {
 	t.Helper()
 	program := harness.Program(t, "prometheus", "prometheus")
@@ -59,7 +59,7 @@ func (p prometheus) get(path string, data any) {
 	}
 }
 
-// values are those of a query's series, as Prometheus writes them.
+// values returns the values of a query's series, as Prometheus writes them.
 func (p prometheus) values(query string) []string {
 	p.t.Helper()
 	var data struct {
@@ -88,7 +88,7 @@ func (p prometheus) await(query, values string) {
 	})
 }
 
-// alerts are those that are pending or firing.
+// alerts returns the alerts that are pending or firing.
 func (p prometheus) alerts() []string {
 	var data struct {
 		Alerts []struct{ Labels map[string]string }
@@ -104,8 +104,8 @@ func (p prometheus) alerts() []string {
 
 var selector = regexp.MustCompile(`caddy_sse_[a-z_]+(?:\{[^}]*\})?`)
 
-// TestPrometheusSeesTheFirstOfEach: what the example asks for is there before
-// anything has happened, so that an increase shows the first time it does.
+// TestPrometheusSeesTheFirstOfEach checks that the series of the example exist
+// before anything has happened, so that an increase shows the first time.
 func TestPrometheusSeesTheFirstOfEach(t *testing.T) {
 	t.Parallel()
 	upstream := harness.Serve(t, func(w http.ResponseWriter, r *http.Request) {
@@ -131,8 +131,8 @@ func TestPrometheusSeesTheFirstOfEach(t *testing.T) {
 	p := startPrometheus(t, fmt.Sprint("localhost:", metrics))
 	p.await(`count(caddy_sse_streams)`, "[3]")
 
-	// A status that makes an early start fail is not known before, and this Caddy
-	// has no store.
+	// The status with which an early start fails is not known in advance, and
+	// this Caddy has no store.
 	unknown := regexp.MustCompile(`^caddy_sse_(early_start_failures_total|store_)`)
 	asked := make(map[string]bool)
 	for _, file := range []string{"alerts.yml", "dashboard.json"} {
@@ -202,7 +202,7 @@ func TestPrometheusSeesTheFirstOfEach(t *testing.T) {
 	} {
 		p.await(query, values)
 	}
-	// They fire after some minutes, as promtool shows.
+	// They fire only after some minutes; the tests with promtool cover that.
 	harness.Eventually(t, harness.Patience, "the two alerts that a first one is enough for are pending", func() bool {
 		return slices.Equal(p.alerts(), []string{"SSEStreamsRefused", "SSEUnprotectedStreams"})
 	})

@@ -18,7 +18,8 @@ import (
 	"github.com/caddy-sse/caddy-sse/interop/harness"
 )
 
-// What docs/upstreams.md says of a framework or server, with the program itself.
+// These tests check what docs/upstreams.md says about a framework or server,
+// with the program itself.
 
 // gunicorn runs the Flask example under gunicorn with these arguments.
 func gunicorn(t *testing.T, arguments ...string) (process *harness.Process, addr string) {
@@ -32,7 +33,7 @@ func gunicorn(t *testing.T, arguments ...string) (process *harness.Process, addr
 	return process, addr
 }
 
-// pageIn asks for a page that is no stream, and waits this long for it.
+// pageIn requests a page that is not a stream, and waits this long for it.
 func pageIn(t *testing.T, within time.Duration, url string) error {
 	t.Helper()
 	client := *harness.Client(t, "h1")
@@ -53,7 +54,7 @@ func TestPagesLoadWhileStreamsTakeGunicornsWorkers(t *testing.T) {
 	_, addr := gunicorn(t, "--workers", "2")
 	client := harness.Client(t, "h1")
 
-	// Two streams take the two workers.
+	// Two streams occupy both workers.
 	caddy := harness.StartSite(t, "sse\nreverse_proxy "+addr)
 	both := []*harness.Stream{harness.Open(t, client, caddy.URL+"/events"), harness.Open(t, client, caddy.URL+"/events")}
 	for _, stream := range both {
@@ -73,7 +74,7 @@ func TestPagesLoadWhileStreamsTakeGunicornsWorkers(t *testing.T) {
 		retry 2s 5s
 	}
 	reverse_proxy `+addr)
-	// The workers of those that have left are free at their next write.
+	// The workers of clients that have left become free at their next write.
 	harness.Eventually(t, harness.Patience, "a page is answered again", func() bool {
 		return pageIn(t, 3*time.Second, caddy.URL+"/clients") == nil
 	})
@@ -100,7 +101,7 @@ func TestPagesLoadWhileStreamsTakeGunicornsWorkers(t *testing.T) {
 
 func TestGunicornEndsStreamsOfSyncWorkersAfterItsTimeout(t *testing.T) {
 	t.Parallel()
-	// Without --preload, a worker that takes long to start would be killed, too.
+	// Without --preload, a worker that starts slowly would be killed too.
 	process, addr := gunicorn(t, "--workers", "2", "--timeout", "3", "--preload")
 	caddy := harness.StartSite(t, "sse\nreverse_proxy "+addr)
 	client := harness.Client(t, "h1")
@@ -151,7 +152,8 @@ func TestGunicornsDefaults(t *testing.T) {
 	}
 }
 
-// streamsPython is what runs python/streams.py, which is in dir.
+// streamsPython returns the Python that runs streams.py, and the folder of
+// streams.py.
 func streamsPython(t *testing.T) (python, dir string) {
 	dir = harness.Root(t, "interop", "upstreams", "python")
 	return filepath.Join(harness.Python(t, filepath.Join(dir, "requirements.txt")), "bin", "python"), dir
@@ -169,8 +171,8 @@ func uvicorn(t *testing.T, arguments ...string) (process *harness.Process, addr 
 	return process, addr
 }
 
-// heldFor is how long the first event of a stream was on its way. It reads the
-// stream to its end.
+// heldFor returns how long the first event of a stream was delayed. It reads
+// the stream to its end.
 func heldFor(t *testing.T, url string, options ...harness.RequestOption) (time.Duration, *harness.Stream) {
 	t.Helper()
 	stream := harness.Open(t, harness.Client(t, "h1"), url, options...)
@@ -312,7 +314,7 @@ func TestWhatHoldsStreamsBackInPHP(t *testing.T) {
 		harness.WriteFile(t, dir, name, script)
 	}
 	caddy := harness.StartSite(t, "root "+dir+"\nsse\nphp_fastcgi unix/"+dir+"/socket")
-	// Debian's name for it has the version.
+	// Debian's name for it contains the version.
 	fpm := harness.Program(t, "php-fpm8.2", "php8.2-fpm")
 	config := harness.WriteFile(t, dir, "fpm.conf", fmt.Sprintf(`[global]
 error_log = %[1]s/log
@@ -390,7 +392,8 @@ php_value[session.save_path] = %[1]s
 	})
 }
 
-// Rack::ETag of Rack 2.2, which Rails includes, reads all of a stream first.
+// Rack::ETag of Rack 2.2, which Rails includes, first reads a stream to its
+// end.
 func TestRailsHoldsStreamsBackForTheirETag(t *testing.T) {
 	t.Parallel()
 	ruby := harness.Program(t, "ruby", "ruby", "ruby-railties", "puma")
@@ -434,7 +437,7 @@ func TestSpringEndsAnEmitterWithoutATimeoutAfter30Seconds(t *testing.T) {
 		t.Errorf("not a clean end: %v", err)
 	}
 	closed := caddy.AwaitClosed(t, "/events")
-	// One a second, the first at once.
+	// One event a second, the first at once.
 	if closed.Reason != "upstream_closed" || closed.Events < 25 || closed.Events > 32 {
 		t.Errorf("%+v", closed)
 	}

@@ -1,7 +1,7 @@
 //go:build interop
 
 // Package upstreams puts the module in front of the upstreams in examples/,
-// which are written as in the recipes that people copy.
+// which are written like the recipes that people copy.
 package upstreams
 
 import (
@@ -18,15 +18,17 @@ import (
 	"github.com/caddy-sse/caddy-sse/interop/harness"
 )
 
-// atOnce bounds the time from an upstream's clock reading, before it sends an
-// event, to the event's arrival. Events that are held back until the next one
-// are late by a second at least.
+// atOnce limits the time from an upstream's clock reading, just before it sends
+// an event, to the event's arrival. Events that are held back until the next
+// one are at least one second late.
 const atOnce = 750 * time.Millisecond
 
-// slack is for a busy machine, on top of times that the settings give.
+// slack is what a busy machine may need in addition to times that settings
+// define.
 const slack = 750 * time.Millisecond
 
-// example is one of examples/, running, with Caddy and its Caddyfile in front.
+// example is a running example of examples/, with Caddy and its Caddyfile in
+// front.
 type example struct {
 	name   string
 	addr   string // of the upstream
@@ -43,7 +45,7 @@ func TestFlask(t *testing.T) {
 	dir := harness.Root(t, "examples", "flask")
 	gunicorn := filepath.Join(harness.Python(t, filepath.Join(dir, "requirements.txt")), "bin", "gunicorn")
 	e := start(t, "flask", func(addr string) ([]string, harness.Setting) {
-		// -B: no __pycache__ in the checkout.
+		// -B: create no __pycache__ in the checkout.
 		return harness.Command(filepath.Join(filepath.Dir(gunicorn), "python"), "-B", gunicorn,
 			"--bind", addr, "--threads", "100", "app:app"), harness.In(dir)
 	})
@@ -73,7 +75,7 @@ func TestSpringBoot(t *testing.T) {
 	t.Run("through the proxy", e.passes)
 }
 
-// start runs an example with ports of the test's own.
+// start runs an example with ports chosen for the test.
 func start(t *testing.T, name string, command func(addr string) ([]string, harness.Setting)) *example {
 	t.Helper()
 	e := &example{name: name, addr: harness.FreeAddr(t), client: harness.Client(t, "h1")}
@@ -91,7 +93,7 @@ func start(t *testing.T, name string, command func(addr string) ([]string, harne
 	return e
 }
 
-// holdsHeadersBack is why the example's Caddyfile has early_start.
+// holdsHeadersBack shows why the example's Caddyfile has early_start.
 func (e *example) holdsHeadersBack(t *testing.T) {
 	client := *e.client
 	client.Timeout = 2 * time.Second
@@ -103,8 +105,8 @@ func (e *example) holdsHeadersBack(t *testing.T) {
 	e.publishUntil(t, 0)
 }
 
-// compresses shows what a browser, which accepts gzip, would get without the
-// proxy and gets with it.
+// compresses shows what a browser, which accepts gzip, gets without the proxy
+// and with it.
 func (e *example) compresses(t *testing.T) {
 	gzip := harness.Header("Accept-Encoding", "gzip")
 	direct := harness.Open(t, e.client, e.direct+"/events", gzip)
@@ -118,7 +120,7 @@ func (e *example) compresses(t *testing.T) {
 	if encoding := direct.Response.Header.Get("Content-Encoding"); encoding != "gzip" {
 		t.Errorf("without the proxy: Content-Encoding %q: compression() does not compress streams any more", encoding)
 	}
-	// The ten bytes of gzip's own header are let through.
+	// gzip's own header of ten bytes may arrive.
 	if body := direct.Body(); len(body) > 10 {
 		t.Errorf("without the proxy: %d bytes: compression() does not hold events back any more", len(body))
 	}
@@ -134,11 +136,12 @@ func (e *example) passes(t *testing.T) {
 	t.Run("broadcast", e.broadcast)
 }
 
-// events: each at once, one a second; clean-up; resumption.
+// events checks that events arrive at once, one a second, that the upstream
+// notices when a client leaves, and resumption.
 func (e *example) events(t *testing.T) {
 	t.Parallel()
 
-	// First without the proxy, to compare with.
+	// First without the proxy, for comparison.
 	direct := harness.Open(t, e.client, e.direct+"/events")
 	direct.Next(t, 3*time.Second)
 	left := time.Now()
@@ -171,8 +174,8 @@ func (e *example) events(t *testing.T) {
 		t.Errorf("closed: %+v", closed)
 	}
 
-	// The proxy ends the stream; the client comes back and goes on after the last
-	// event that it has. It loses none and gets none twice.
+	// The proxy ends the stream. The client reconnects and continues after its
+	// last event, without a loss or a duplicate.
 	stream = harness.Open(t, e.client, e.url+"/events", harness.Header("Last-Event-ID", "41"))
 	if event := stream.Next(t, 3*time.Second); event.ID != "42" {
 		t.Errorf("after Last-Event-ID 41: %+v", event)
@@ -199,9 +202,10 @@ func (e *example) events(t *testing.T) {
 	e.awaitCount(t, "events", 0)
 }
 
-// notifications: named events, and heartbeats in half a minute of silence. The
-// upstream sleeps meanwhile. It may notice only at its second write that its client
-// has left: the first one succeeds and is answered with a reset.
+// notifications checks named events, and heartbeats in half a minute of
+// silence, during which the upstream sleeps. It may notice only at its second
+// write that its client has left: the first one succeeds and is answered with a
+// reset.
 func (e *example) notifications(t *testing.T) {
 	t.Parallel()
 	stream := harness.Open(t, e.client, e.url+"/notifications")
@@ -246,15 +250,16 @@ func (e *example) notifications(t *testing.T) {
 	t.Logf("%s: /notifications: the upstream noticed after %v that the client had left", e.name, round(time.Since(left)))
 }
 
-// broadcast: one upstream message to all clients, and clean-up in an upstream
-// that waits for messages, so it notices only by writing that a client has left.
+// broadcast checks that one upstream message reaches all clients, and that an
+// upstream that waits for messages, and so notices only by writing that a
+// client has left, cleans up.
 func (e *example) broadcast(t *testing.T) {
 	t.Parallel()
 	const clients = 3
 	var streams []*harness.Stream
 	for range clients {
 		stream := harness.Open(t, e.client, e.url+"/broadcast")
-		// early_start after 1 s where the upstream holds its headers back
+		// early_start after 1 s if the upstream delays its headers
 		if waited := stream.HeadersAt.Sub(stream.Asked); waited > time.Second+slack {
 			t.Errorf("headers after %v", waited)
 		}
@@ -262,7 +267,7 @@ func (e *example) broadcast(t *testing.T) {
 	}
 	for _, stream := range streams {
 		checkHeaders(t, stream.Response)
-		// Before any event of the upstream there is a first heartbeat.
+		// A first heartbeat comes before any event of the upstream.
 		if beat := stream.NextComment(t, 3*time.Second); beat.At.Sub(stream.HeadersAt) > time.Second+slack {
 			t.Errorf("the first heartbeat came %v after the headers", beat.At.Sub(stream.HeadersAt))
 		}
@@ -300,7 +305,8 @@ func (e *example) broadcast(t *testing.T) {
 	e.publishUntil(t, 0)
 }
 
-// checkHeaders wants the headers that the recipes lack, and none that harms a stream.
+// checkHeaders expects the headers that the recipes lack, and none that harms a
+// stream.
 func checkHeaders(t *testing.T, response *http.Response) {
 	t.Helper()
 	if response.StatusCode != http.StatusOK {
@@ -325,7 +331,7 @@ func checkHeaders(t *testing.T, response *http.Response) {
 	}
 }
 
-// checkAtOnce is how long an event was on its way.
+// checkAtOnce returns how long an event was on its way.
 func (e *example) checkAtOnce(t *testing.T, event harness.Event) time.Duration {
 	t.Helper()
 	var data struct{ Time float64 }
@@ -339,7 +345,7 @@ func (e *example) checkAtOnce(t *testing.T, event harness.Event) time.Duration {
 	return took
 }
 
-// awaitCount waits until the upstream itself counts that many clients.
+// awaitCount waits until the upstream itself counts this many clients.
 func (e *example) awaitCount(t *testing.T, path string, want int) {
 	t.Helper()
 	harness.Eventually(t, 5*time.Second, fmt.Sprintf("the upstream has %d clients at /%s", want, path), func() bool {
@@ -369,9 +375,10 @@ func (e *example) publish(t *testing.T, text string) {
 	}
 }
 
-// publishUntil sends messages until the upstream counts that many clients at
-// /broadcast, and returns how many messages it took: some upstreams notice at a write that
-// a client has left, and the first write after the client's end does not fail.
+// publishUntil sends messages until the upstream counts this many clients at
+// /broadcast, and returns how many messages that took. Some upstreams notice
+// only at a write that a client has left, and the first write after that does
+// not fail.
 func (e *example) publishUntil(t *testing.T, want int) (messages int) {
 	t.Helper()
 	for next := time.Now(); ; time.Sleep(20 * time.Millisecond) {
