@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// throughHop starts a hop in front of a handler, and returns its URL and what it
-// has seen of the stream of client a.
+// throughHop starts a hop in front of a handler. It returns its URL, and a
+// function that returns what the hop has seen of client a's stream.
 func throughHop(t *testing.T, idle time.Duration, endings *Endings, handler http.HandlerFunc) (base string, ending func() Ending) {
 	t.Helper()
 	caddy := httptest.NewServer(handler)

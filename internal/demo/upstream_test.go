@@ -19,8 +19,8 @@ type write struct {
 	text string
 }
 
-// recording is a client that keeps what comes and when. Its clock starts with
-// the first flush, which carries the headers.
+// recording is a client that records what arrives and when. Its clock starts
+// with the first flush, which sends the headers.
 type recording struct {
 	header http.Header
 	opened time.Time
@@ -50,7 +50,7 @@ func (r *recording) body() string {
 	return body.String()
 }
 
-// watch reads a stream in the time of a synctest bubble until it ends.
+// watch reads a stream until it ends, in a synctest bubble.
 func watch(ctx context.Context, u *Upstream, lastEventID string) *recording {
 	request := httptest.NewRequestWithContext(ctx, "GET", "/events", nil)
 	if lastEventID != "" {
@@ -61,7 +61,7 @@ func watch(ctx context.Context, u *Upstream, lastEventID string) *recording {
 	return client
 }
 
-// fields returns the values of all fields of that name in a body.
+// fields returns the values of all fields with this name in a body.
 func fields(body, name string) []string {
 	var values []string
 	for line := range strings.Lines(body) {
@@ -89,7 +89,7 @@ func TestAStreamComesInBurstsWithSilencesBetween(t *testing.T) {
 			switch gap := after.at - before.at; gap {
 			case 20 * time.Second:
 				silences++
-			case 0, 700 * time.Millisecond, 400 * time.Millisecond: // the first comes late, after the lead
+			case 0, 700 * time.Millisecond, 400 * time.Millisecond: // the first comes later, after the lead
 			default:
 				t.Errorf("a gap of %v before %q", gap, after.text)
 			}
@@ -149,14 +149,14 @@ func TestAClientThatComesBackGetsWhatItHasMissed(t *testing.T) {
 		{"1", "2"},
 		{"4", "5"},
 		{"5", "6"},
-		{"", "5"}, // the newest
+		{"", "5"}, // the newest event
 		{"not ours", "5"},
 		{"-1", "5"},
 		{"99999999999999999999", "5"},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			u := NewUpstream()
-			u.due(1) // the clock begins
+			u.due(1) // this starts the clock
 			time.Sleep(u.period() + u.Step)
 			client := watch(t.Context(), u, test.lastEventID)
 			if first := fields(client.body(), "id")[0]; first != test.first {
@@ -197,7 +197,7 @@ func TestEventsHappenAtTheSameTimeForEverybody(t *testing.T) {
 		both := 0
 		for id, at := range came[0] {
 			if id == "3" {
-				continue // the newest when the second reader came
+				continue // the newest event when the second reader came
 			}
 			if other, there := came[1][id]; there && other != at {
 				t.Errorf("event %s came at %v and %v", id, at, other)

@@ -99,7 +99,7 @@ func TestOwnTimesAreReadWhereEventsSayThem(t *testing.T) {
 		{"123456789012345678901234567890", "", 0},
 	} {
 		got := ownTime(test.id, []byte(test.data))
-		if got != got { // NaN: it does not say
+		if got != got { // NaN: the event has no time
 			got = 0
 		}
 		if diff := got - test.want; diff > 1e-6 || diff < -1e-6 {

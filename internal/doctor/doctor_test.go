@@ -17,7 +17,8 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/doctor"
 )
 
-// checkThrough checks a probe after some hops, the one next to the probe first.
+// checkThrough checks a probe through some hops; the first one is next to the
+// probe.
 func checkThrough(t *testing.T, config doctor.Config, p *caddysse.Probe, hops ...hop) *doctor.Report {
 	t.Helper()
 	n := new(network)
@@ -55,7 +56,7 @@ func dump(t *testing.T, r *doctor.Report) {
 	t.Logf("%s %+v\n%s", r.Result, r.Covered, text.String())
 }
 
-// evidence is what a code's only finding is founded on.
+// evidence returns the evidence of type E in a report.
 func evidence[E any](t *testing.T, r *doctor.Report) E {
 	t.Helper()
 	for _, f := range r.Findings {

@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// all are findings of each code.
+// allFindings has a finding of each code.
 var allFindings = []Finding{
 	newFinding(headersHeld, HeadersHeld{1}),
 	newFinding(buffered, Buffered{4096, true, 2}),

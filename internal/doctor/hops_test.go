@@ -22,9 +22,10 @@ import (
 )
 
 // This file is a network of pipes with a probe and hops in it. In a bubble of
-// testing/synctest a check of 75 seconds takes as long as its bytes do.
+// testing/synctest, a check of 75 seconds takes only the time to process its
+// bytes.
 
-// network is listeners by name.
+// network is a set of listeners by name.
 type network struct {
 	mu        sync.Mutex
 	listeners map[string]*pipeListener
@@ -66,7 +67,7 @@ func (l *pipeListener) Accept() (net.Conn, error) {
 func (l *pipeListener) Close() error   { l.once.Do(func() { close(l.closed) }); return nil }
 func (l *pipeListener) Addr() net.Addr { return &net.UnixAddr{Name: "pipe"} }
 
-// serve answers at an address until the test ends.
+// serve runs a handler at an address until the test ends.
 func (n *network) serve(t *testing.T, addr string, handler http.Handler) {
 	l := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
 	n.mu.Lock()
@@ -88,7 +89,7 @@ func (n *network) serve(t *testing.T, addr string, handler http.Handler) {
 	})
 }
 
-// probe is an sse_probe as Caddy would serve it.
+// probe returns an sse_probe that works as in Caddy.
 func probe(t *testing.T, config *caddysse.Probe) http.Handler {
 	config.Token = "sesame"
 	if err := config.Provision(caddy.Context{}); err != nil {
@@ -102,23 +103,23 @@ func probe(t *testing.T, config *caddysse.Probe) http.Handler {
 	})
 }
 
-// hop passes requests on and does one thing wrong with each.
+// hop passes requests on, with the faults that its fields describe.
 type hop struct {
 	network *network
 	to      string
 	request func(r *http.Request)
 	http10  bool
-	// body is what the answer's body goes through.
+	// body wraps the writer of the answer's body.
 	body func(w http.ResponseWriter, r *http.Request) sink
-	// headers go out with the first byte.
+	// The headers are sent with the first byte.
 	headersHeld bool
-	idle, total time.Duration // cut after
+	idle, total time.Duration // cut off after
 	cleanly     bool
 	cutsOnly    func(r *http.Request) bool // nil: every answer
-	restarted   <-chan struct{}            // cuts all
+	restarted   <-chan struct{}            // cuts off all answers
 }
 
-// sink is a body on its way.
+// sink takes the bytes of a body that a hop passes on.
 type sink interface {
 	io.Writer
 	end()
@@ -179,7 +180,7 @@ func (h hop) ask(r *http.Request) (*http.Response, error) {
 	return http.ReadResponse(bufio.NewReader(conn), r)
 }
 
-// copy passes the body on until one of the timers cuts it.
+// copy passes the body on until one of the timers cuts it off.
 func (h hop) copy(to sink, body io.ReadCloser) {
 	pieces := make(chan []byte)
 	broken := make(chan error, 1)
@@ -243,7 +244,7 @@ func (f flusher) Write(p []byte) (int, error) {
 
 func (flusher) end() {}
 
-// buffer passes on what fills it.
+// buffer passes data on only when it is full.
 type buffer struct{ *bufio.Writer }
 
 func (b buffer) end() { b.Flush() }
@@ -254,7 +255,8 @@ func bufferOf(size int) func(http.ResponseWriter, *http.Request) sink {
 	}
 }
 
-// headBuffer has the headers in its first bytes, as nginx's has.
+// headBuffer returns a buffer whose first bytes are taken by the headers, as in
+// nginx.
 func headBuffer(w http.ResponseWriter, r *http.Request) sink {
 	b := bufferOf(4096)(w, r).(buffer)
 	hidden := &hideFirst{next: flusher{w}, left: 700}
@@ -275,7 +277,7 @@ func (h *hideFirst) Write(p []byte) (int, error) {
 	return n + hidden, err
 }
 
-// collector waits for the end.
+// collector passes the body on at its end.
 type collector struct {
 	bytes.Buffer
 	w http.ResponseWriter
@@ -285,7 +287,8 @@ func (c *collector) end() { c.w.Write(c.Bytes()) }
 
 func toEnd(w http.ResponseWriter, _ *http.Request) sink { return &collector{w: w} }
 
-// compressor does not flush, or does.
+// compressor compresses the body, and flushes the encoder after each write if
+// flush is set.
 type compressor struct {
 	*gzip.Writer
 	w     http.ResponseWriter
@@ -313,9 +316,9 @@ func gzipped(flush, always bool) func(http.ResponseWriter, *http.Request) sink {
 	}
 }
 
-// waiter holds what is small for a time, like Nagle's algorithm with a delayed
-// acknowledgement: what comes while something is on its way waits. With cork,
-// the first waits too.
+// waiter delays small writes, like Nagle's algorithm with delayed
+// acknowledgements: while something is on its way, further data waits. With
+// cork, the first write waits too.
 type waiter struct {
 	flusher
 	delay time.Duration
@@ -379,7 +382,7 @@ func waits(delay time.Duration, cork bool) func(http.ResponseWriter, *http.Reque
 	}
 }
 
-// ticking passes on what there is once in a while.
+// ticking passes on what it has at regular intervals.
 type ticking struct {
 	flusher
 	mu      sync.Mutex

@@ -39,7 +39,8 @@ func begin(w http.ResponseWriter) io.Writer {
 	return flusher{w}
 }
 
-// dated is an event that says when it was made. Time in a bubble begins in 2000.
+// dated returns an event that contains the time at which it was made. Time in a
+// bubble begins in 2000.
 func dated(n int) string {
 	return fmt.Sprintf("id: %d-0\ndata: {\"n\":%d}\n\n", time.Now().AddDate(25, 0, 0).UnixMilli(), n)
 }

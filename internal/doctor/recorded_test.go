@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// A recording is what one check has seen. Those in testdata are of real hops;
-// this makes one more:
+// A recording is what one check has measured. Those in testdata are of real
+// hops. This command makes another one:
 //
 //	CADDY_SSE_RECORD=http://127.0.0.1:8080/probe,haproxy SSE_PROBE_TOKEN=… go test -run Record ./internal/doctor
 type recording struct {
@@ -50,7 +50,7 @@ func TestRecord(t *testing.T) {
 	}
 }
 
-// recorded is what a check has seen of a hop.
+// recorded returns what a check has measured of a hop.
 func recorded(t *testing.T, name string) *seen {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join("testdata", name+".json"))
@@ -85,7 +85,7 @@ func copyOf(s *seen) *seen {
 	return c
 }
 
-// recordings are the hops in testdata, with what is to be concluded.
+// recordings are the hops in testdata, with the conclusions that must follow.
 var recordings = map[string]string{
 	"clean":           "",
 	"clean-loaded":    "",
@@ -125,14 +125,14 @@ func TestTheSizeOfNginxsBufferIsExact(t *testing.T) {
 
 func TestABufferThatSmallEventsDoNotSeeIsMeasuredAgain(t *testing.T) {
 	s := recorded(t, "nginx-buffer")
-	s.drip = recorded(t, "clean").delay // nothing was held in it
+	s.drip = recorded(t, "clean").delay // nothing was held back in this trace
 	if v := s.conclude(); codesOf(v.findings) != "http_1_0" || !slices.Contains(v.again, testSizes) {
 		t.Errorf("%q, again %q", codesOf(v.findings), v.again)
 	}
 }
 
-// stop makes a trace what it would have been if the doctor had not run for a
-// time: what came then comes at its end.
+// stop changes a trace to what it would be if the doctor had not run for a
+// time: what arrived then is noticed at its end.
 func (t *Trace) stop(from, to time.Duration) {
 	late := func(at *time.Duration) {
 		if *at >= from && *at < to {
@@ -152,8 +152,8 @@ func (t *Trace) stop(from, to time.Duration) {
 	}
 }
 
-// Whenever the doctor is stopped, and for however long: what it says must be a
-// part of what it says without that, and what is missing must be measured again.
+// Whenever the doctor is stopped, and for however long, its findings must be a
+// subset of those without the stop, and what is missing must be measured again.
 func TestADoctorThatIsStoppedConcludesNothingFromIt(t *testing.T) {
 	for name, want := range recordings {
 		original := recorded(t, name)

@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// The yardstick is bytes.Count for newlines over the same bytes: the least
-// that anything can do that looks for line ends.
+// Compare with bytes.Count for newlines over the same bytes, a lower limit for
+// anything that searches for line ends.
 
 func BenchmarkScan200ByteEvents(b *testing.B) {
 	for _, format := range []struct{ name, event string }{
@@ -54,7 +54,7 @@ func benchmarkCount(b *testing.B, p []byte) {
 	}
 }
 
-// The yardstick is Scan over the same bytes.
+// Compare with Scan over the same bytes.
 func BenchmarkSplice200ByteEvents(b *testing.B) {
 	event := []byte("data: " + strings.Repeat("x", 192) + "\n\n")
 	f := &Frames{Comment: "heartbeat"}

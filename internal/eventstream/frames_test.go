@@ -68,7 +68,7 @@ func TestFramesByStyleAndPlace(t *testing.T) {
 		{"event", "data: a", ""},
 		{"event", ":", ""},
 
-		// With the upstream's line ends.
+		// With the upstream's line endings.
 		{"block", "data: a\r\n\r\n", ":heartbeat\r\n\r\n"},
 		{"block", "data: a\r\n", ":heartbeat\r\n"},
 		{"line", "data: a\r\n\r\n", ":heartbeat\r\n"},
@@ -88,7 +88,7 @@ func TestFramesByStyleAndPlace(t *testing.T) {
 	}
 }
 
-// byteByByte cuts a body in a script after each byte.
+// byteByByte makes a script in which each byte of a body is a write.
 func byteByByte(body string) string {
 	var script strings.Builder
 	for i := range len(body) {
@@ -112,9 +112,9 @@ func TestACommentIsFilledWithSpaces(t *testing.T) {
 		{Block, 11, "data: a\r\n\r\n", ":12345 \r\n\r\n"},
 		{Line, 11, "data: a\r\n\r\n", ":12345   \r\n"},
 		{Block, 10, "data: a\r\rdata: b\r", ":12345   \r"},
-		// What is put in front of it does not count.
+		// What goes before the frame does not count towards its length.
 		{Block, 11, "data: a\r\n\r", "\n:12345 \r\n\r\n"},
-		// A longer one stays as it is.
+		// A frame that is longer stays unchanged.
 		{Block, 8, "", ":12345\n\n"},
 		{Block, 7, "", ":12345\n\n"},
 		{Line, 1, "", ":12345\n"},

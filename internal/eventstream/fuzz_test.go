@@ -8,8 +8,8 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/eventstream/eventstreamtest"
 )
 
-// FuzzScanner cuts a body into pieces as the seed has it and compares the
-// answers at the cuts with those of the oracle.
+// FuzzScanner cuts a body into pieces as the seed says, and compares the
+// scanner's answers at each cut with those of the oracle.
 func FuzzScanner(f *testing.F) {
 	for i, body := range eventstreamtest.Bodies() {
 		f.Add([]byte(body.Text), uint64(i))

@@ -9,7 +9,7 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/eventstream/eventstreamtest"
 )
 
-// answers is all that a Scanner says.
+// answers is everything that a Scanner reports.
 type answers struct {
 	place         Place
 	pendingCR     bool
@@ -41,8 +41,8 @@ func answersOf(s *Scanner) answers {
 	return a
 }
 
-// oracle gives the right answers after all of body: slowly, from the whole of
-// it, and without a scanner's state.
+// oracle returns the right answers after body. It is slow: it reads all of
+// body, and keeps no state.
 func oracle(body []byte) answers {
 	text := strings.TrimPrefix(string(body), bom)
 	parsed := eventstreamtest.Parse(body)
@@ -78,7 +78,8 @@ func placeBehind(body []byte) (place Place, incomplete bool) {
 	text := strings.TrimPrefix(string(body), bom)
 	text = strings.ReplaceAll(text, "\r\n", "\n")
 	text = strings.ReplaceAll(text, "\r", "\n")
-	// What matters comes after the last blank line, which may be the first line.
+	// Only what follows the last blank line matters. The first line may be that
+	// one.
 	if i := strings.LastIndex("\n"+text, "\n\n"); i >= 0 {
 		text = text[i+1:]
 	}
@@ -113,13 +114,13 @@ func lastLineEnding(text string) LineEnding {
 	}
 }
 
-// validity tries whether any end makes body valid.
+// validity tries whether any continuation makes body valid.
 func validity(body []byte) (valid, truncated bool) {
 	if utf8.Valid(body) {
 		return true, false
 	}
 	for _, end := range []string{
-		"\x80", "\x80\x80", "\x80\x80\x80", "\x90\x80\x80", // after any first byte but those that bar some second ones
+		"\x80", "\x80\x80", "\x80\x80\x80", "\x90\x80\x80", // after any first byte, except those that restrict the second one
 		"\xA0\x80", // after E0
 	} {
 		if utf8.Valid(append(bytes.Clone(body), end...)) {
@@ -137,7 +138,7 @@ func checkAnswers(t *testing.T, s *Scanner, want answers, how string, args ...an
 	}
 }
 
-// placesAfterEvery returns the place after every prefix of body.
+// placesAfterEvery returns the place after each prefix of body.
 func placesAfterEvery(body []byte) []Place {
 	places := make([]Place, len(body)+1)
 	for n := range places {

@@ -7,7 +7,7 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/eventstream/eventstreamtest"
 )
 
-// resume plays bodies one after the other; see play. Where one has ended the
+// resume plays bodies one after the other; see play. At the end of each, the
 // splicer must be at an event boundary.
 func resume(t *testing.T, s *Splicer, f *Frames, scripts ...string) (client string) {
 	t.Helper()
@@ -90,7 +90,7 @@ func TestABodyThatFollowsAnotherCanTurnOutToBeJSON(t *testing.T) {
 	}
 }
 
-// The same, for every body of the collection before every other one.
+// The same for every pair of bodies in the collection.
 func TestAClientSeesTheEventsOfBothBodies(t *testing.T) {
 	bodies := eventstreamtest.Bodies()
 	pairs := 0
@@ -120,7 +120,8 @@ func TestAClientSeesTheEventsOfBothBodies(t *testing.T) {
 	}
 }
 
-// names are events without their IDs, which go on from one body to the next.
+// names returns the events without their IDs, which continue from one body to
+// the next.
 func names(events []eventstreamtest.Event) (all []string) {
 	for _, event := range events {
 		all = append(all, event.Type+"\n"+event.Data)

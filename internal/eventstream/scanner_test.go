@@ -127,8 +127,8 @@ func TestAnswersAreRightAfterEveryByte(t *testing.T) {
 	for _, body := range eventstreamtest.Bodies() {
 		t.Run(body.Name, func(t *testing.T) {
 			text := []byte(body.Text)
-			// The oracle's work grows with the square of the body: where that is
-			// long, it is asked in steps, and near the end at every byte again.
+			// The oracle's work is quadratic. For a long body, it is asked only
+			// at intervals, and at every byte near the end.
 			const closely = 600
 			var s Scanner
 			for n := range len(text) + 1 {
@@ -226,7 +226,7 @@ func TestAScannerKeepsNothingOfLongFields(t *testing.T) {
 	}
 }
 
-// There is one for every open stream.
+// There is one scanner for each open stream.
 func TestAScannerIsSmall(t *testing.T) {
 	if size := unsafe.Sizeof(Scanner{}); size > 80 {
 		t.Errorf("%d bytes", size)

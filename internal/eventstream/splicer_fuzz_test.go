@@ -11,9 +11,9 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/eventstream/eventstreamtest"
 )
 
-// FuzzSplicer plays a body to a client as a script has it. What the client makes
-// of it by the rules of the standard must be what it would make of the body
-// alone, and what was asked for besides.
+// FuzzSplicer plays a body to a client as a script says. By the rules of the
+// standard, the client must see what it would see of the body alone, and in
+// addition only what was requested.
 func FuzzSplicer(f *testing.F) {
 	const odd = 1 << 3
 	for i, body := range eventstreamtest.Bodies() {
@@ -30,27 +30,27 @@ func FuzzSplicer(f *testing.F) {
 	g := new(game)
 	f.Fuzz(func(t *testing.T, body, script []byte) {
 		if len(body) > 4<<10 || bytes.IndexByte(body, mark) >= 0 {
-			return // it takes too long, or has what the test looks for
+			return // too slow, or the body contains the byte that marks insertions
 		}
 		g.play(t, body, script)
 		g.judge(t)
 	})
 }
 
-// A script begins with a byte of options. Of each byte after it, the last three
-// bits say what happens next, and the others how much of it.
+// A script begins with a byte of options. In each byte after it, the last three
+// bits say what happens next, and the other bits are a number n.
 const (
-	feed      = iota // so many bytes come from the upstream, and one
+	feed      = iota // n + 1 bytes come from the upstream
 	feedMany         // 16 times as many
-	feedByte         // one
-	frameNow         // a heartbeat, of the second look if the number is odd
-	blockNow         // a block of our own, where it may go
-	noMoreIDs        // from here on, none is added
-	endEarly         // the stream is to end as soon as it may
-	endBody          // no more comes from the upstream
+	feedByte         // one byte
+	frameNow         // a heartbeat; if n is odd, at the second attempt
+	blockNow         // a block of the module, if it is allowed
+	noMoreIDs        // from here on, no IDs are added
+	endEarly         // the stream must end as soon as it may
+	endBody          // the upstream sends no more
 )
 
-// The options. The rest of the byte is the style.
+// The options. The other bits are the style.
 const (
 	tellsRetry = 1 << iota
 	hasLead
@@ -60,7 +60,7 @@ const (
 )
 
 const (
-	mark      = '\x01' // in all that is put in, and in no body
+	mark      = '\x01' // in everything that is inserted, and in no body
 	noOwnID   = "\x01"
 	leadID    = "\x01lead"
 	leadText  = "event: \x01lead\nid: \x01lead\ndata:\n\n"
@@ -69,8 +69,8 @@ const (
 	retryText = "retry: 86399999"
 )
 
-// game is a stream from its start to its end. It is there once, so that its
-// memory is.
+// game is a stream from its start to its end. There is only one, so that its
+// memory is used again.
 type game struct {
 	s          Splicer
 	frames     [2]Frames
@@ -80,14 +80,14 @@ type game struct {
 	endingSoon bool
 	ended      bool // early
 
-	client []byte // what it got
-	bare   []byte // that, without the added IDs
+	client []byte // what the client got
+	bare   []byte // the same without added IDs
 	alone  []byte // the body, as it is parsed
 
-	told       bool // what was owed
-	dropped    bool // what was owed, as the body is JSON
+	told       bool // what was owed was sent
+	dropped    bool // what was owed was dropped, because the body is JSON
 	numberer   numberer
-	lastWithID uint64 // the number of the last event that can have got an ID
+	lastWithID uint64 // the number of the last event that may have an ID
 	heartbeats int
 	ownEvents  int // heartbeats that are events, and blocks
 }
@@ -157,13 +157,13 @@ func (g *game) step(t *testing.T, what byte, n int) {
 	}
 }
 
-// out is what the client gets next.
+// out adds what the client gets next.
 func (g *game) out(p []byte) {
 	g.client = append(g.client, p...)
 	g.noteOwed(len(p))
 }
 
-// noteOwed notes what becomes of what is owed when so many bytes go out.
+// noteOwed records what happens to what is owed when n bytes are sent.
 func (g *game) noteOwed(n int) {
 	if n > 0 && !g.told && !g.dropped {
 		g.dropped = g.s.Opaque()
@@ -272,8 +272,8 @@ func (g *game) judge(t *testing.T) {
 	}
 }
 
-// idAt is the last event ID that a client has after so many events of the
-// upstream, if that has sent none.
+// idAt returns the last event ID that a client has after this many events of an
+// upstream that sends no IDs.
 func (g *game) idAt(events uint64) string {
 	switch last := min(events, g.lastWithID); {
 	case last > 0:
@@ -284,7 +284,7 @@ func (g *game) idAt(events uint64) string {
 	return ""
 }
 
-// judgeOwed looks at what went out first, and takes it from what was parsed.
+// judgeOwed checks what was sent first, and removes it from the parsed result.
 func (g *game) judgeOwed(t *testing.T, got *eventstreamtest.Result) {
 	if g.has(tellsRetry) && g.told {
 		if !bytes.HasPrefix(g.client, []byte(retryText)) || len(got.Retries) == 0 {
@@ -300,7 +300,7 @@ func (g *game) judgeOwed(t *testing.T, got *eventstreamtest.Result) {
 	}
 }
 
-// judgeEnd looks at what an early end has cut.
+// judgeEnd checks what an early end has cut off.
 func (g *game) judgeEnd(t *testing.T) {
 	if !g.ended || g.s.Opaque() {
 		return

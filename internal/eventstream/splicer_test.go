@@ -13,9 +13,9 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/eventstream/eventstreamtest"
 )
 
-// play plays a script to a client as a stream does: each part is a write, "/"
-// ends one, and "|" ends one and stands for a silence in which a frame is due.
-// A frame that was overdue follows where nothing else did. It returns what the
+// play plays a script to a client as a stream does. Each part of it is a write:
+// "/" ends a write, and "|" ends one and stands for a silence in which a frame
+// is due. An overdue frame follows if nothing else did. play returns what the
 // client got.
 func play(s *Splicer, f *Frames, script string) string {
 	var client []byte
@@ -54,7 +54,7 @@ func expectPlayed(t *testing.T, f *Frames, script, want string) {
 
 func TestAFrameBetweenCRAndLFMakesNoBlankLine(t *testing.T) {
 	for _, test := range []struct{ style, script, want string }{
-		// The client gets the LF before the frame, and not once more after it.
+		// The client gets the LF before the frame, and not again after it.
 		{"block", "data: a\r|\n\r\n", "data: a\r\n:heartbeat\r\n\r\n"},
 		{"block", "data: a\r||\n\r\n", "data: a\r\n:heartbeat\r\n:heartbeat\r\n\r\n"},
 		{"block", "data: a\r\n\r|\ndata: b", "data: a\r\n\r\n:heartbeat\r\n\r\ndata: b"},
@@ -66,18 +66,18 @@ func TestAFrameBetweenCRAndLFMakesNoBlankLine(t *testing.T) {
 		{"block", ":\r|\ndata: a", ":\r\n:heartbeat\r\n\r\ndata: a"},
 		{"block", "\r|\ndata: a", "\r\n:heartbeat\r\n\r\ndata: a"},
 		{"block", "data: a\r|\n/\r\n", "data: a\r\n:heartbeat\r\n\r\n"},
-		// The LF never comes: a CRLF in place of the CR changes nothing.
+		// The LF never comes. A CRLF instead of the CR changes nothing.
 		{"block", "data: a\r|\r", "data: a\r\n:heartbeat\r\n\r"},
 		{"block", "data: a\r|data: b", "data: a\r\n:heartbeat\r\ndata: b"},
 		{"block", "data: a\r|", "data: a\r\n:heartbeat\r\n"},
-		// Where lines have ended in LF before.
+		// Earlier lines have ended in LF.
 		{"block", "data: a\ndata: b\r|\n\n", "data: a\ndata: b\r\n:heartbeat\n\n"},
 		{"block", "data: a\ndata: b\r|data: c", "data: a\ndata: b\r\n:heartbeat\ndata: c"},
-		// Where lines end in CR, an LF would join the CR of the frame.
+		// If lines end in CR, an LF would merge with the CR of the frame.
 		{"block", "data: a\r\r|data: b\r\r|", "data: a\r\r:heartbeat\r\rdata: b\r\r:heartbeat\r\r"},
 		{"block", "data: a\rdata: b\r|\r", "data: a\rdata: b\r:heartbeat\r\r"},
 		{"block", "data: a\rdata: b\r|\ndata: c", "data: a\rdata: b\r:heartbeat\r\ndata: c"},
-		// It turns out to be JSON.
+		// The body turns out to be JSON.
 		{"block", "\r|\n{}", "\r\n:heartbeat\r\n\r\n{}"},
 	} {
 		t.Run(fmt.Sprintf("%s %q", test.style, test.script), func(t *testing.T) {
@@ -91,12 +91,12 @@ func TestAByteOrderMarkAfterAFrameIsDropped(t *testing.T) {
 		{"|\xEF\xBB\xBFdata: a\n\n", ":heartbeat\n\ndata: a\n\n"},
 		{"|\xEF\xBB\xBF", ":heartbeat\n\n"},
 		{"|\xEF/\xBB/\xBF/data: a\n\n", ":heartbeat\n\ndata: a\n\n"},
-		// While its bytes are awaited nothing has reached the client, so the
-		// frame that was due follows at once.
+		// While its bytes are incomplete, nothing has reached the client, so
+		// the frame that was due follows at once.
 		{"|\xEF|\xBB|\xBFdata: a\n\n", ":heartbeat\n\ndata: a\n\n"},
 		{"|\xEF\xBB|\xBF", ":heartbeat\n\n:heartbeat\n\n"},
 		{"|\xEF\xBB\xBF|data: a\n\n", ":heartbeat\n\n:heartbeat\n\ndata: a\n\n"},
-		// It is none.
+		// It is not a byte order mark.
 		{"|\xEF|data: a\n\n", ":heartbeat\n\n\xEFdata: a\n\n"},
 		{"|\xEF\xBBdata: a\n\n", ":heartbeat\n\n\xEF\xBBdata: a\n\n"},
 		{"|\xEF|\xBB|data: a\n\n", ":heartbeat\n\n\xEF\xBBdata: a\n\n"},
@@ -105,15 +105,15 @@ func TestAByteOrderMarkAfterAFrameIsDropped(t *testing.T) {
 		{"|\xEF", ":heartbeat\n\n\xEF"},
 		{"|\xEF\xBB", ":heartbeat\n\n\xEF\xBB"},
 		{"|\xEF\xBB|", ":heartbeat\n\n\xEF\xBB"},
-		// It is no byte order mark anywhere else.
+		// Anywhere else it is not a byte order mark.
 		{"|\xEF\xBB\xBF\xEF\xBB\xBFdata: a\n\n", ":heartbeat\n\n\xEF\xBB\xBFdata: a\n\n"},
 		{"|\xEF\xBB\xBF/\xEF\xBB\xBFdata: a\n\n", ":heartbeat\n\n\xEF\xBB\xBFdata: a\n\n"},
 		{"|\n\xEF\xBB\xBFdata: a\n\n", ":heartbeat\n\n\n\xEF\xBB\xBFdata: a\n\n"},
 		{"|data: a\n\n|\xEF\xBB\xBFdata: b\n\n", ":heartbeat\n\ndata: a\n\n:heartbeat\n\n\xEF\xBB\xBFdata: b\n\n"},
-		// Nothing came before it.
+		// Nothing was sent before it.
 		{"\xEF\xBB\xBFdata: a\n\n|", "\xEF\xBB\xBFdata: a\n\n:heartbeat\n\n"},
 		{"\xEF|\xBB|\xBF|data: a\n\n", "\xEF\xBB\xBF:heartbeat\n\ndata: a\n\n"},
-		// Of JSON, it goes with the bytes after it.
+		// Before JSON, it is sent with the bytes that follow.
 		{"|\xEF\xBB\xBF{}", ":heartbeat\n\n\xEF\xBB\xBF{}"},
 		{"|\xEF\xBB/\xBF{}", ":heartbeat\n\n\xEF\xBB\xBF{}"},
 		{"|\xEF\xBB\xBF/{}", ":heartbeat\n\n{}"},
@@ -137,12 +137,12 @@ func TestTheReconnectionTimeIsToldBeforeAnythingElse(t *testing.T) {
 		{"block", "||data: a\n\n", "retry: 2500\n\n:heartbeat\n\n:heartbeat\n\ndata: a\n\n"},
 		{"line", "|data: a\n\n", "retry: 2500\n:heartbeat\ndata: a\n\n"},
 		{"event", "|data: a\n\n", "retry: 2500\n\nevent: ping\ndata:\n\ndata: a\n\n"},
-		// With the upstream's line ends, as far as they are known.
+		// With the upstream's line endings, as far as they are known.
 		{"block", "data: a\r\n\r\n", "retry: 2500\r\n\r\ndata: a\r\n\r\n"},
 		{"block", "data: a\rdata: b\r", "retry: 2500\r\rdata: a\rdata: b\r"},
 		{"block", "d", "retry: 2500\n\nd"},
 		{"block", "\r/\n", "retry: 2500\n\n\r\n"},
-		// In place of a byte order mark, which must not follow anything.
+		// Instead of a byte order mark, which must not follow anything.
 		{"block", "\xEF\xBB\xBFdata: a\n\n", "retry: 2500\n\ndata: a\n\n"},
 		{"block", "\xEF\xBB\xBF/data: a\n\n", "retry: 2500\n\ndata: a\n\n"},
 		{"block", "\xEF\xBB\xBF/\xEF\xBB\xBFdata: a\n\n", "retry: 2500\n\n\xEF\xBB\xBFdata: a\n\n"},
@@ -150,14 +150,14 @@ func TestTheReconnectionTimeIsToldBeforeAnythingElse(t *testing.T) {
 		{"block", "\xEF|\xBB\xBF|data: a\n\n", "retry: 2500\n\n:heartbeat\n\n:heartbeat\n\ndata: a\n\n"},
 		{"block", "\xEF\xBBdata: a\n\n", "retry: 2500\n\n\xEF\xBBdata: a\n\n"},
 		{"block", "\xEF", "retry: 2500\n\n\xEF"},
-		// Not into what is no event stream.
+		// Not if the body is not an event stream.
 		{"block", "{}", "{}"},
 		{"block", "{}/{}|", "{}{}"},
 		{"block", " \n{}|", " \n{}"},
 		{"block", "\xEF\xBB\xBF[]|", "\xEF\xBB\xBF[]"},
 		{"block", "\xEF\xBB/\xBF[]|", "\xEF\xBB\xBF[]"},
 		{"block", " \n/{}|", "retry: 2500\n\n \n{}"},
-		// Not if there is nothing to tell it with.
+		// Not if nothing is sent.
 		{"block", "", ""},
 		{"block", "\xEF\xBB\xBF", ""},
 	} {
@@ -204,7 +204,7 @@ func TestALeadFollowsTheReconnectionTimeAndPrecedesTheRest(t *testing.T) {
 func TestABlockOfOurOwnGoesWhereTheStreamMayEnd(t *testing.T) {
 	const text = "event: lost\ndata:\n\n"
 	for _, test := range []struct {
-		before, frame string // "|" as in play
+		before, frame string // "|" means the same as in play
 		after, want   string
 	}{
 		{"", text, "data: a\n\n", text + "data: a\n\n"},
@@ -212,11 +212,11 @@ func TestABlockOfOurOwnGoesWhereTheStreamMayEnd(t *testing.T) {
 		{"|", text, "data: a\n\n", ":heartbeat\n\n" + text + "data: a\n\n"},
 		{"data: a\n\n", text, "data: b\n\n", "data: a\n\n" + text + "data: b\n\n"},
 		{"data: a\r\n\r\n", text, "\r\n", "data: a\r\n\r\n" + text + "\r\n"},
-		// Where lines end in CR, an LF that follows belongs to the CR before.
+		// If lines end in CR, an LF that follows belongs to the CR before it.
 		{"data: a\r\r", text, "\rdata: b\r\r", "data: a\r\r" + text + "\rdata: b\r\r"},
 		{"data: a\r\r", text, "\ndata: b\r\r", "data: a\r\r" + text + "data: b\r\r"},
 		{"data: a\r\r", text, "|\ndata: b\r\r", "data: a\r\r" + text + ":heartbeat\r\r\ndata: b\r\r"},
-		// A frame has brought the LF along.
+		// The LF was sent with a frame.
 		{"data: a\r\n\r|", text, "\ndata: b", "data: a\r\n\r\n:heartbeat\r\n\r\n" + text + "data: b"},
 		{"data: a\r\n\r|", text, "|\ndata: b", "data: a\r\n\r\n:heartbeat\r\n\r\n" + text + ":heartbeat\r\n\r\ndata: b"},
 	} {
@@ -334,7 +334,7 @@ func TestAnEarlyEndHarmsNoEventAndTearsNoCRLF(t *testing.T) {
 		{"\xEF", "\xBB\xBFdata: a\n\n", 2, true},
 		{"\xEF", "\xBB", 1, false},
 		{"\xEF", "a\n\n", 3, true},
-		// The LF of a CR belongs to the event.
+		// An LF after a CR belongs to the event.
 		{"data: a\r\n", "\r\ndata: b", 2, true},
 		{"data: a\r\n", "\r", 1, false},
 		{"data: a\r\n\r", "\ndata: b", 1, true},
@@ -345,11 +345,11 @@ func TestAnEarlyEndHarmsNoEventAndTearsNoCRLF(t *testing.T) {
 		{"data: a\n", "\r\r\n", 1, true},
 		{"\r", "\n", 1, true},
 		{"\r", "\r", 0, true},
-		// Where lines end in CR, none is awaited.
+		// If lines end in CR, no LF is expected.
 		{"data: a\rdata: b\r", "\r", 1, true},
 		{"data: a\r", "\rdata: b\r\r", 1, true},
 		{"data: a\r", "\r\ndata: b\r\r", 2, true},
-		// A frame has brought the LF along.
+		// The LF was sent with a frame.
 		{"data: a\r\n\r|", "\ndata: b", 1, true},
 		{"data: a\r|", "\n\r\n", 3, true},
 	} {
@@ -396,7 +396,7 @@ func TestAStreamMayEndAtAnEventBoundary(t *testing.T) {
 		{" {", true},
 	} {
 		var s Splicer
-		// A byte order mark that is held counts, so the rest is not asked for.
+		// Rest is not called, because a byte order mark that is held back counts.
 		for part := range strings.SplitAfterSeq(test.script, "|") {
 			s.Splice(styles["block"], []byte(strings.TrimSuffix(part, "|")))
 			if strings.HasSuffix(part, "|") {
@@ -409,7 +409,8 @@ func TestAStreamMayEndAtAnEventBoundary(t *testing.T) {
 	}
 }
 
-// numberer adds IDs to the events of an upstream, as a run does. No body has them.
+// numberer adds IDs to the events of an upstream, as a run does. No body
+// contains such IDs.
 type numberer struct {
 	s Splicer
 	n int
@@ -437,12 +438,12 @@ func (n *numberer) next() []byte {
 
 var addedID = regexp.MustCompile("id: \x01([0-9]+)(\r\n|\r|\n)")
 
-// withLF is a text in which the lines with added IDs end in LF. While the LF of a
-// CR is still to come, the scanner does not know that lines end in CRLF.
+// withLF returns text in which the added ID lines end in LF. While the LF of a
+// CR may still come, the scanner does not know that lines end in CRLF.
 func withLF(text string) string { return addedID.ReplaceAllString(text, "id: \x01$1\n") }
 
-// The names are sentences of the HTML Standard, sections 9.2.5 and 9.2.6, and of
-// what is made of them.
+// The names are sentences of the HTML Standard, sections 9.2.5 and 9.2.6, and
+// consequences of them.
 func TestABlockThatDispatchesAnEventGetsAnIDAsItsLastLine(t *testing.T) {
 	for _, test := range []struct{ sentence, body, want string }{
 		{"if the line is empty, dispatch the event", "data: a\n\ndata: b\n\n", "data: a\nid: \x011\n\ndata: b\nid: \x012\n\n"},
@@ -475,8 +476,8 @@ func TestABlockThatDispatchesAnEventGetsAnIDAsItsLastLine(t *testing.T) {
 			for cut := range len(test.body) + 1 {
 				var n numberer
 				got := n.add(nil, []byte(test.body[:cut]))
-				// The ID of an event is out with the byte that dispatches it, and
-				// nothing is held.
+				// The ID of an event is sent with the byte that dispatches it,
+				// and nothing is held back.
 				if bare := addedID.ReplaceAllString(string(got), ""); bare != test.body[:cut] {
 					t.Errorf("%q became %q", test.body[:cut], got)
 				}
@@ -523,12 +524,12 @@ func TestIDsAndFramesGoTogether(t *testing.T) {
 		{"block", "|\uFEFFdata: a\n\n", ":heartbeat\n\ndata: a\nid: \x011\n\n"},
 		{"block", "|\xEF|\xBB|\xBF|data: a\n\n", ":heartbeat\n\n:heartbeat\n\ndata: a\nid: \x011\n\n"},
 		{"block", "|\xEF|data: a\n\ndata\n\n", ":heartbeat\n\n\xEFdata: a\n\ndata\nid: \x011\n\n"},
-		// A frame brings the LF of a CR along.
+		// The LF of a CR is sent with a frame.
 		{"block", "data: a\r|\n\r\n", "data: a\r\n:heartbeat\r\nid: \x011\r\n\r\n"},
 		{"block", "data: a\r|\n\r|\n", "data: a\r\n:heartbeat\r\nid: \x011\r\n\r\n:heartbeat\r\n\r\n"},
 		{"block", "data: a\r|\r", "data: a\r\n:heartbeat\r\nid: \x011\r\r"},
 		{"block", "data: a\n\r|\n", "data: a\nid: \x011\n\r\n:heartbeat\n\n"},
-		// Where lines end in CR, the LF joins the frame's.
+		// If lines end in CR, the LF merges with the frame's line end.
 		{"block", ":\rdata: a\r|\r", ":\rdata: a\r:heartbeat\rid: \x011\r\r"},
 		{"block", ":\rdata: a\r|\n\n", ":\rdata: a\r:heartbeat\r\nid: \x011\n\n"},
 		{"block", ":\rdata: a\r\r|\n", ":\rdata: a\rid: \x011\r\r:heartbeat\r\r\n"},
@@ -606,7 +607,7 @@ func TestWhatIsNotAskedForIsNotThere(t *testing.T) {
 						if len(lead) > 0 || string(body) != piece[:n] || n < len(piece) && !done {
 							t.Fatalf("to the end, %q became %q, %q, %d, %v", piece, lead, body, n, done)
 						}
-						if n == 0 { // there is no LF for the CR: an end is asked for no longer
+						if n == 0 { // no LF follows the CR: the stream need not end any more
 							toEnd.Splice(f, []byte(piece[:1]))
 							n = 1
 						}
@@ -649,16 +650,16 @@ func TestAClientSeesTheIDsThatAreAdded(t *testing.T) {
 	}
 }
 
-// eventsWithout returns the events of body, with noOwnID where there has been no
-// id field.
+// eventsWithout returns the events of body, with noOwnID for those before the
+// first id field.
 func eventsWithout(body string) []eventstreamtest.Event {
 	body = strings.TrimPrefix(body, bom)
 	return eventstreamtest.Parse([]byte("id: " + noOwnID + "\n\n" + body)).Events
 }
 
-// The scanner looks for line ends in all that it is given: where each event is
-// looked for in all that is left, this takes 400 times as long as without IDs,
-// and not three times.
+// The scanner searches all that it gets for line ends. If each event were
+// searched for in all that is left, this would take 400 times as long as
+// without IDs, not three times.
 func TestTheWorkOnALongWriteGrowsWithItsLength(t *testing.T) {
 	body := bytes.Repeat([]byte("data\n\n"), 1<<20/6)
 	dst := make([]byte, 0, 2<<20)

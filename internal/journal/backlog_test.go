@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// fill appends events until the journal takes no more, and returns the number
-// of the last whole one and what is left of the next.
+// fill appends events until the journal takes no more. It returns the number of
+// the last complete event, and what is left of the next one.
 func fill(t testing.TB, j *Journal, n, size int) (last int, rest string) {
 	t.Helper()
 	for ; ; n++ {
@@ -46,7 +46,7 @@ func TestWhatNobodyHasBeenSentIsNeverDropped(t *testing.T) {
 	default:
 	}
 	c := join(t, j, After(0))
-	<-j.Room() // whoever joins may have made some
+	<-j.Room() // joining may have made some room
 	if took, _ := j.Append([]byte(rest)); took != 0 {
 		t.Fatalf("it takes %d bytes more", took)
 	}
@@ -80,7 +80,7 @@ func TestWhatHasBeenSentGoesFirst(t *testing.T) {
 	}
 	c.Leave()
 
-	// A reader that comes back gets what is there, and is told what is missing.
+	// A reader that comes back gets what is there, and learns what is missing.
 	back := join(t, j, After(10))
 	if back.Missed() != f.Gone-10 || back.Begin().Number != f.Gone {
 		t.Errorf("missed %d, begins at %d; %d are gone", back.Missed(), back.Begin().Number, f.Gone)
@@ -167,7 +167,7 @@ func TestAReaderGoesOnWhereWhatItWasSentIsDroppedUnderIt(t *testing.T) {
 	c := join(t, j, After(0))
 	_, _ = j.Append([]byte(event(1, 100)))
 	j.Publish()
-	wantRead(t, c, event(1, 100)) // before it is known that it is a whole event
+	wantRead(t, c, event(1, 100)) // before the event is known to be complete
 	j.Commit(Block{Event: true})
 	j.Publish()
 	b.SetLimit(0)
@@ -192,7 +192,7 @@ func TestAnUnfinishedEventStaysWhenOthersNeedRoomInTheMiddleOfAnAppend(t *testin
 	_, _ = j.Append([]byte(text[:smallestChunk]))
 	j.Publish()
 	wantRead(t, c, text[:smallestChunk])
-	// As Append does, between two looks at the journal.
+	// As Append does, between two of its checks of the journal.
 	if grown, err := b.grow(j, 1); !grown || err != nil {
 		t.Fatal(err)
 	}
@@ -297,9 +297,9 @@ func TestPassingOnTakesNoMoreThanTheReader(t *testing.T) {
 	}
 }
 
-// TestABacklogAgainstAModel has a client come, read some bytes, leave and come
-// back to any event, while events and comments come in pieces, and holds what
-// it gets against all that the upstream has sent.
+// TestABacklogAgainstAModel makes a client come, read some bytes, leave and
+// come back to any event, while events and comments arrive in pieces. It
+// compares what the client gets with everything that the upstream has sent.
 func TestABacklogAgainstAModel(t *testing.T) {
 	const comment = ":comment\n"
 	for seed := range uint64(8) {
@@ -307,11 +307,11 @@ func TestABacklogAgainstAModel(t *testing.T) {
 		history := 2<<10 + rng.IntN(32<<10)
 		j := open(t, KeepUnsent, history)
 		var (
-			stream []byte       // all that was appended
+			stream []byte       // everything that was appended
 			ends   = []int64{0} // where the events end in it
-			rest   []byte       // of the event that is coming
-			c      *Cursor      // the client, if it is there
-			sent   int64        // what it has been sent
+			rest   []byte       // what is left of an event that is incomplete
+			c      *Cursor      // nil while the client is away
+			sent   int64        // what the client has been sent
 		)
 		leave := func() {
 			if c != nil {
@@ -321,7 +321,7 @@ func TestABacklogAgainstAModel(t *testing.T) {
 		}
 		for range 4000 {
 			switch op := rng.IntN(20); {
-			case op < 9: // some of an event
+			case op < 9: // a part of an event
 				if len(rest) == 0 {
 					rest = []byte(event(len(ends), 12+rng.IntN(300)))
 				}
@@ -338,7 +338,7 @@ func TestABacklogAgainstAModel(t *testing.T) {
 			case op == 9 && len(rest) == 0:
 				n, _ := j.Append([]byte(comment))
 				if stream = append(stream, comment[:n]...); n < len(comment) {
-					rest = []byte(comment[n:] + event(len(ends), 30)) // goes on later
+					rest = []byte(comment[n:] + event(len(ends), 30)) // it is completed later
 				} else {
 					j.Commit(Block{})
 				}
@@ -364,7 +364,7 @@ func TestABacklogAgainstAModel(t *testing.T) {
 				leave()
 			case op == 17:
 				if rng.IntN(2) == 0 {
-					leave() // else it takes over from itself
+					leave() // otherwise it would take over from itself
 				}
 				n, f := rng.IntN(len(ends)+1), j.Figures()
 				old := c

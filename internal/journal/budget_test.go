@@ -48,7 +48,7 @@ func TestAReaderIsToldWhereAnotherRingTookItsEvents(t *testing.T) {
 	told := false
 	c, _ := j.Join(After(0), func() {
 		told = true
-		j.Figures() // the locks are free
+		j.Figures() // this needs the locks to be free
 		b.Used()
 	})
 	defer c.Leave()
@@ -65,7 +65,8 @@ func TestAReaderIsToldWhereAnotherRingTookItsEvents(t *testing.T) {
 	}
 }
 
-// filled is a backlog with 100 events of 1 KiB, of which some have been sent.
+// filled returns a backlog with 100 events of 1 KiB, some of which have been
+// sent.
 func filled(t testing.TB, b *Budget, sent int, evicted func()) (*Journal, *Cursor) {
 	t.Helper()
 	j := b.Open(1<<20, "", evicted)
@@ -130,7 +131,7 @@ func TestWhenTheBudgetIsUsedUpEndedRunsGoFirstAndThenWhatWasSent(t *testing.T) {
 		t.Errorf("evicted: %q", evicted)
 	}
 	want(endedUnsent, false, true)
-	want(back, true, true) // the first ten: its client has them
+	want(back, true, true) // the first ten, because its client has them
 	want(attached, true, true)
 	want(away, false, true)
 	if f := attached.Figures(); f.Gone > 90 || f.Gone < 70 {

@@ -29,7 +29,7 @@ func follow(c *Cursor) (string, error) {
 	}
 }
 
-// feed appends events like an upstream, in pieces, and waits for room.
+// feed appends events in pieces, as an upstream does, and waits for room.
 func feed(t testing.TB, j *Journal, rng *rand.Rand, n int, stop <-chan struct{}) {
 	for i := 1; i <= n; i++ {
 		text := []byte(event(i, 20+rng.IntN(300)))
@@ -55,7 +55,7 @@ func feed(t testing.TB, j *Journal, rng *rand.Rand, n int, stop <-chan struct{})
 	}
 }
 
-// numbers are those of the events in a text.
+// numbers returns the numbers of the events in a text.
 func numbers(t testing.TB, text string) []int {
 	t.Helper()
 	var all []int
@@ -72,8 +72,8 @@ func numbers(t testing.TB, text string) []int {
 	return all
 }
 
-// wantRun expects the numbers to follow on each other, from one to another; a
-// last one of 0 is any.
+// wantRun expects consecutive numbers from first to last. If last is 0, any end
+// is right.
 func wantRun(t testing.TB, got []int, first, last int) {
 	t.Helper()
 	for i, n := range got {
@@ -152,7 +152,7 @@ func TestAClientOfABacklogComesAndGoesAndHasEveryEventOnce(t *testing.T) {
 					return
 				}
 				text, err := followFor(c, rng.IntN(20_000))
-				if rng.IntN(2) == 0 { // else another one takes over first
+				if rng.IntN(2) == 0 { // otherwise another reader takes over first
 					c.Leave()
 				} else {
 					defer c.Leave()
@@ -175,7 +175,7 @@ func TestAClientOfABacklogComesAndGoesAndHasEveryEventOnce(t *testing.T) {
 	}
 }
 
-// followFor reads at least that many bytes, or up to the end.
+// followFor reads at least limit bytes, or up to the end.
 func followFor(c *Cursor, limit int) (string, error) {
 	var b strings.Builder
 	for b.Len() < limit {
@@ -217,7 +217,7 @@ func TestManyJournalsShareABudget(t *testing.T) {
 						switch {
 						case policy == KeepUnsent || errors.Is(err, io.EOF):
 							wantRun(t, numbers(t, text), 1, 100)
-						case errors.Is(err, ErrLagged): // where another ring took its events
+						case errors.Is(err, ErrLagged): // if another ring took the room of its events
 							wantRun(t, numbers(t, text), 1, 0)
 						default:
 							t.Error(err)
@@ -241,8 +241,8 @@ func TestManyJournalsShareABudget(t *testing.T) {
 	}
 }
 
-// TestARingAgainstAModel does everything that a ring allows in any order, and
-// holds what each reader gets against a list of all events.
+// TestARingAgainstAModel does everything that a ring allows, in random order,
+// and compares what each reader gets with a list of all events.
 func TestARingAgainstAModel(t *testing.T) {
 	type reader struct {
 		c    *Cursor
@@ -333,7 +333,7 @@ func TestARingAgainstAModel(t *testing.T) {
 				}
 				known := at.kind != startAfter || n <= uint64(len(log))
 				if at.kind == startAfterID {
-					i := slices.Index(set[f.Gone:], at.id) // the earliest that is kept
+					i := slices.Index(set[f.Gone:], at.id) // the earliest event with it that is kept
 					known, want = i >= 0, f.Gone+uint64(max(i, 0))
 				}
 				c, ok := j.Join(at, nil)
@@ -363,8 +363,8 @@ func TestARingAgainstAModel(t *testing.T) {
 	}
 }
 
-// BenchmarkFanOut is one event to a thousand readers that wait for it, up to
-// the moment when each of them has it.
+// BenchmarkFanOut measures one event for a thousand waiting readers, until each
+// of them has it.
 func BenchmarkFanOut(b *testing.B) {
 	for _, readers := range []int{1, 1000} {
 		b.Run(fmt.Sprint(readers), func(b *testing.B) {
@@ -405,7 +405,7 @@ func BenchmarkFanOut(b *testing.B) {
 	}
 }
 
-// BenchmarkBacklog is events through a journal and out to one reader.
+// BenchmarkBacklog measures events through a journal to one reader.
 func BenchmarkBacklog(b *testing.B) {
 	j := openIn(b, NewBudget(KeepUnsent, plenty), 256<<10)
 	c, _ := j.Join(After(0), nil)

@@ -9,29 +9,29 @@ import (
 	"time"
 )
 
-// raceEnabled reports whether the race detector is on, under which this takes
-// ten times as long.
+// raceEnabled reports whether the race detector is on, which makes this test
+// ten times slower.
 var raceEnabled = func() bool {
 	info, _ := debug.ReadBuildInfo()
 	return info != nil && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }()
 
-// heapInUse is what is reachable.
+// heapInUse returns the size of reachable memory.
 func heapInUse() uint64 {
 	var m runtime.MemStats
 	runtime.GC()
-	runtime.GC() // pools give up their victims
+	runtime.GC() // this empties pools
 	runtime.ReadMemStats(&m)
 	return m.HeapAlloc
 }
 
-// busyJournal is a journal whose reader has all that there is, but for some time.
+// busyJournal is a journal whose reader keeps up, with some pauses.
 type busyJournal struct {
 	j *Journal
 	c *Cursor
 }
 
-// event appends one, and reads what there is.
+// event appends one event, and reads what there is if reads is true.
 func (b *busyJournal) event(t *testing.T, text []byte, id string, reads bool) {
 	if _, err := b.j.Append(text); err != nil {
 		t.Fatal(err)
@@ -50,14 +50,14 @@ func (b *busyJournal) event(t *testing.T, text []byte, id string, reads bool) {
 	}
 }
 
-// Ten million events go through journals of both kinds, large and small ones,
-// with ids and without. Their readers come and go, and runs end and begin.
+// Ten million events pass through journals of both kinds, large and small, with
+// ids and without. Readers come and go, and runs end and begin.
 func TestTenMillionEventsDoNotMakeTheHeapGrow(t *testing.T) {
 	events, ids := 10_000_000, 4096
 	if testing.Short() || raceEnabled {
 		events /= 20
 	}
-	// Ids and texts are made once: they are not what is looked for.
+	// Ids and texts are made once, because their memory must not count.
 	names := make([]string, ids)
 	for i := range names {
 		names[i] = strings.Repeat("i", 1+i%20) + string(rune('a'+i%26)) + string(rune('0'+i%10))
@@ -76,10 +76,10 @@ func TestTenMillionEventsDoNotMakeTheHeapGrow(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			budget := NewBudget(test.policy, test.total)
 			begin := func() *busyJournal {
-				// What t holds on to would be growth.
+				// No helpers with t: what t keeps would count as growth.
 				j := budget.Open(64<<10, "", nil)
 				if j == nil {
-					return nil // where there is no room, no run begins
+					return nil // without room, no run begins
 				}
 				c, ok := j.Join(After(0), nil)
 				if !ok {

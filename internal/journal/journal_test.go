@@ -26,7 +26,8 @@ func openIn(t testing.TB, b *Budget, history int) *Journal {
 	return j
 }
 
-// add appends and publishes whole events and fails where there is no room.
+// add appends and publishes complete events. It fails the test if there is no
+// room.
 func add(t testing.TB, j *Journal, events ...string) {
 	t.Helper()
 	for _, e := range events {
@@ -38,7 +39,7 @@ func add(t testing.TB, j *Journal, events ...string) {
 	j.Publish()
 }
 
-// addID appends an event with an id of the upstream's.
+// addID appends an event with an id of the upstream.
 func addID(t testing.TB, j *Journal, id, text string) {
 	t.Helper()
 	if n, err := j.Append([]byte(text)); n != len(text) || err != nil {
@@ -58,7 +59,7 @@ func join(t testing.TB, j *Journal, at Start) *Cursor {
 	return c
 }
 
-// read takes all that there is.
+// read reads everything that there is.
 func read(c *Cursor) (string, error) {
 	var b strings.Builder
 	for {
@@ -92,7 +93,7 @@ func clip(s string) string {
 	return s
 }
 
-// event is event number n, of that many bytes.
+// event returns event number n with a size in bytes.
 func event(n, size int) string {
 	head := fmt.Sprintf("data: %d ", n)
 	return head + strings.Repeat("x", max(size-len(head)-2, 0)) + "\n\n"
@@ -106,7 +107,7 @@ func events(from, to, size int) string {
 	return b.String()
 }
 
-// check holds what the journal says of its size against what it holds.
+// check compares the size that the journal reports with what it holds.
 func check(t testing.TB, j *Journal) {
 	t.Helper()
 	j.mu.Lock()
@@ -210,8 +211,7 @@ func TestARingShowsWholeEventsAndABacklogShowsBytesAsTheyCome(t *testing.T) {
 		t.Errorf("the reader has %d events, want 1", fromBacklog.Events())
 	}
 
-	// Both know where the next reader begins, and only the backlog keeps the
-	// rest.
+	// Both know where the next reader begins. Only the backlog keeps the rest.
 	wantRead(t, join(t, ring, After(1)), "")
 	wantRead(t, join(t, backlog, After(1)), ":hello")
 	ring.Close(nil)
@@ -314,7 +314,7 @@ func TestCommentsGoBeforeTheNewestEventDoes(t *testing.T) {
 	if got, err := read(join(t, j, Last(1))); !strings.HasPrefix(got, event(1, 100)) || err != nil {
 		t.Errorf("the newest event is gone: %q, %v", clip(got), err)
 	}
-	// A reader that has slept has lost comments and no event.
+	// A reader that was asleep has lost comments, but no event.
 	add(t, j, event(2, 100))
 	if got, err := read(c); !strings.HasSuffix(got, event(2, 100)) || err != nil || c.Events() != 2 {
 		t.Errorf("read %q, %v", clip(got), err)
@@ -326,9 +326,9 @@ func TestAPlaceIsFoundByTheUpstreamsID(t *testing.T) {
 	wantRead(t, join(t, j, AfterID("began")), "")
 	addID(t, j, "a", event(1, 50))
 	addID(t, j, "b", event(2, 50))
-	add(t, j, event(3, 50)) // no id of its own
+	add(t, j, event(3, 50)) // without an id of its own
 	addID(t, j, "a", event(4, 50))
-	// An id without data is an id.
+	// An id without data counts as an id.
 	_, _ = j.Append([]byte("id: only\n\n"))
 	j.Commit(Block{SetsID: true, ID: "only"})
 	addID(t, j, "", event(5, 50))
@@ -383,7 +383,7 @@ func TestAnIDIsFoundForAsLongAsAllThatFollowsIsThere(t *testing.T) {
 	if _, ok := j.Join(AfterID("began"), nil); ok {
 		t.Error("the id that it began with is known forever")
 	}
-	// The first of two has gone: the second one is the earliest.
+	// The first of the two events is gone, so the second is the earliest.
 	add(t, j, event(301, 60))
 	wantRead(t, join(t, j, AfterID("100")), event(301, 60))
 }
@@ -414,7 +414,7 @@ func TestAReaderThatFallsBehindIsTold(t *testing.T) {
 	fast := join(t, j, Live())
 	add(t, j, event(2, 100))
 	wantRead(t, fast, event(2, 100))
-	held, err := slow.Next() // and it is blocked in its write now
+	held, err := slow.Next() // as if it were blocked in its write
 	if string(held) != event(2, 100) || err != nil {
 		t.Fatalf("%q, %v", held, err)
 	}
@@ -443,7 +443,7 @@ func TestAReaderThatFallsBehindIsTold(t *testing.T) {
 	if !errors.Is(err, ErrLagged) {
 		t.Fatalf("read %q, %v", got, err)
 	}
-	// What it still got is without a gap.
+	// What it still got has no gap.
 	if n := strings.Count(got, "\n\n"); got != events(3, 2+n, 100) {
 		t.Errorf("it got %q", clip(got))
 	}
@@ -512,7 +512,7 @@ func TestTheUpstreamIsReadAsFastAsTheFastestReaderTakesIt(t *testing.T) {
 		t.Errorf("the other one: %v", err)
 	}
 
-	// It waits for nobody once all have left.
+	// Once all have left, it waits for none of them.
 	a.Leave()
 	b.Leave()
 	for n := range 300 {
@@ -597,9 +597,9 @@ func TestAPlaceIsExactWhereItsIDWasCommittedLast(t *testing.T) {
 	}
 	addID(t, j, "a", event(1, 50))
 	want("a", true)
-	add(t, j, event(2, 50)) // no id of its own
+	add(t, j, event(2, 50)) // without an id of its own
 	want("a", false)
-	_, _ = j.Append([]byte("id: b\n\n")) // no event
+	_, _ = j.Append([]byte("id: b\n\n")) // this is not an event
 	j.Commit(Block{SetsID: true, ID: "b"})
 	j.Publish()
 	want("b", true)

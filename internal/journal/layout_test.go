@@ -5,8 +5,9 @@ import (
 	"unsafe"
 )
 
-// Most journals have left the processor's caches by the time of their next event, so
-// each cache line that it uses is fetched from memory.
+// By the time of their next event, most journals are no longer in the
+// processor's caches, so each cache line that the event uses is fetched from
+// memory.
 func TestWhatAnEventUsesStandsTogether(t *testing.T) {
 	if unsafe.Sizeof(uintptr(0)) != 8 {
 		t.Skip("the lines are those of 64 bits")
@@ -26,7 +27,7 @@ func TestWhatAnEventUsesStandsTogether(t *testing.T) {
 			t.Errorf("an event uses the first %d bytes of a %s, want at most %d", end, name, 2*cacheLine)
 		}
 	}
-	// The allocator puts those of such sizes where a line begins.
+	// The allocator aligns objects of such sizes to a cache line.
 	for name, size := range map[string]uintptr{"chunk": unsafe.Sizeof(c), "cursor": unsafe.Sizeof(r)} {
 		if size%cacheLine != 0 {
 			t.Errorf("a %s has %d bytes, which is no multiple of %d", name, size, cacheLine)

@@ -13,7 +13,7 @@ import (
 	"testing"
 )
 
-// workers is a server with some goroutines for each round.
+// workers serves each round with some goroutines.
 type workers struct {
 	rounds atomic.Int64
 	group  sync.WaitGroup
@@ -35,8 +35,8 @@ func (w *workers) Serve(due *Due) {
 	}
 }
 
-// sleeper is a reader for which the workers read. It has no lock, so that the race
-// detector sees whoever reads for it at the same time.
+// sleeper is a reader for which the workers read. It has no lock, so that the
+// race detector reports workers that read for it at the same time.
 type sleeper struct {
 	c     *Cursor
 	text  strings.Builder
@@ -112,7 +112,7 @@ func TestWhoRestsGetsAllFromOthersInOrderAndOnce(t *testing.T) {
 					stop := make(chan struct{})
 					if comesAndGoes {
 						leaves := uint64(rng.IntN(300))
-						go func() { // when the journal is so much longer
+						go func() { // it stops the reader when the journal has got that many more events
 							defer close(stop)
 							c, ok := j.Join(Live(), nil)
 							if !ok {
@@ -144,7 +144,7 @@ func TestWhoRestsGetsAllFromOthersInOrderAndOnce(t *testing.T) {
 						t.Error(err)
 						return
 					}
-					// Where it has left it comes back.
+					// It comes back to the place where it left.
 					wantRun(t, got, begin+1, int(at))
 					if c, ok = j.Join(After(at), nil); !ok {
 						t.Error("its place is unknown")
@@ -158,7 +158,7 @@ func TestWhoRestsGetsAllFromOthersInOrderAndOnce(t *testing.T) {
 		for !someoneRests(j) {
 			runtime.Gosched()
 		}
-		add(t, j, event(total+1, 20)) // which others read for it
+		add(t, j, event(total+1, 20)) // workers read it for the reader that rests
 		j.Close(nil)
 		readers.Wait()
 		server.group.Wait()
@@ -168,7 +168,7 @@ func TestWhoRestsGetsAllFromOthersInOrderAndOnce(t *testing.T) {
 	}
 }
 
-// someoneRests reports whether a reader has all that there is, and rests.
+// someoneRests reports whether a reader has everything, and rests.
 func someoneRests(j *Journal) bool {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -251,7 +251,7 @@ func TestASpotKnowsTheIDThatItsReaderHasBeenGiven(t *testing.T) {
 		}
 	}
 	add(t, j, event(2, 20))
-	wantID("", false) // the one before it began is none that it has been given
+	wantID("", false) // the event before it began is not one that it has been given
 	addID(t, j, "b", event(3, 20))
 	add(t, j, event(4, 20))
 	wantID("b", true)

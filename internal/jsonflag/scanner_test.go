@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// documents are bodies of requests and whether they ask for a stream.
+// documents are request bodies, with whether they ask for a stream.
 var documents = []struct {
 	text string
 	asks bool
@@ -17,7 +17,7 @@ var documents = []struct {
 	{`{"model":"m","stream":false}`, false},
 	{"\r\n\t { \"stream\" \n:\t true \r}", true},
 	{`{"stream":true,"x":`, true},
-	{`{"stream":true`, false}, // it may go on
+	{`{"stream":true`, false}, // the document may continue
 	{`{"stream":tru}`, false},
 	{`{"stream":truer}`, false},
 	{`{"stream":"true"}`, false},
@@ -118,8 +118,8 @@ func TestNothingIsFollowedOnceTheAnswerIsKnown(t *testing.T) {
 	}
 }
 
-// asksByDecoding is what encoding/json makes of a document, and whether it is
-// one. An escaped key is compared as it is written.
+// asksByDecoding returns what encoding/json makes of a document, and whether it
+// is valid. An escaped key is compared as written.
 func asksByDecoding(document []byte) (asks, valid bool) {
 	var members json.RawMessage
 	if json.Unmarshal(document, &members) != nil {

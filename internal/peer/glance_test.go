@@ -27,12 +27,12 @@ func TestWhatGlancesTell(t *testing.T) {
 	leaving := func(o *observation) { o.phase = phaseLeaving }
 
 	type step struct {
-		after time.Duration // since the one before; below zero: then the socket is closed
+		after time.Duration // since the glance before; if negative, the socket is closed then
 		o     observation
 	}
 	for _, test := range []struct {
 		name  string
-		steps []step // after a healthy one
+		steps []step // after a healthy glance
 		want  Fate
 	}{
 		{"given up", []step{

@@ -8,7 +8,7 @@ import (
 )
 
 func TestTheKernelTakesLittleAheadForASlowClient(t *testing.T) {
-	const segment = 64 << 10 // the kernel finishes one
+	const segment = 64 << 10 // the kernel completes a segment
 	for _, limited := range []bool{false, true} {
 		server, _ := acceptOne(t, listen(t))
 		if limited {

@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// The wrappers that a listener can put around a connection.
+// The kinds of wrappers that a listener can put around a connection.
 type (
 	withNetConn  struct{ inner net.Conn }
 	withRaw      struct{ net.Conn }
@@ -41,7 +41,7 @@ func TestTheSocketIsFoundInWhatWrapsIt(t *testing.T) {
 	server, _ := acceptOne(t, listen(t))
 	tcp := server.(*net.TCPConn)
 
-	// Not t.TempDir: a path to a Unix socket has to be short.
+	// Not t.TempDir, because the path of a Unix socket must be short.
 	dir, err := os.MkdirTemp("", "sse")
 	if err != nil {
 		t.Fatal(err)
@@ -122,8 +122,8 @@ func TestWhatWasAcceptedIsKeptWithoutItsWrappers(t *testing.T) {
 	}
 }
 
-// blockedWrite fills a connection whose client takes nothing, and returns how the
-// write after that ends, which has nowhere to go.
+// blockedWrite fills a connection whose client reads nothing. It returns how
+// the next write ends, which blocks.
 func blockedWrite(t *testing.T, server net.Conn) (ended <-chan error) {
 	t.Helper()
 	flood(t, server.(*net.TCPConn))
@@ -131,7 +131,7 @@ func blockedWrite(t *testing.T, server net.Conn) (ended <-chan error) {
 	errs := make(chan error, 1)
 	go func() {
 		var err error
-		for err == nil { // buffers can still grow
+		for err == nil { // the buffers may still grow
 			_, err = server.Write(make([]byte, 64<<10))
 		}
 		errs <- err

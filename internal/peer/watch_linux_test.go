@@ -16,7 +16,7 @@ import (
 )
 
 const (
-	// deadTimeout is what the connections of these tests are watched with.
+	// deadTimeout is the timeout with which these tests watch connections.
 	deadTimeout = 2 * time.Second
 
 	// deadGrace is how much later the end may come: the kernel counts from the
@@ -27,8 +27,8 @@ const (
 // transports are the protocols whose connections can be dead.
 var transports = []string{"plain", "TLS", "h2"}
 
-// watchedServer is a server of net/http alone. It tells the fate of each connection
-// whose client is gone.
+// watchedServer is a plain net/http server. It reports the fate of each
+// connection whose client is gone.
 type watchedServer struct {
 	*httptest.Server
 	ends chan connectionEnd
@@ -39,8 +39,8 @@ type connectionEnd struct {
 	at   time.Time
 }
 
-// newWatchedServer starts a server that sends a beat at once and then one every
-// interval.
+// newWatchedServer starts a server that sends a beat at once, and then one at
+// each interval.
 func newWatchedServer(t *testing.T, transport string, interval time.Duration, keepAlive net.KeepAliveConfig) *watchedServer {
 	t.Helper()
 	s := &watchedServer{ends: make(chan connectionEnd, 10)}
@@ -85,7 +85,7 @@ func newWatchedServer(t *testing.T, transport string, interval time.Duration, ke
 	return s
 }
 
-// open opens an answer from a host and waits for its first beat.
+// open requests an answer from a host and waits for its first beat.
 func (s *watchedServer) open(t *testing.T, host *peertest.Host) (leave context.CancelFunc, socket *net.TCPConn) {
 	t.Helper()
 	transport := s.Client().Transport.(*http.Transport).Clone()
@@ -149,16 +149,17 @@ func TestAConnectionWhoseHostVanishesIsDead(t *testing.T) {
 		if end.fate != Dead {
 			t.Errorf("%s: it is %s, want dead", name, end.fate)
 		}
-		// The last thing to be acknowledged came at most a second before, the first
-		// thing not to be at most 1.5 s after. The rest is for a busy machine.
+		// The last acknowledged data was sent at most a second before, and the
+		// first unacknowledged data at most 1.5 s after. The rest is for a busy
+		// machine.
 		if took < deadTimeout-time.Second || took > deadTimeout+1500*time.Millisecond+deadGrace+10*time.Second {
 			t.Errorf("%s: it ended after %v", name, took)
 		}
 	}
 }
 
-// A client that went while its host was away, and whose host then answers with
-// a reset, has closed, however late we learn of it.
+// If a client left while its host was away, and the host answers with a reset
+// when it is back, then the client has closed, however late that is noticed.
 func TestAConnectionThatAHostResetsOnComingBackIsNotDead(t *testing.T) {
 	host := peertest.NewHost(t)
 	servers := make(map[string]*watchedServer)
@@ -189,7 +190,7 @@ func TestAConnectionThatAHostResetsOnComingBackIsNotDead(t *testing.T) {
 	}
 }
 
-// The HTTP/2 server may close the connection before a stream is told that its
+// The HTTP/2 server may close the connection before a stream learns that its
 // client is gone.
 func TestTheFateOfAConnectionIsKnownAfterItsClose(t *testing.T) {
 	host := peertest.NewHost(t)
@@ -198,7 +199,7 @@ func TestTheFateOfAConnectionIsKnownAfterItsClose(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer listener.Close()
-	const resets = 3 // of the clients; as many vanish
+	const resets = 3 // this many clients reset, and as many vanish
 	type result struct {
 		want, got Fate
 	}
@@ -221,9 +222,9 @@ func TestTheFateOfAConnectionIsKnownAfterItsClose(t *testing.T) {
 		ctx := WithConn(t.Context(), server)
 		FromContext(ctx).Watch(deadTimeout)
 		go func() {
-			server.Read(make([]byte, 1)) // to the end
+			server.Read(make([]byte, 1)) // wait for the end
 			server.Close()
-			time.Sleep(deadTimeout / 8) // a glance comes meanwhile, or none
+			time.Sleep(deadTimeout / 8) // with or without a glance in the meantime
 			results <- result{want, FromContext(ctx).Leave(deadTimeout)}
 		}()
 		go func() {

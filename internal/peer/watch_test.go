@@ -13,10 +13,10 @@ import (
 	"time"
 )
 
-// patience bounds every wait for something that has to happen.
+// patience limits every wait for something that must happen.
 const patience = time.Minute
 
-// needUserTimeout skips a test on a platform where nothing can be watched.
+// needUserTimeout skips a test on platforms that can't watch a connection.
 func needUserTimeout(t *testing.T) {
 	t.Helper()
 	if err := CheckUserTimeout(); err != nil {
@@ -49,7 +49,7 @@ func listen(t testing.TB) net.Listener {
 	return ln
 }
 
-// newConn returns a connection, and the sockets at both its ends.
+// newConn returns a connection and the sockets at both of its ends.
 func newConn(t testing.TB) (c *Conn, server, client *net.TCPConn) {
 	t.Helper()
 	s, cl := acceptOne(t, listen(t))
@@ -60,7 +60,7 @@ func newConn(t testing.TB) (c *Conn, server, client *net.TCPConn) {
 	return c, s.(*net.TCPConn), cl.(*net.TCPConn)
 }
 
-// timeoutOf reads the timeout that a socket has.
+// timeoutOf returns the timeout that a socket has.
 func timeoutOf(t *testing.T, socket syscall.Conn) time.Duration {
 	t.Helper()
 	raw, err := socket.SyscallConn()
@@ -79,8 +79,8 @@ func TestASocketHasTheShortestOfItsTimeouts(t *testing.T) {
 	for _, before := range []time.Duration{0, 9 * time.Second} {
 		for _, test := range []struct {
 			name  string
-			steps []int // seconds; below zero: one with that timeout leaves
-			want  []int // seconds on the socket after each; -1: what it had before
+			steps []int // seconds; a negative one ends the watch with that timeout
+			want  []int // seconds on the socket after each step; -1: the value that it had before
 		}{
 			{"one", []int{5, -5}, []int{5, -1}},
 			{"one after the other", []int{5, -5, 3, -3}, []int{5, -1, 3, -1}},
@@ -149,7 +149,7 @@ func TestAConnectionThatIsClosedAlreadyIsLeftAlone(t *testing.T) {
 	}
 }
 
-// Listeners of Go accept MPTCP where the system has it.
+// Go's listeners accept MPTCP if the system has it.
 func TestAMultipathConnectionIsLeftAloneOrWatched(t *testing.T) {
 	needUserTimeout(t)
 	ln := listen(t)
@@ -185,7 +185,7 @@ func TestStreamsOfOneConnectionComeAndGoTogether(t *testing.T) {
 	var streams sync.WaitGroup
 	for i := range 16 {
 		streams.Go(func() {
-			timeout := time.Duration(40+i%5) * time.Millisecond // ticks come meanwhile
+			timeout := time.Duration(40+i%5) * time.Millisecond // so that ticks come in the meantime
 			for range 200 {
 				c.Watch(timeout)
 				if f := c.Leave(timeout); f != Alive {
@@ -231,7 +231,7 @@ func TestTheKernelIsAskedWhileAConnectionIsWatched(t *testing.T) {
 	}
 }
 
-// flood writes until the client's window and the buffers on the way are full.
+// flood writes until the client's window and all buffers on the way are full.
 func flood(t *testing.T, server *net.TCPConn) {
 	t.Helper()
 	server.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
@@ -245,8 +245,8 @@ func flood(t *testing.T, server *net.TCPConn) {
 	}
 }
 
-// A connection ends in many ways, and the HTTP/2 server has closed it before
-// its streams are told, so every one is tried in both states.
+// A connection can end in many ways, and the HTTP/2 server may have closed it
+// before its streams learn that. So each way is tested in both states.
 func TestAClientThatClosesIsNotDead(t *testing.T) {
 	needUserTimeout(t)
 	for _, test := range []struct {
@@ -263,7 +263,7 @@ func TestAClientThatClosesIsNotDead(t *testing.T) {
 		{"closes, and is written to", brief, func(t *testing.T, c *Conn, server, client *net.TCPConn) {
 			client.Close()
 			readToEnd(t, server, io.EOF)
-			server.Write([]byte(":\n\n")) // which is answered by a reset
+			server.Write([]byte(":\n\n")) // it is answered with a reset
 			for c.looked().phase != phaseClosed {
 				time.Sleep(time.Millisecond)
 			}
@@ -333,15 +333,16 @@ func TestAClientThatClosesIsNotDead(t *testing.T) {
 }
 
 const (
-	// brief is a timeout that kernels can keep.
+	// brief is a short timeout that kernels still keep.
 	brief = 150 * time.Millisecond
 
-	// unhurried is for what must not take as long as the timeout on a busy machine:
-	// a client that reads, or half of it from freshen to Leave.
+	// unhurried is for steps that must take less time than the timeout, even on
+	// a busy machine: a client that reads, or half of the time from freshen to
+	// Leave.
 	unhurried = time.Second
 )
 
-// stall floods a connection until a glance shows it stalled.
+// stall floods a connection until a glance finds it stalled.
 func stall(t *testing.T, c *Conn, server *net.TCPConn) {
 	t.Helper()
 	flood(t, server)
@@ -350,15 +351,15 @@ func stall(t *testing.T, c *Conn, server *net.TCPConn) {
 	}
 }
 
-// freshen makes the last glance one of this moment. Without it, a machine that lets
-// the test stand still makes the fate unknown.
+// freshen sets the time of the last glance to now. Without it, a machine that
+// pauses the test would make the fate unknown.
 func (c *Conn) freshen() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.last.at = now()
 }
 
-// looked returns a glance at the connection.
+// looked takes a glance at the connection and returns it.
 func (c *Conn) looked() glance {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -366,7 +367,7 @@ func (c *Conn) looked() glance {
 	return c.last
 }
 
-// readToEnd reads until the connection ends, in the way it should.
+// readToEnd reads until the connection ends, and expects the error want.
 func readToEnd(t *testing.T, conn net.Conn, want error) {
 	t.Helper()
 	conn.SetReadDeadline(time.Now().Add(patience))
@@ -376,8 +377,8 @@ func readToEnd(t *testing.T, conn net.Conn, want error) {
 	}
 }
 
-// The last timeout to be in force counts, also for those that leave after the one
-// that brought it.
+// The last timeout that was in force counts, even for streams that leave after
+// the one that set it.
 func TestTheFateHoldsWhenTheShortestTimeoutHasGone(t *testing.T) {
 	needUserTimeout(t)
 	t.Parallel()
@@ -395,7 +396,8 @@ func TestTheFateHoldsWhenTheShortestTimeoutHasGone(t *testing.T) {
 	}
 }
 
-// BenchmarkAGlance is what a watched connection costs four times in each timeout.
+// BenchmarkAGlance measures what a watched connection costs four times in each
+// timeout.
 func BenchmarkAGlance(b *testing.B) {
 	if err := CheckUserTimeout(); err != nil {
 		b.Skip(err)

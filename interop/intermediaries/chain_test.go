@@ -119,8 +119,8 @@ func awaitClosed(t *testing.T, caddy *harness.Caddy, path string) (closed harnes
 	return closed
 }
 
-// site is a Caddy that answers for any Host, because intermediaries pass on the
-// Host of the requests that they get.
+// site is a Caddy that answers for any Host, because some intermediaries replace
+// the client's.
 type site struct {
 	*harness.Caddy
 	port       int

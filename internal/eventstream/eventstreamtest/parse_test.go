@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// The expectations are those that the standard states next to its examples.
+// The expected results are those that the standard states next to its examples.
 func TestParseReadsTheExamplesOfTheStandard(t *testing.T) {
 	want := map[string]Result{
 		"standard: three messages": {Events: []Event{
