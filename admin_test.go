@@ -35,7 +35,7 @@ func (c *testCaddy) adminJSON(t testing.TB, method, path string, status int) map
 	return answer
 }
 
-// streams lists streams by the admin API.
+// streams lists streams through the admin API.
 func (c *testCaddy) streams(t testing.TB, query string) (streams []map[string]any, total int) {
 	t.Helper()
 	answer := c.adminJSON(t, "GET", "/sse/streams"+query, 200)
@@ -46,13 +46,13 @@ func (c *testCaddy) streams(t testing.TB, query string) (streams []map[string]an
 	return streams, int(answer["total"].(float64))
 }
 
-// listed waits until the admin API lists one stream at path.
+// listed waits until the admin API lists exactly one stream at path.
 func (c *testCaddy) listed(t testing.TB, path string) map[string]any {
 	t.Helper()
 	return c.waitForStream(t, path, func(map[string]any) bool { return true })
 }
 
-// waitForStream waits until the only stream at path is as is wants it.
+// waitForStream waits until the only stream at path satisfies is.
 func (c *testCaddy) waitForStream(t testing.TB, path string, is func(stream map[string]any) bool) map[string]any {
 	t.Helper()
 	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
@@ -95,7 +95,7 @@ func (c *testCaddy) open(t testing.TB, cl *testClient, up *testUpstream, path st
 	return c.opened(t, path, e, call)
 }
 
-// opened starts the stream of a request.
+// opened starts the stream of a request and waits until it is listed.
 func (c *testCaddy) opened(t testing.TB, path string, e *exchange, call *upstreamCall) *opened {
 	t.Helper()
 	o := &opened{path: path, exchange: e, call: call}
@@ -149,7 +149,7 @@ func TestAStreamIsListedWithTheContractsFields(t *testing.T) {
 				t.Errorf("opened_at: %v, %v", openedAt, err)
 			}
 			one := c.adminJSON(t, "GET", "/sse/streams/"+s["id"].(string), 200)
-			for _, field := range []string{"opened_at", "duration_seconds", "idle_seconds"} { // they are from two moments
+			for _, field := range []string{"opened_at", "duration_seconds", "idle_seconds"} { // the two were taken at different times
 				delete(one, field)
 				delete(s, field)
 			}
@@ -312,9 +312,9 @@ func TestAStreamThatIsDeletedEndsAtAnEventBoundary(t *testing.T) {
 	for _, proto := range clientProtocols {
 		for _, test := range []struct {
 			name   string
-			before string   // what the client has when the stream is deleted
-			then   []string // what the upstream sends then
-			want   string   // what of it the client gets
+			before string   // what the client has received when the stream is deleted
+			then   []string // what the upstream sends after that
+			want   string   // what the client gets of it
 			events int
 		}{
 			{name: "before the first event"},
@@ -426,7 +426,7 @@ func TestAClientThatReadsNothingDoesNotKeepItsStream(t *testing.T) {
 		stuck := func(s map[string]any) bool { return s["idle_seconds"].(float64) > 0.3 && s["bytes"].(float64) > 0 }
 		c.waitForStream(t, path, stuck)
 		c.adminJSON(t, "DELETE", "/sse/streams?path="+path, 202)
-		// The write timeout would end it after 30 s.
+		// The write timeout would only end it after 30 s.
 		expectEnd(t, c.closedLine(t, path), "admin", "info")
 		if _, err := res.text(); err == nil {
 			t.Error("what the client then reads looks complete")
@@ -538,7 +538,7 @@ func TestStreamsOfAReplacedConfigurationStayListed(t *testing.T) {
 			t.Errorf("%s: %v events are listed", o.path, events)
 		}
 		c.adminJSON(t, "DELETE", "/sse/streams/"+c.listed(t, o.path)["id"].(string), 202)
-		o.body.expectAbort(t) // it is no EventSource, and would take a clean end for the answer's
+		o.body.expectAbort(t) // not an EventSource, so a clean end would look like the end of the answer
 		expectEnd(t, c.closedLine(t, o.path), "admin", "info")
 	}
 	if _, total := c.streams(t, ""); total != 1 {
@@ -650,7 +650,7 @@ func run(t testing.TB, cmd *cobra.Command, args ...string) (printed string, err 
 		printed = string(text)
 		reading.Close()
 	})
-	cmd.SetArgs(append([]string{}, args...)) // nil would be those of the test
+	cmd.SetArgs(append([]string{}, args...)) // with nil, cobra would use the test's arguments
 	cmd.SetOut(io.Discard)
 	cmd.SetErr(io.Discard)
 	err = cmd.Execute()

@@ -11,10 +11,10 @@ import (
 	"time"
 )
 
-// beaten is a client that counts what it is sent.
+// beaten is a client that counts the writes that it gets.
 type beaten struct {
 	writes atomic.Int64
-	write  func() // what a write does beside; nil: nothing
+	write  func() // called by each write, unless nil
 }
 
 func (b *beaten) Header() http.Header { return nil }
@@ -28,7 +28,7 @@ func (b *beaten) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// quietHandler is one whose heartbeats are an hour apart.
+// quietHandler returns a handler without heartbeats.
 func quietHandler() *Handler {
 	return &Handler{
 		agenda: new(agenda),
@@ -36,7 +36,8 @@ func quietHandler() *Handler {
 	}
 }
 
-// openStream is a stream without a server, whose next frame is due after a wait.
+// openStream returns a stream without a server, whose next frame is due after
+// wait.
 func openStream(h *Handler, w http.ResponseWriter, wait time.Duration) *stream {
 	s := &stream{h: h, frames: &h.frames, w: w, arrived: now(), ctx: context.Background(), cancel: func(error) {}, wait: wait, headed: true}
 	s.stage.Store(uint32(stageOpen))
@@ -83,7 +84,8 @@ func TestTheLatestStopsAreRemembered(t *testing.T) {
 	}
 }
 
-// The client of a process that was stopped may have taken all that was sent.
+// While the process was stopped, the client may have read everything that was
+// sent.
 func TestAWriteHasAMomentToGetFurtherAfterAStop(t *testing.T) {
 	const timeout = 30 * time.Second
 	for stop, want := range map[time.Duration]time.Duration{
@@ -108,7 +110,7 @@ func TestAWriteHasAMomentToGetFurtherAfterAStop(t *testing.T) {
 			go s.write([]byte("data: 1\n\n"))
 			time.Sleep(timeout - 1)
 			h.agenda.mu.Lock()
-			h.agenda.armed -= instant(stop) // as if it fired so late
+			h.agenda.armed -= instant(stop) // as if it fired that late
 			h.agenda.mu.Unlock()
 			if got := <-ended; got < want || got > want+time.Millisecond {
 				t.Errorf("after a stop of %v, the write was broken off at %v, want %v", stop, got, want)
@@ -119,8 +121,8 @@ func TestAWriteHasAMomentToGetFurtherAfterAStop(t *testing.T) {
 	}
 }
 
-// The timer is the only clock that a stop is seen by, so it fires often enough
-// where an upstream's silence is limited, and not once more where none is.
+// Only the timer notices a stop, so it fires often if an upstream's silence is
+// limited, and not once more than needed if it is not.
 func TestAnAgendaLooksForStopsOnlyWhereSilenceIsLimited(t *testing.T) {
 	for _, pulse := range []time.Duration{0, time.Second} {
 		synctest.Test(t, func(t *testing.T) {
@@ -147,7 +149,7 @@ func TestAnAgendaLooksForStopsOnlyWhereSilenceIsLimited(t *testing.T) {
 	}
 }
 
-// No wait is so long that its end is in the past.
+// No wait may be so long that its end overflows into the past.
 func TestAWaitBeyondAllTimeIsNeverOver(t *testing.T) {
 	for _, wait := range []time.Duration{never, never - 1, never - time.Second, never - time.Hour, 2 * 1752000 / 2 * time.Hour} {
 		h := quietHandler()
@@ -176,7 +178,7 @@ func TestAWaitBeyondAllTimeIsNeverOver(t *testing.T) {
 	}
 }
 
-// The agenda may be about to call on a stream that is just ending.
+// The agenda may be about to visit a stream that is just ending.
 func TestAStreamWhoseHandlersHaveLeftIsLeftAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := quietHandler()
@@ -187,7 +189,7 @@ func TestAStreamWhoseHandlersHaveLeftIsLeftAlone(t *testing.T) {
 		s.close()
 		time.Sleep(time.Minute)
 		s.tick()
-		s.mu.Lock() // as somebody has who looks at it at the same time
+		s.mu.Lock() // as if another goroutine looked at it at the same time
 		s.arrived = now()
 		s.tick()
 		s.mu.Unlock()

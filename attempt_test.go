@@ -19,16 +19,16 @@ import (
 	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
-// lateDial is what net/http.Transport leaves running for a request that was
-// given up: a dial that nobody waits for, which reads the request's header, its
-// fields and its placeholders without a lock.
+// lateDial stands for what net/http.Transport leaves running for a request that
+// was given up: a dial for which nothing waits, which reads the request's
+// header, its fields and its placeholders without a lock.
 type lateDial struct {
 	running sync.WaitGroup
 	stop    chan struct{}
 }
 
-// begin returns when the request has been read once. From then on it is read
-// until it is told to end.
+// begin returns after the request has been read once. It is then read again and
+// again until end is called.
 func (b *lateDial) begin(r *http.Request) {
 	b.stop = make(chan struct{})
 	looked := make(chan struct{})
@@ -61,8 +61,8 @@ func (b *lateDial) end() {
 	b.running.Wait()
 }
 
-// Whatever becomes of a request, nothing that its handlers have got is written
-// to: the process could die of it, and the race detector tells.
+// Whatever happens to a request, nothing that its handlers have been given may
+// be written to: the process could crash, and the race detector reports it.
 func TestADialThatNobodyWaitsForMayReadTheRequestForEver(t *testing.T) {
 	late := make(chan struct{}) // closed when a stream has started early
 	ends := map[string]func(w http.ResponseWriter, r *http.Request) error{
@@ -122,7 +122,8 @@ func TestADialThatNobodyWaitsForMayReadTheRequestForEver(t *testing.T) {
 						return ends[name](w, r)
 					}))
 				}()
-				// What comes after: error routes, which change the request, and logs.
+				// After that, error routes change the request, and logs read
+				// it.
 				r.Header.Set("X-Error", "1")
 				r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer).Set("outside", "error")
 			})
@@ -130,8 +131,8 @@ func TestADialThatNobodyWaitsForMayReadTheRequestForEver(t *testing.T) {
 	}
 }
 
-// A proxy before sse leaves such a dial, too, and the proxy after sse sets the
-// variable that it reads to what it is already.
+// A proxy before sse leaves such a dial too, and the proxy after sse sets the
+// variable that the dial reads to the value that it already has.
 func TestWhatIsSetAgainIsNotWrittenToTheClientsVariables(t *testing.T) {
 	h := provision(t, &caddysse.Handler{EarlyStart: &caddysse.EarlyStart{Delay: caddy.Duration(time.Hour)}})
 	c := newClient(t)
@@ -179,7 +180,7 @@ func TestAVariableThatCanNotBeComparedGetsOut(t *testing.T) {
 	}
 }
 
-// headed is a client that says when its headers are there.
+// headed is a client that calls told when its headers are sent.
 type headed struct {
 	*client
 	told func()
@@ -190,8 +191,8 @@ func (c headed) WriteHeader(status int) {
 	c.told()
 }
 
-// The same through reverse_proxy, whose dial is in its TLS handshake when the
-// request ends.
+// The same through reverse_proxy, with a dial that is in its TLS handshake when
+// the request ends.
 func TestADialOfReverseProxyOutlivesItsRequest(t *testing.T) {
 	if apart(t) {
 		return
@@ -254,8 +255,8 @@ func TestADialOfReverseProxyOutlivesItsRequest(t *testing.T) {
 	}
 }
 
-// What handlers after sse set gets to those before it, and what handlers before
-// it have set gets to those after it, with the request as each of them knows it.
+// Handlers before sse see what handlers after it have set, and the other way
+// round. Each sees its own request.
 func TestWhatHandlersAfterSSESetGetsOut(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
@@ -272,7 +273,7 @@ func TestWhatHandlersAfterSSESetGetsOut(t *testing.T) {
 		case "text":
 			w.Write(body)
 		default:
-			panic(http.ErrAbortHandler) // a 502 of reverse_proxy
+			panic(http.ErrAbortHandler) // reverse_proxy answers with 502
 		}
 	})
 	for _, early := range []string{"", "early_start 1h any"} {
@@ -354,7 +355,7 @@ func TestWhatHandlersAfterSSESetGetsOut(t *testing.T) {
 	}
 }
 
-// accessLogOf waits for the access log's line of a URI.
+// accessLogOf waits for the access log line for a URI.
 func (c *testCaddy) accessLogOf(t testing.TB, uri string) logEntry {
 	t.Helper()
 	timeout := time.After(patience)
@@ -376,7 +377,8 @@ func (c *testCaddy) accessLogOf(t testing.TB, uri string) logEntry {
 	}
 }
 
-// A proxy in front, such as forward_auth, leaves placeholders of the same names.
+// A proxy before sse, such as forward_auth, leaves placeholders of the same
+// names.
 func TestTheProxyAfterSSEIsTheOneThatIsTold(t *testing.T) {
 	for _, early := range []bool{false, true} {
 		for _, proxied := range []bool{false, true} {
@@ -411,7 +413,7 @@ func TestTheProxyAfterSSEIsTheOneThatIsTold(t *testing.T) {
 	}
 }
 
-// Error routes run after the handlers, with the request as it came.
+// Error routes run after the handlers, with the original request.
 func TestErrorRoutesGetTheRequestAsItCame(t *testing.T) {
 	for _, early := range []bool{false, true} {
 		for _, encodings := range [][]string{nil, {"gzip"}, {"gzip", "br"}} {

@@ -40,7 +40,7 @@ func TestTheKernelIsAskedAgainOnlyOnceTooMuchMayBeOnItsWay(t *testing.T) {
 	if !b.takesAtOnceLocked() || b.spare != onItsWay {
 		t.Fatalf("a client that has all can be sent %d bytes, want %d", b.spare, onItsWay)
 	}
-	// From now on the kernel has nothing to say, so it shows whether it is asked.
+	// From now on the kernel can't answer, which shows whether it is asked.
 	conn.Close()
 	if b.spare = 1; !b.takesAtOnceLocked() {
 		t.Error("the kernel was asked while little was on its way")
@@ -77,7 +77,7 @@ func TestAnEventForAClientThatKeepsUpAllocatesNothing(t *testing.T) {
 	before := s.bytes
 	if allocs := testing.AllocsPerRun(1000, func() {
 		_, _ = b.backlog.Size()
-		b.spare, b.heard = onItsWay, s.lastHeard // whatever it says: the client's host may wait with its answer
+		b.spare, b.heard = onItsWay, s.lastHeard // whatever the kernel says, because the client's host may delay its acknowledgement
 		if _, err := f.write(event); err != nil {
 			t.Error(err)
 		}
@@ -103,7 +103,7 @@ func TestAClientThatTheKernelTellsNothingOfIsNotWrittenToFromHere(t *testing.T) 
 	}
 }
 
-// The event's last byte is the last one of a chunk of the journal.
+// The event's last byte is also the last byte of a chunk of the journal.
 func TestAnEarlyEndThatWaitsForAnEventComesRightAfterIt(t *testing.T) {
 	conn, client := tcpPair(t)
 	s := &stream{chunks: conn, frames: new(frames), h: &Handler{agenda: new(agenda)}}

@@ -13,8 +13,9 @@ import (
 	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
-// TestWhatHandlersWriteReachesTheirClientAsItIs has chunks written past the server
-// where it is the only writer, to clients that are there first and that come back.
+// TestWhatHandlersWriteReachesTheirClientAsItIs has chunks written directly to
+// connections, if the handlers' goroutine is the only writer, for clients that
+// begin a run and clients that come back to it.
 func TestWhatHandlersWriteReachesTheirClientAsItIs(t *testing.T) {
 	checkLeaks(t)
 	for _, test := range []struct {
@@ -37,7 +38,7 @@ func TestWhatHandlersWriteReachesTheirClientAsItIs(t *testing.T) {
 					open, chunks := caddysse.OpenAndChunked()
 					return open == 1 && chunks == test.chunks
 				})
-				// Short ones, long ones, and heartbeats between them.
+				// Short events, long events, and heartbeats between them.
 				for _, size := range []int{1, 200, 4000, 4096, 4097, 20_000, 1} {
 					number++
 					text := strings.Repeat("x", size)
@@ -56,8 +57,8 @@ func TestWhatHandlersWriteReachesTheirClientAsItIs(t *testing.T) {
 	}
 }
 
-// The handlers' goroutine writes to a client that keeps up. One that does not read
-// must not hold it up: what comes next goes into the journal.
+// The handlers' goroutine writes to a client that keeps up. A client that does
+// not read must not block it: what follows goes to the journal.
 func TestAClientThatDoesNotReadDoesNotHoldItsHandlersUp(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
@@ -81,12 +82,12 @@ func TestAClientThatDoesNotReadDoesNotHoldItsHandlersUp(t *testing.T) {
 				if err != nil || http.NewResponseController(w).Flush() != nil {
 					return
 				}
-				// So that the client has all that there is, as long as it takes it.
+				// So that the client has everything, as long as it reads.
 				time.Sleep(200 * time.Microsecond)
 			}
 		})
 	}()
-	const enough = 64 // events of 1 KB that are in the journal and not with the client
+	const enough = 64 // events of 1 KB that are in the journal and have not been sent
 	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
 		events := c.runs("").Runs[0].Events
 		var list struct{ Streams []struct{ Events uint64 } }

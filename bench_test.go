@@ -14,15 +14,15 @@ import (
 	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
-// event is one of 200 bytes, as a language model's answer is made of.
+// event has 200 bytes, like an event of a language model's answer.
 var event = append(append([]byte("data: "), bytes.Repeat([]byte("x"), 192)...), "\n\n"...)
 
 func prepared(w http.ResponseWriter) *http.Request {
 	return caddyhttp.PrepareRequest(get("text/event-stream"), caddy.NewReplacer(), w, new(caddyhttp.Server))
 }
 
-// BenchmarkHandlerWrite says what one write of one event costs: without the
-// module, with nothing but a lock around it, and with the module.
+// BenchmarkHandlerWrite measures one write of one event: without the module,
+// with only a lock around it, and with the module.
 func BenchmarkHandlerWrite(b *testing.B) {
 	b.Run("bare", func(b *testing.B) { benchmarkWrite(b, absent{}, true) })
 	b.Run("lock", func(b *testing.B) { benchmarkWrite(b, locking{}, true) })
@@ -53,8 +53,8 @@ func benchmarkWrite(b *testing.B, h caddyhttp.MiddlewareHandler, flush bool) {
 	}
 }
 
-// locking is the least that a handler must do which has something else to write
-// to the same client.
+// locking does the minimum for a handler that has something else to write to
+// the same client.
 type locking struct{}
 
 func (locking) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
@@ -95,14 +95,14 @@ func TestAWriteAllocatesNothing(t *testing.T) {
 	}
 }
 
-// BenchmarkWriteInTurn says what a write costs to a stream that has left the
-// processor's caches since its last one: of 10,000, each is written to in turn.
-// Plain is a handler that writes and flushes, as reverse_proxy does.
+// BenchmarkWriteInTurn measures a write to a stream that has left the
+// processor's caches since its last write: it writes to each of 10,000 streams
+// in turn. Plain is a handler that writes and flushes, as reverse_proxy does.
 func BenchmarkWriteInTurn(b *testing.B) {
 	const streams = 10_000
 	plain := openInTurn(b, absent{}, streams)
 	sse := openInTurn(b, provision(b, silent()), streams)
-	// A round of each after the other, so that both see the same machine.
+	// The rounds alternate, so that both run under the same conditions.
 	var plainTook, sseTook time.Duration
 	rounds := 0
 	for b.Loop() {
@@ -125,8 +125,8 @@ func BenchmarkWriteInTurn(b *testing.B) {
 	b.ReportMetric(float64((sseTook-plainTook).Nanoseconds())/float64(rounds*streams), "more-ns/write")
 }
 
-// openInTurn opens streams whose handlers wait for the end of the benchmark, and
-// returns what each has to write to.
+// openInTurn opens streams whose handlers wait for the end of the benchmark,
+// and returns their writers.
 func openInTurn(b *testing.B, h caddyhttp.MiddlewareHandler, streams int) []http.ResponseWriter {
 	b.Helper()
 	stop := make(chan struct{})
@@ -148,8 +148,8 @@ func openInTurn(b *testing.B, h caddyhttp.MiddlewareHandler, streams int) []http
 		close(stop)
 		serving.Wait()
 	})
-	// In memory they stand in the order of their opening, which the processor would
-	// see.
+	// In memory they are in the order in which they were opened, which the
+	// processor would predict.
 	rand.New(rand.NewPCG(1, 2)).Shuffle(streams, func(i, j int) { writers[i], writers[j] = writers[j], writers[i] })
 	return writers
 }

@@ -15,8 +15,8 @@ import (
 )
 
 // A quiet stream may cost this much more than one through reverse_proxy alone.
-// Half of it is what keeps handlers that outlive their request apart from it: a
-// request, a header map, a Replacer and a context of their own.
+// Half of that separates the handlers from the request, which they may outlive:
+// a request, a header map, a Replacer and a context of their own.
 const heapBudget = 2600 // bytes
 
 func TestAQuietStreamStaysWithinItsBudget(t *testing.T) {
@@ -33,15 +33,16 @@ func TestAQuietStreamStaysWithinItsBudget(t *testing.T) {
 	if more := sse.goroutines - plain.goroutines; more > 0.01 {
 		t.Errorf("%.2f more goroutines than plain, want none", more)
 	}
-	// A stack that is larger is so by 2 KiB or more. What is below comes from
-	// the stacks that the runtime keeps for goroutines to come.
+	// A larger stack is larger by at least 2 KiB. Smaller differences come from
+	// the stacks that the runtime keeps for future goroutines.
 	if more := sse.stack - plain.stack; more >= 2<<10 {
 		t.Errorf("%.0f bytes more stack than plain, want none", more)
 	}
 }
 
-// A quiet stream that outlives its client may cost this much more than one through
-// reverse_proxy alone: it has a goroutine more, with the stack of the handlers.
+// A quiet stream that outlives its client may cost this much more than one
+// through reverse_proxy alone, because it has one more goroutine, with the
+// stack of the handlers.
 const keptBudget = 24 << 10 // bytes
 
 func TestAQuietKeptStreamStaysWithinItsBudget(t *testing.T) {
@@ -60,8 +61,8 @@ func TestAQuietKeptStreamStaysWithinItsBudget(t *testing.T) {
 	}
 }
 
-// BenchmarkQuietStreams tells what one stream costs while nothing happens, and
-// what of it is this module's.
+// BenchmarkQuietStreams measures what one quiet stream costs, and how much of
+// that is caused by this module.
 func BenchmarkQuietStreams(b *testing.B) {
 	streams := min(5000, (fileLimit(b)-500)/4)
 	var plain, sse cost
@@ -78,8 +79,8 @@ func BenchmarkQuietStreams(b *testing.B) {
 	b.ReportMetric(plain.goroutines, "plain-goroutines/stream")
 }
 
-// cost is what the process holds. Clients and upstreams live in it too, but
-// have no goroutine of their own and hold the same in each case.
+// cost is what the process uses. This includes clients and upstreams, but they
+// have no goroutines, and use the same in each case.
 type cost struct {
 	heap, stack float64 // bytes
 	goroutines  float64
@@ -89,8 +90,8 @@ func (c cost) String() string {
 	return fmt.Sprintf("heap %6.0f B, stack %6.0f B, goroutines %.2f", c.heap, c.stack, c.goroutines)
 }
 
-// measureQuietStreams opens streams through reverse_proxy alone and through
-// sse with some settings in front of it, several rounds of each in turn, and returns the medians
+// measureQuietStreams opens streams through reverse_proxy alone, and through
+// sse with some settings, in several alternating rounds. It returns the medians
 // per stream.
 func measureQuietStreams(t testing.TB, streams, rounds int, settings string) (plain, sse cost) {
 	up := newQuietUpstream(t)
@@ -106,7 +107,7 @@ func measureQuietStreams(t testing.TB, streams, rounds int, settings string) (pl
 			reverse_proxy `+up.Addr().String()+`
 		}`, withoutLogs())
 
-	// The runtime keeps stacks and other things for next time.
+	// This first round fills the runtime's pools.
 	measureOnce(t, c, up, "/sse", streams)
 	nothing := settledCost()
 	var plains, sses []cost
@@ -117,7 +118,7 @@ func measureQuietStreams(t testing.TB, streams, rounds int, settings string) (pl
 	return nothing.perStream(plains, streams), nothing.perStream(sses, streams)
 }
 
-// perStream returns the medians of what costs are above nothing.
+// perStream returns the medians of costs minus nothing, per stream.
 func (nothing cost) perStream(costs []cost, streams int) cost {
 	median := func(figure func(cost) float64) float64 {
 		var figures []float64
@@ -134,14 +135,15 @@ func (nothing cost) perStream(costs []cost, streams int) cost {
 	}
 }
 
-// browserRequest has the Accept-Encoding that every browser sends. Without
-// one, reverse_proxy would add its own, which is memory for plain alone.
+// browserRequest has the Accept-Encoding that every browser sends. Without it,
+// reverse_proxy would add its own, which would cost memory in the plain case
+// only.
 const browserRequest = "GET %s HTTP/1.1\r\nHost: localhost\r\n" +
 	"Accept: text/event-stream\r\nAccept-Encoding: gzip, deflate, br, zstd\r\n\r\n"
 
-// measureOnce returns what the process holds with streams open. Each has had
-// its first heartbeat then, where it gets any, and one event after it; with
-// the default interval the next heartbeat is 11 seconds away.
+// measureOnce returns what the process uses with streams open. By then, each
+// has had its first heartbeat, if it gets any, and one event after it. With the
+// default interval, the next heartbeat is 11 seconds away.
 func measureOnce(t testing.TB, c *testCaddy, up quietUpstream, path string, streams int) cost {
 	t.Helper()
 	goroutines := runtime.NumGoroutine()
@@ -179,8 +181,9 @@ func measureOnce(t testing.TB, c *testCaddy, up quietUpstream, path string, stre
 	return held
 }
 
-// settledCost is that of the whole process after several collections: two
-// empty the pools, and each halves the stacks that have become too large.
+// settledCost returns the cost of the whole process after several collections:
+// two of them empty the pools, and each halves the stacks that have become too
+// large.
 func settledCost() cost {
 	for range 4 {
 		runtime.GC()
@@ -190,10 +193,10 @@ func settledCost() cost {
 	return cost{float64(stats.HeapAlloc), float64(stats.StackInuse), float64(runtime.NumGoroutine())}
 }
 
-// readBuffer is one for all, so that clients and upstreams need no memory.
+// readBuffer is shared by all, so that clients and upstreams need no memory.
 var readBuffer [8 << 10]byte
 
-// readUntil reads to where text has passed. What it returns is good until the
+// readUntil reads until text has arrived. What it returns is valid until the
 // next call.
 func readUntil(t testing.TB, conn net.Conn, text string) []byte {
 	t.Helper()
@@ -229,7 +232,7 @@ func newQuietUpstream(t testing.TB) quietUpstream {
 	return quietUpstream{listener}
 }
 
-// accept takes a connection and the request on it.
+// accept accepts a connection and reads its request.
 func (up quietUpstream) accept(t testing.TB) net.Conn {
 	t.Helper()
 	up.SetDeadline(time.Now().Add(patience))
@@ -241,7 +244,7 @@ func (up quietUpstream) accept(t testing.TB) net.Conn {
 	return conn
 }
 
-// fileLimit is how many files the process may have open.
+// fileLimit returns how many files the process may have open.
 func fileLimit(t testing.TB) int {
 	t.Helper()
 	var limit syscall.Rlimit

@@ -17,7 +17,7 @@ import (
 	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
-// adapt turns a Caddyfile into the handlers of its routes, in their order.
+// adapt converts a Caddyfile to the handlers of its routes, in their order.
 func adapt(caddyfile string) (handlers []map[string]any, err error) {
 	text, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(caddyfile), map[string]any{"filename": "Caddyfile"})
 	if err != nil {
@@ -180,7 +180,7 @@ func TestAMatcherLimitsTheDirective(t *testing.T) {
 
 func TestAnInvalidCaddyfileIsAnErrorWithFileAndLine(t *testing.T) {
 	for _, test := range []struct {
-		directive string // begins in line 2
+		directive string // it begins in line 2
 		line      int
 		want      []string // in the error
 	}{
@@ -562,8 +562,8 @@ func TestInvalidJSONIsAnErrorThatSaysWhy(t *testing.T) {
 	}
 }
 
-// FuzzCaddyfile looks for tokens that the parser stumbles over, that it accepts
-// though they can't be kept to, or whose JSON means something else.
+// FuzzCaddyfile searches for tokens that crash the parser, that it accepts
+// although the settings are not valid, or whose JSON means something else.
 func FuzzCaddyfile(f *testing.F) {
 	for _, seed := range []string{
 		"sse", "sse 15s", "sse {\n}", "sse 15s {\n\tprelude off\n}", "sse {",
@@ -607,7 +607,7 @@ func FuzzCaddyfile(f *testing.F) {
 		if err != nil {
 			t.Fatalf("%q is accepted, but not its JSON %s: %v", text, config, err)
 		}
-		h.Name = loaded.Name // the only default that shows
+		h.Name = loaded.Name // the only default that is visible
 		want, _ := json.Marshal(h)
 		if got, err := json.Marshal(loaded); err != nil || string(got) != string(want) {
 			t.Errorf("%s came back as %s, %v", want, got, err)

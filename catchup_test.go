@@ -48,14 +48,14 @@ func TestAClientThatTheJournalHasNothingForCatchesUp(t *testing.T) {
 	if own.Header.Get("Last-Event-ID") != "u40" || own.Header.Get("X-Client") != "" {
 		t.Errorf("it catches up with %v", own.Header)
 	}
-	// Whoever brings the same id uses the same stream.
+	// A client that sends the same id uses the same stream.
 	three := cl.get(t, "/", append(asEventSource, "Last-Event-ID: u40")...).follow()
 	own.start("text/event-stream", "X-Run: no")
 	own.send(withIDs(41, 49))
 	two.expect(t, withIDs(41, 49))
 	three.expect(t, withIDs(41, 49))
 	own.send(withIDs(50, 55))
-	two.expect(t, withIDs(50, 60)) // what comes after 55 is the journal's
+	two.expect(t, withIDs(50, 60)) // what follows 55 comes from the journal
 	three.expect(t, withIDs(50, 60))
 	own.expectGone()
 	run.send(withID(61))
@@ -144,7 +144,7 @@ func TestAClientEndsWithTheStreamThatItCatchesUpBy(t *testing.T) {
 		},
 	}
 	clients := make(map[string]*follower)
-	for id := range ends { // each waits for a second
+	for id := range ends { // each test waits for a second
 		clients[id] = cl.get(t, "/", append(asEventSource, "Last-Event-ID: "+id)...).follow()
 	}
 	for range ends {

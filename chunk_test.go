@@ -16,8 +16,9 @@ import (
 	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
-// TestWhatIsFramedOnceReachesEachClientAsItIs has clients with and without writers
-// around the server's: only where there is none are chunks written past it.
+// TestWhatIsFramedOnceReachesEachClientAsItIs has clients with and without
+// other writers around the server's. Only without them are chunks written
+// directly to the connection.
 func TestWhatIsFramedOnceReachesEachClientAsItIs(t *testing.T) {
 	if apart(t) {
 		return
@@ -47,7 +48,7 @@ func TestWhatIsFramedOnceReachesEachClientAsItIs(t *testing.T) {
 				open, chunks := caddysse.OpenAndChunked()
 				return open == 2 && chunks == test.chunks
 			})
-			// Short ones, long ones, and heartbeats between them.
+			// Short events, long events, and heartbeats between them.
 			for n, size := range []int{1, 200, 4000, 4096, 4097, 100_000, 1} {
 				text := strings.Repeat("x", size)
 				call.send("data: " + text + "\n\n")
@@ -67,7 +68,7 @@ func TestWhatIsFramedOnceReachesEachClientAsItIs(t *testing.T) {
 
 const beat = ":heartbeat\n\n"
 
-// expectBetweenHeartbeats expects text, after any number of heartbeats, and one
+// expectBetweenHeartbeats expects any number of heartbeats, then text, and one
 // heartbeat after it.
 func (f *follower) expectBetweenHeartbeats(t testing.TB, want string) {
 	t.Helper()
@@ -87,9 +88,9 @@ func (f *follower) expectBetweenHeartbeats(t testing.TB, want string) {
 	f.unread = without(f.unread)[len(want):]
 }
 
-// TestAConnectionStaysWholeWhateverIsWrittenPastTheServer has several requests on a
-// connection, one after the other, each of which has its stream's events and an end.
-// Heartbeats go out in between, through the server.
+// TestAConnectionStaysWholeWhateverIsWrittenPastTheServer sends several
+// requests on a connection, one after the other. Each must get its stream's
+// events and an end. Heartbeats are sent in between, through the server.
 func TestAConnectionStaysWholeWhateverIsWrittenPastTheServer(t *testing.T) {
 	if apart(t) {
 		return
@@ -98,7 +99,7 @@ func TestAConnectionStaysWholeWhateverIsWrittenPastTheServer(t *testing.T) {
 	const events = 40
 	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
 		random := rand.New(rand.NewPCG(1, uint64(len(r.URL.Path))))
-		time.Sleep(time.Duration(random.IntN(30)) * time.Millisecond) // early or late for early_start
+		time.Sleep(time.Duration(random.IntN(30)) * time.Millisecond) // before or after early_start
 		body, _ := io.ReadAll(r.Body)
 		w.Header().Set("Content-Type", eventStream)
 		w.Header().Set("Trailer", "X-Trailer")
@@ -149,7 +150,7 @@ func TestAConnectionStaysWholeWhateverIsWrittenPastTheServer(t *testing.T) {
 								t.Errorf("trailers: %v", res.Trailer)
 							}
 							if res.Close {
-								return // its headers went out before its body had been read
+								return // its headers were sent before its body had been read
 							}
 						}
 					})
@@ -159,8 +160,8 @@ func TestAConnectionStaysWholeWhateverIsWrittenPastTheServer(t *testing.T) {
 	}
 }
 
-// expectNumberedEvents reads a response that has so many events, from 0 on, and what
-// this module adds.
+// expectNumberedEvents reads a response with this many events, numbered from 0,
+// and what this module adds.
 func expectNumberedEvents(t *testing.T, in *bufio.Reader, events int, what string) *http.Response {
 	t.Helper()
 	res, err := http.ReadResponse(in, nil)

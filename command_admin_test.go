@@ -20,7 +20,7 @@ import (
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 )
 
-// sseCommand is `caddy sse`, which prints nothing.
+// sseCommand returns `caddy sse`, without output.
 func sseCommand(args ...string) *cobra.Command {
 	root, sse := &cobra.Command{Use: "caddy", SilenceUsage: true}, &cobra.Command{Use: "sse <command>"}
 	addCommands(sse)
@@ -75,7 +75,7 @@ func TestAdminAddressesAreTakenInEveryFormThatPeopleWrite(t *testing.T) {
 	}
 }
 
-// adminFlags are the flags of a command that calls the admin API.
+// adminFlags returns the flags of a command that calls the admin API.
 func adminFlags(t *testing.T, args ...string) caddycmd.Flags {
 	t.Helper()
 	cmd := new(cobra.Command)
@@ -128,7 +128,7 @@ func TestTheAdminAddressComesFromWhereCaddyReloadTakesIt(t *testing.T) {
 	expect("localhost:22022", "--address", "localhost:22022")
 }
 
-// adminServer is a stand-in for an admin API.
+// adminServer stands in for an admin API.
 func adminServer(t *testing.T, handler http.HandlerFunc) adminClient {
 	t.Helper()
 	server := httptest.NewServer(handler)
@@ -140,7 +140,7 @@ func adminServer(t *testing.T, handler http.HandlerFunc) adminClient {
 	return client
 }
 
-// likeCaddy answers as the admin API of a Caddy does that lacks this module.
+// likeCaddy answers like the admin API of a Caddy without this module.
 func likeCaddy(w http.ResponseWriter, r *http.Request) {
 	if r.URL.Path != "/config/" {
 		http.NotFound(w, r)
@@ -190,7 +190,7 @@ func TestAFailedCallOfTheAdminAPIIsExplainedTruly(t *testing.T) {
 	}
 }
 
-// A Caddy that has just reloaded closes some calls without a look at them.
+// A Caddy that has just reloaded closes some calls without reading them.
 func TestACallThatAReplacedAdminServerClosedIsMadeAgain(t *testing.T) {
 	for closed, want := range map[int]string{1: "<nil>", 2: "is no admin API of Caddy: EOF"} {
 		var calls atomic.Int64

@@ -21,7 +21,7 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/doctor"
 )
 
-// checkCommand is `caddy sse check` in a process of its own.
+// checkCommand returns `caddy sse check` in its own process.
 func checkCommand(args []string, env ...string) *exec.Cmd {
 	cmd := exec.Command(os.Args[0], append([]string{"sse", "check"}, args...)...)
 	for _, variable := range os.Environ() {
@@ -33,7 +33,7 @@ func checkCommand(args []string, env ...string) *exec.Cmd {
 	return cmd
 }
 
-// runCheck runs it to its end.
+// runCheck runs a command to its end.
 func runCheck(t *testing.T, cmd *exec.Cmd) (status int, stdout, stderr string) {
 	t.Helper()
 	var out, complaints bytes.Buffer
@@ -97,7 +97,7 @@ func TestTheCheckFindsNothingOnTheWayToThisCaddy(t *testing.T) {
 	wg.Wait()
 }
 
-// site answers as its paths say.
+// site gives the answers that its paths describe.
 func site(t *testing.T) *httptest.Server {
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {

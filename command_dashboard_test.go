@@ -17,7 +17,7 @@ import (
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 )
 
-// passedOn is what a stand-in for the admin API has been called for.
+// passedOn stands in for the admin API and records what it was called for.
 type passedOn struct{ calls []string }
 
 func (p *passedOn) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -145,7 +145,7 @@ func TestTheDashboardsPathIsAnotherEachTime(t *testing.T) {
 	}
 }
 
-// dashboardFlags are those of the command.
+// dashboardFlags returns the flags of the command.
 func dashboardFlags(t *testing.T, args ...string) caddycmd.Flags {
 	t.Helper()
 	cmd := dashboardCommand()
@@ -156,7 +156,7 @@ func dashboardFlags(t *testing.T, args ...string) caddycmd.Flags {
 }
 
 func TestTheDashboardPrintsWhereItIsAndPassesAWatchOnAsItComes(t *testing.T) {
-	dir, err := os.MkdirTemp("", "dashboard") // a path to a Unix socket has to be short
+	dir, err := os.MkdirTemp("", "dashboard") // the path of a Unix socket must be short
 	if err != nil {
 		t.Fatal(err)
 	}

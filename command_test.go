@@ -26,7 +26,7 @@ func TestTheDemosConfigurationIsValid(t *testing.T) {
 	if err := caddy.Validate(config()); err != nil {
 		t.Error(err)
 	}
-	// What Validate reads is not what Run reads: that goes through JSON.
+	// Validate does not go through JSON, but Run does.
 	text, err := json.Marshal(config())
 	if err != nil {
 		t.Fatal(err)
@@ -108,14 +108,14 @@ func TestTheDemoSaysWhatToTry(t *testing.T) {
 }
 
 // runningDemo starts a demo. It returns a client, the URL of the page, the
-// address of the admin API and what ends everything but Caddy.
+// address of the admin API, and a function that ends everything except Caddy.
 func runningDemo(t *testing.T, parts demo.Parts) (client *http.Client, url, admin string, end context.CancelFunc) {
 	t.Helper()
 	listener, err := demoListen("127.0.0.1:0", true)
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir, err := os.MkdirTemp("", "demo") // a path to a Unix socket has to be short
+	dir, err := os.MkdirTemp("", "demo") // the path of a Unix socket must be short
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -128,7 +128,7 @@ func runningDemo(t *testing.T, parts demo.Parts) (client *http.Client, url, admi
 	}
 	t.Cleanup(func() {
 		caddy.Stop()
-		// Stop leaves the admin API running.
+		// caddy.Stop does not stop the admin API.
 		if err := caddy.Load([]byte(`{"admin": {"disabled": true, "config": {"persist": false}}}`), true); err != nil {
 			t.Error(err)
 		}
@@ -273,7 +273,7 @@ type demoNumbers struct {
 	err      error
 }
 
-// next reads on to the next number; false is the end.
+// next reads up to the next number. It returns false at the end.
 func (d *demoNumbers) next() bool {
 	var data, id string
 	for {

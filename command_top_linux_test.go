@@ -18,10 +18,10 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/top"
 )
 
-// pseudoTerminal is a terminal whose other end is the test.
+// pseudoTerminal is a terminal with the test at its other end.
 type pseudoTerminal struct {
 	t        *testing.T
-	keyboard *os.File // and what is printed
+	keyboard *os.File // the test's end: it writes keys and reads the output
 	terminal *os.File
 
 	mu      sync.Mutex
@@ -66,8 +66,8 @@ func newPseudoTerminal(t *testing.T) *pseudoTerminal {
 		}
 	})
 	t.Cleanup(func() {
-		p.press("q\n")     // which ends a reading of the terminal
-		p.terminal.Close() // and that the one of the other end
+		p.press("q\n")     // this ends a read of the terminal
+		p.terminal.Close() // and this a read of the other end
 		reading.Wait()
 		keyboard.Close()
 	})
@@ -88,7 +88,7 @@ func (p *pseudoTerminal) press(keys string) {
 	}
 }
 
-// await waits until something is printed, after what was awaited before.
+// await waits for output, after the output that earlier calls waited for.
 func (p *pseudoTerminal) await(text string) {
 	p.t.Helper()
 	timeout := time.After(20 * time.Second)
@@ -121,7 +121,7 @@ func (p *pseudoTerminal) settings() unix.Termios {
 	return *settings
 }
 
-// watchServer is a stand-in for an admin API whose watches tell what a test says,
+// watchServer stands in for an admin API whose watches send what the test says,
 // and end when it says "end".
 func watchServer(t *testing.T) (client adminClient, say chan<- string, asked <-chan string) {
 	t.Helper()
@@ -150,7 +150,7 @@ func watchServer(t *testing.T) (client adminClient, say chan<- string, asked <-c
 	return client, saying, asking
 }
 
-// topFlags are those of the command.
+// topFlags returns the flags of the command.
 func topFlags(t *testing.T, args ...string) caddycmd.Flags {
 	t.Helper()
 	cmd := topCommand()
@@ -197,7 +197,7 @@ func TestTopShowsAWatchComesBackAndLeavesTheTerminalAsItWas(t *testing.T) {
 			say <- `{"totals":{"open":8}}`
 			p.await("open 8")
 
-			p.press("x") // which is no key of ours
+			p.press("x") // not one of our keys
 			leave(p, stop)
 			p.await("\x1b[?25h\x1b[?1049l")
 			if err := <-ended; err != nil {

@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// adminPage is the page as the admin API serves it.
+// adminPage returns the page as the admin API serves it.
 func adminPage(t *testing.T) *httptest.ResponseRecorder {
 	t.Helper()
 	w := httptest.NewRecorder()
@@ -47,7 +47,7 @@ func TestThePageIsOneDocumentThatRunsNothingElse(t *testing.T) {
 			t.Errorf("%s is %q", header, got)
 		}
 	}
-	// Nothing from elsewhere, and no attributes that the policy would not let run.
+	// Nothing from other hosts, and no attributes that the policy would block.
 	for _, reference := range regexp.MustCompile(`\s(?:src|href|action|on[a-z]+|style)="([^"]*)"`).FindAllStringSubmatch(page, -1) {
 		if target := reference[1]; target != "data:," && !strings.HasPrefix(target, "#") {
 			t.Errorf("the page has %s", reference[0])
@@ -58,7 +58,8 @@ func TestThePageIsOneDocumentThatRunsNothingElse(t *testing.T) {
 	}
 }
 
-// What clients have sent is put into the page by properties that take text.
+// The script puts what clients have sent into the page only through properties
+// that take text.
 func TestTheScriptMakesNoMarkupOfText(t *testing.T) {
 	page := adminPage(t).Body.String()
 	for _, word := range []string{
@@ -90,7 +91,7 @@ func TestEveryFileOfThePageIsInIt(t *testing.T) {
 	}
 }
 
-// An id that the script asks for and the document lacks would end the script.
+// If the script looked for an id that the document lacks, it would stop.
 func TestTheScriptFindsWhatItLooksFor(t *testing.T) {
 	page := adminPage(t).Body.String()
 	asked := regexp.MustCompile(`\$\("([^"]*)"\)`).FindAllStringSubmatch(page, -1)
@@ -102,7 +103,7 @@ func TestTheScriptFindsWhatItLooksFor(t *testing.T) {
 	if len(asked) < 30 {
 		t.Errorf("it looks for %d", len(asked))
 	}
-	// The columns and the orders are keys of a stream.
+	// Columns and orders are keys of a stream.
 	for _, key := range regexp.MustCompile(`\{key: "([^"]*)"`).FindAllStringSubmatch(page, -1) {
 		if _, err := parseOrder(key[1]); err != nil {
 			t.Error(err)

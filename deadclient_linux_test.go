@@ -12,7 +12,7 @@ import (
 // deadTimeout is the dead_client_timeout of these tests.
 const deadTimeout = time.Second
 
-// from has a client connect from a host.
+// from makes a client connect from a host.
 func (cl *testClient) from(host *peertest.Host) *testClient {
 	cl.Transport.(*http.Transport).DialContext = host.Dial
 	return cl
@@ -73,7 +73,7 @@ func TestAClientThatVanishesEndsAsDeadClient(t *testing.T) {
 			for _, open := range vanishing {
 				open.call.expectGone()
 			}
-			// The kernel by itself would take a quarter of an hour.
+			// The kernel alone would take a quarter of an hour.
 			if took := time.Since(vanished); took < deadTimeout-500*time.Millisecond {
 				t.Errorf("they ended after %v", took)
 			}

@@ -30,7 +30,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// overEveryProtocol runs a subtest for each protocol that clients speak.
+// overEveryProtocol runs a subtest for each client protocol.
 func overEveryProtocol(t *testing.T, c *testCaddy, test func(t *testing.T, cl *testClient)) {
 	t.Helper()
 	for _, proto := range clientProtocols {
@@ -38,8 +38,8 @@ func overEveryProtocol(t *testing.T, c *testCaddy, test func(t *testing.T, cl *t
 	}
 }
 
-// atOnceOverEveryProtocol is the same for tests that wait most of their time: they
-// wait together.
+// atOnceOverEveryProtocol is the same for tests that wait most of their time.
+// It runs them in parallel.
 func atOnceOverEveryProtocol(t *testing.T, c *testCaddy, test func(t *testing.T, cl *testClient)) {
 	t.Helper()
 	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
@@ -57,7 +57,7 @@ func open(t testing.TB, cl *testClient, up *testUpstream, path string, header ..
 
 // The body as it is
 
-// writes is a body as a sequence of writes. The bytes are only good during the
+// writes is a body as a sequence of writes. The bytes are valid only during the
 // call.
 type writes func(write func(p []byte))
 
@@ -73,7 +73,7 @@ func byteByByte(text string) writes {
 	}
 }
 
-// repeated writes text over and over until size is reached.
+// repeated writes text again and again until size is reached.
 func repeated(text string, size int) writes {
 	return func(write func([]byte)) {
 		chunk := []byte(strings.Repeat(text, max(1, min(size, 64<<10)/len(text))))
@@ -83,7 +83,7 @@ func repeated(text string, size int) writes {
 	}
 }
 
-// oddlyCut cuts events, of all line endings, into writes of random sizes.
+// oddlyCut cuts events with all line endings into writes of random sizes.
 func oddlyCut(size int) writes {
 	return func(write func([]byte)) {
 		random := rand.New(rand.NewPCG(1, uint64(size)))
@@ -117,7 +117,7 @@ func randomBytes(size int) writes {
 	}
 }
 
-// digest is enough of a body to tell it from another.
+// digest is enough of a body to tell it from others.
 type digest struct {
 	size int64
 	hash [sha256.Size]byte
@@ -139,7 +139,7 @@ func digestOf(body io.Reader) (digest, error) {
 	return digest{size, [sha256.Size]byte(hash.Sum(nil))}, err
 }
 
-// scaled makes size smaller where the tests have to be quick or are slow.
+// scaled returns a smaller size if the tests must be short or run slowly.
 func scaled(size int) int {
 	if raceEnabled || testing.Short() {
 		return size / 10
@@ -290,7 +290,7 @@ func TestAStreamWithContentLengthLosesItAndNothingElse(t *testing.T) {
 
 // Delivery
 
-// encode flushes some responses itself, so what holds has to hold without it.
+// encode flushes some responses itself, so the tests must also pass without it.
 func withAndWithoutEncode(t *testing.T, test func(t *testing.T, encode string)) {
 	t.Helper()
 	t.Run("WithoutEncode", func(t *testing.T) { test(t, "") })
@@ -509,7 +509,7 @@ func TestACompressedStreamDeliversEveryEventAtOnce(t *testing.T) {
 				if got := res.Header.Get("Content-Encoding"); got != encoding {
 					t.Fatalf("Content-Encoding %q", got)
 				}
-				call.send("data: 0\n\n") // a decoder wants to see something first
+				call.send("data: 0\n\n") // a decoder needs some bytes first
 				res.Body = &decodedBody{encoded: res.Body, decode: decode}
 				body := res.follow()
 				body.expect(t, "data: 0\n\n")
@@ -525,7 +525,7 @@ func TestACompressedStreamDeliversEveryEventAtOnce(t *testing.T) {
 	})
 }
 
-// decodedBody decodes a body, from its first Read on.
+// decodedBody decodes a body, starting at its first Read.
 type decodedBody struct {
 	encoded io.ReadCloser
 	decode  func(io.Reader) (io.ReadCloser, error)
@@ -552,7 +552,8 @@ func (b *decodedBody) Close() error {
 
 // What is no stream
 
-// withAndWithout is a site that answers in the same way through sse and not.
+// withAndWithout is a site that gives the same answers through sse and without
+// it.
 func withAndWithout(handlers string) string {
 	return `
 		handle_path /with/* {
@@ -665,7 +666,7 @@ func TestWhatIsNoStreamIsAsWithoutTheModule(t *testing.T) {
 	})
 }
 
-// everythingOf returns all that a client sees of an answer.
+// everythingOf returns everything that a client sees of an answer.
 func everythingOf(t *testing.T, cl *testClient, method, path string, header []string) map[string]string {
 	t.Helper()
 	res := cl.do(t, cl.request(t, method, path, nil, header...))
@@ -685,7 +686,7 @@ func everythingOf(t *testing.T, cl *testClient, method, path string, header []st
 	everything["status"] = res.Status
 	everything["length"] = fmt.Sprint(res.ContentLength)
 	if res.ContentLength <= 0 && body == "" {
-		// Whether Caddy has found out by then that nothing follows is chance.
+		// Whether Caddy has noticed by then that nothing follows is random.
 		delete(everything, "Content-Length")
 		delete(everything, "length")
 	}
@@ -730,7 +731,7 @@ func TestEarlyHintsArriveBeforeTheHeaders(t *testing.T) {
 		}
 		reverse_proxy `+up.addr)
 	for _, contentType := range []string{"text/html", "text/event-stream"} {
-		// quic-go's client tells nobody of informational responses but in its own way.
+		// quic-go's client has its own way to report informational responses.
 		for _, proto := range clientProtocols {
 			t.Run(contentType+"/"+proto, func(t *testing.T) {
 				cl := c.client(proto)
@@ -856,9 +857,9 @@ func TestOnlyADeferredHeaderOperationHasTheLastWord(t *testing.T) {
 
 // What others see of a request
 
-// reverse_proxy may still be dialing when the upstream's headers are there: it
-// takes a connection that becomes free meanwhile, and goes on dialing for
-// later. Dialing reads the request's variables, and so nobody may write them.
+// reverse_proxy may still be dialing when the upstream's headers arrive: it
+// uses a connection that has become free, and keeps dialing one for later. The
+// dial reads the request's variables, so nothing may write them.
 func TestAStreamLeavesTheRequestsVariablesAlone(t *testing.T) {
 	checkLeaks(t)
 	handler := newTestHandler(t)
@@ -906,7 +907,7 @@ func TestTheIDOfAStreamIsThatOfItsRequest(t *testing.T) {
 
 func TestThousandsOfShortPOSTStreamsArriveWhole(t *testing.T) {
 	checkLeaks(t)
-	// The answer echoes the request, so that no two are alike.
+	// The answer echoes the request, so that all answers differ.
 	answer := func(request string) string {
 		var b strings.Builder
 		for i := range 5 {
@@ -985,8 +986,8 @@ func TestAnUpstreamThatBreaksOffIsAnAbortForTheClient(t *testing.T) {
 			`+handler.directive+`
 		}`)
 	overEveryProtocol(t, c, func(t *testing.T, cl *testClient) {
-		// sofar has the client read first: an HTTP/3 reset overtakes what is on
-		// its way.
+		// sofar makes the client read first, because an HTTP/3 reset overtakes
+		// data that is on its way.
 		sofar := func(t *testing.T, client *exchange, call *upstreamCall, text string, header ...string) *follower {
 			t.Helper()
 			call.start("text/event-stream", header...)
@@ -1113,7 +1114,7 @@ func TestAClientThatLeavesFreesItsUpstream(t *testing.T) {
 
 // Heartbeats over real sockets
 
-// When they come is told by a clock of the tests' own (heartbeat_test.go).
+// Their times are tested with a clock in heartbeat_test.go.
 func TestASilentStreamsFramesReachTheClientAtOnce(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
@@ -1128,7 +1129,7 @@ func TestASilentStreamsFramesReachTheClientAtOnce(t *testing.T) {
 			}
 			reverse_proxy `+up.addr+`
 		}`)
-	const shortest = 150 * time.Millisecond // of the waits for a frame
+	const shortest = 150 * time.Millisecond // wait for a frame
 	for name, frames := range map[string]int{"often": 5, "prelude": 1} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -1141,7 +1142,7 @@ func TestASilentStreamsFramesReachTheClientAtOnce(t *testing.T) {
 				if err != nil {
 					t.Fatalf("after %q: %v", text, err)
 				}
-				// The machine may make a frame late, never early.
+				// A busy machine may delay a frame, but never send it early.
 				if took := time.Since(began); took < time.Duration(frames)*shortest {
 					t.Errorf("%d frames came within %v", frames, took)
 				}
@@ -1156,7 +1157,7 @@ func TestASilentStreamsFramesReachTheClientAtOnce(t *testing.T) {
 	}
 }
 
-// The server goes by what the client sent, and writes no body.
+// The server decides by the client's own method, and writes no body.
 func TestARequestThatWasAHEADGetsNoBody(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
@@ -1178,7 +1179,7 @@ func TestARequestThatWasAHEADGetsNoBody(t *testing.T) {
 			call.start(eventStream)
 			call.send("data: 1\n\n")
 			call.end()
-			// What comes next on the connection is the next answer.
+			// The next bytes on the connection must be the next answer.
 			fmt.Fprint(conn, "HEAD /y HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
 			other := up.acceptAt(t, "/y")
 			other.start("text/plain")

@@ -18,8 +18,8 @@ func init() {
 	caddy.RegisterModule(new(documentedStore))
 }
 
-// documentedStore stands for the store of the docs, which is a Go module of its
-// own, and tests there what it takes.
+// documentedStore stands for the store in the docs, which is a separate Go
+// module that tests its own settings.
 type documentedStore struct{}
 
 func (*documentedStore) CaddyModule() caddy.ModuleInfo {
@@ -87,7 +87,7 @@ var (
 	noAnchor   = regexp.MustCompile(`[^\p{L}\p{N} _-]`)
 )
 
-// anchors are what the headings of a page can be linked by, as GitHub names them.
+// anchors returns the anchors of a page's headings, as GitHub names them.
 func anchors(text string) map[string]bool {
 	all := make(map[string]bool)
 	for _, heading := range headings.FindAllStringSubmatch(codeBlocks.ReplaceAllString(text, ""), -1) {
@@ -123,8 +123,8 @@ func TestEveryLinkOfTheDocsLeadsSomewhere(t *testing.T) {
 	}
 }
 
-// Docker is not at hand everywhere. The Dockerfile's one step that could go wrong
-// is the build, which CI runs word for word.
+// Docker is not available everywhere. The only step of the Dockerfile that
+// could fail is the build, and CI runs exactly that.
 func TestTheDockerfileOfTheDocsBuildsAsCIDoes(t *testing.T) {
 	version := regexp.MustCompile(`github\.com/caddyserver/caddy/v2 v(\S+)`).FindStringSubmatch(readDocument(t, "go.mod"))
 	if version == nil {
@@ -159,7 +159,7 @@ func TestTheDockerfileOfTheDocsBuildsAsCIDoes(t *testing.T) {
 	}
 }
 
-// handlers are the code blocks that are the JSON of a handler.
+// handlers are the code blocks that contain the JSON of a handler.
 var handlers = regexp.MustCompile("(?ms)^```json\n({\n\t\"handler\": \"sse\".*?)^```$")
 
 func TestTheHandlersOfTheDocsAreValid(t *testing.T) {

@@ -7,7 +7,7 @@ import (
 	"weak"
 )
 
-// A window can be an hour long, and streams of it end early.
+// A window can be an hour long, and its streams may end earlier.
 func TestADrainKeepsNoStreamThatHasEnded(t *testing.T) {
 	for name, drains := range map[string]func(h *Handler, s *stream){
 		"one that it finds": func(h *Handler, _ *stream) {

@@ -24,7 +24,7 @@ import (
 
 const acceptStream = "Accept: text/event-stream"
 
-// drainSite is a site whose streams say when they open.
+// drainSite is a site whose streams log when they open.
 func drainSite(upstream, sse string) string {
 	return `
 		sse 1h {
@@ -34,7 +34,7 @@ func drainSite(upstream, sse string) string {
 		reverse_proxy ` + upstream
 }
 
-// endOf waits for a body's end and tells when it came.
+// endOf waits for a body's end and returns when it came.
 func endOf(t testing.TB, body *follower) (at time.Time, err error) {
 	_, err = body.rest()
 	return time.Now(), err
@@ -54,7 +54,7 @@ func TestAReloadEndsResumableStreamsEvenlyOverTheWindow(t *testing.T) {
 	const window, streams = 1500 * time.Millisecond, 30
 	site := drainSite(up.addr, "drain 1500ms")
 	c := startCaddy(t, site, withAdmin())
-	clients := []*testClient{c.client("h2"), c.client("h3")} // of one server, and so of one handler
+	clients := []*testClient{c.client("h2"), c.client("h3")} // on one server, and so on one handler
 	var bodies []*follower
 	for i := range streams {
 		cl := clients[i%2]
@@ -79,7 +79,8 @@ func TestAReloadEndsResumableStreamsEvenlyOverTheWindow(t *testing.T) {
 	waiting.Wait()
 	slices.Sort(ends)
 	for i, end := range ends {
-		// Each has a slot of its own. The machine may make an end late, never early.
+		// Each stream has its own slot. A busy machine may make an end late,
+		// never early.
 		if slot := window / streams * time.Duration(i); end < slot {
 			t.Errorf("the %dth stream ended at %v, its slot was at %v", i, end, slot)
 		}
@@ -155,10 +156,10 @@ func TestADrainEndsAStreamAtAnEventBoundary(t *testing.T) {
 	began := time.Now()
 	c.reload(site("2s"))
 	for _, s := range all {
-		s.flood.call.send("data: 1\n\ndata: 2\n\n") // in one write: all or the first of it
+		s.flood.call.send("data: 1\n\ndata: 2\n\n") // in one write: the client gets all of it or only the first event
 	}
 	for _, s := range all {
-		// One that is on its way is not cut, and nothing follows it.
+		// An event that is incomplete is not cut, and nothing follows it.
 		c.waitForStream(t, s.half.path, func(s map[string]any) bool { return s["state"] == "ending" })
 		s.half.call.send("lf\n\ndata: another\n\n")
 		s.half.body.expect(t, "lf\n\n")
@@ -211,7 +212,7 @@ func TestADrainLetsOthersRunOn(t *testing.T) {
 			streams = append(streams, o)
 		}
 	}
-	// A stream that is resumable says when the drain is through.
+	// The end of a resumable stream shows that the drain has finished.
 	last := c.open(t, c.client("h1"), up, "/last", acceptStream)
 	for range 3 {
 		c.reload(drainSite(up.addr, fmt.Sprintf("drain 1ms\nname n%d", len(c.logs()))))
@@ -231,7 +232,7 @@ func TestADrainLetsOthersRunOn(t *testing.T) {
 	}
 }
 
-// The witness tells when a configuration has been released: it is in the same
+// The witness reports when a configuration has been released: it is in the same
 // route as the handler.
 type witness struct{ ctx caddy.Context }
 
@@ -264,7 +265,7 @@ func (w *witness) ServeHTTP(rw http.ResponseWriter, r *http.Request, next caddyh
 	return next.ServeHTTP(rw, r)
 }
 
-// drainingGoroutines counts those that wait for streams of replaced
+// drainingGoroutines counts goroutines that wait for streams of replaced
 // configurations.
 func drainingGoroutines() (n int) {
 	for _, stack := range goroutineStacks() {
@@ -279,8 +280,8 @@ func TestAReplacedConfigurationIsReleasedWhenItsLastStreamEnds(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
 	site := func(more string) string {
-		// An idle connection to the upstream would hold on to plain Caddy's
-		// configuration too, for up to two minutes.
+		// An idle connection to the upstream would also keep plain Caddy's
+		// configuration, for up to two minutes.
 		return drainSite(up.addr, "drain 50ms\nmax_duration 24h\nmax_streams_per_client 100\n"+more) + " {\ntransport http {\nkeepalive off\n}\n}\ntest_witness"
 	}
 	c := startCaddy(t, site(""), withAdmin())
@@ -376,7 +377,7 @@ func TestABodyThatTurnsOutToBeJSONIsNotDrained(t *testing.T) {
 			open()
 		}
 		group.Go(h.DrainStreams)
-		synctest.Wait() // who ends when is settled
+		synctest.Wait() // until the turns have been decided
 		open()
 		close(begin)
 		time.Sleep(time.Minute)
@@ -390,8 +391,7 @@ func TestABodyThatTurnsOutToBeJSONIsNotDrained(t *testing.T) {
 	})
 }
 
-// An end that comes to a stream in the instant of a write is no reason to break
-// that off.
+// An end that comes at the moment of a write must not interrupt that write.
 func TestAnEarlyEndWaitsForTheWriteThatIsOnItsWay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		config := silent()
@@ -405,7 +405,7 @@ func TestAnEarlyEndWaitsForTheWriteThatIsOnItsWay(t *testing.T) {
 				time.Sleep(990 * time.Millisecond)
 				c.stall = make(chan struct{})
 				time.AfterFunc(20*time.Millisecond, func() { close(c.stall) })
-				write(t, w, "lf") // when the patience with the event is over
+				write(t, w, "lf") // when the time to wait for the event is over
 				time.Sleep(4 * time.Second)
 			}))
 			if panicked != nil || err != nil {
@@ -499,7 +499,7 @@ func TestADrainEndsAStreamWhoseClientReadsNothing(t *testing.T) {
 	for proto, s := range streams {
 		s.call.expectGone()
 		expectEnd(t, c.closedLine(t, "/"+proto), "drained", "info")
-		// On a machine that is busy enough, the client was not stuck after all.
+		// On a very busy machine, the client may not have been stuck after all.
 		if body, err := io.ReadAll(s.res.Body); err == nil && !strings.HasSuffix(string(body), "\n\n") {
 			t.Errorf("%s: a cut stream looks whole", proto)
 		}
@@ -513,7 +513,7 @@ func TestReloadsInARowEndAClientOnceAMinute(t *testing.T) {
 		config.Drain = &caddysse.Drain{Reload: caddy.Duration(10 * time.Second)}
 		var group sync.WaitGroup
 		start := time.Now()
-		// open opens a stream and returns when it has ended.
+		// open opens a stream. ended is set when it has ended.
 		open := func(h *caddysse.Handler) (ended *time.Duration) {
 			ended = new(time.Duration)
 			group.Go(func() {
@@ -537,7 +537,7 @@ func TestReloadsInARowEndAClientOnceAMinute(t *testing.T) {
 			return h
 		}
 
-		first := provision(t, config) // forgets the drains of other tests
+		first := provision(t, config) // this forgets the drains of other tests
 		ofFirst := open(first)
 		time.Sleep(5 * time.Second)
 		group.Go(first.DrainStreams) // at 5 s
@@ -565,8 +565,8 @@ func TestReloadsInARowEndAClientOnceAMinute(t *testing.T) {
 	})
 }
 
-// TestAnEarlyEndIsCleanToAnEventSourceAndAnAbortForEverybodyElse: SDKs that read
-// a finite answer take a clean end for the end of the answer.
+// SDKs that read a finite answer would take a clean end for the end of the
+// answer.
 func TestAnEarlyEndIsCleanToAnEventSourceAndAnAbortForEverybodyElse(t *testing.T) {
 	if apart(t) {
 		return
@@ -632,7 +632,8 @@ func TestResumableSaysWhoIsDrained(t *testing.T) {
 	never.body.expectEnd(t)
 }
 
-// A stream can be spared for a minute, and its client leave before.
+// A drain may spare a stream for a minute, and its client may leave before
+// that.
 func TestADrainWaitsForNobodyWhoHasLeft(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := provision(t, silent())
@@ -654,7 +655,7 @@ func TestADrainWaitsForNobodyWhoHasLeft(t *testing.T) {
 	})
 }
 
-// A stream that closes by itself at that moment is in no list any more.
+// A stream that closes by itself at that moment is no longer in any list.
 func TestTheEndOfTheProcessWaitsForEveryEndToBeTold(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
@@ -681,7 +682,7 @@ func TestTheEndOfTheProcessWaitsForEveryEndToBeTold(t *testing.T) {
 			t.Error("the process ends without a word of it")
 		}
 	}()
-	time.Sleep(50 * time.Millisecond) // in which nothing may happen
+	time.Sleep(50 * time.Millisecond) // nothing may happen during this time
 	canBeTold.Store(true)
 	c.logged.mu.Unlock()
 	<-over

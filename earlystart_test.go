@@ -20,8 +20,8 @@ import (
 	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
-// earlySite answers early after a tenth of a second, and has a CORS header of
-// its own.
+// earlySite answers early after a tenth of a second, and has its own CORS
+// header.
 func earlySite(upstream string, more ...string) string {
 	return `
 		header Access-Control-Allow-Origin https://site.example
@@ -65,7 +65,8 @@ func TestASilentUpstreamsStreamStartsWithoutIt(t *testing.T) {
 		}
 		call.start(eventStream, "Access-Control-Allow-Origin: https://upstream.example", "Set-Cookie: a=b")
 		c.waitForStream(t, path, func(s map[string]any) bool { return s["state"] == "open" && s["upstream"] == up.addr })
-		// After a frame, a byte order mark would belong to the first field.
+		// After a frame, a byte order mark would become part of the first
+		// field.
 		call.send("\xef\xbb")
 		call.send("\xbfdata: 1\n\n")
 		body.expect(t, "data: 1\n\n")
@@ -81,8 +82,8 @@ func TestASilentUpstreamsStreamStartsWithoutIt(t *testing.T) {
 	})
 }
 
-// errorEvent is what a client gets for an upstream that answers too late with
-// what is no stream.
+// errorEvent is what a client gets if an upstream answers too late with
+// something that is not a stream.
 func errorEvent(message string) string {
 	return `event: error` + "\n" + `data: {"status":502,"message":"` + message +
 		`","error":{"type":"upstream_error","code":502,"message":"` + message + `"}}` + "\n\n"
@@ -158,7 +159,7 @@ func TestALateAnswerThatIsNoStreamBecomesAnErrorEvent(t *testing.T) {
 
 func TestAnUpstreamThatCannotBeReachedIsAnErrorEventToo(t *testing.T) {
 	checkLeaks(t)
-	// Nobody accepts, and reverse_proxy tries again for a while.
+	// Nothing listens there, and reverse_proxy tries again for a while.
 	c := startCaddy(t, `
 		sse {
 			name early
@@ -242,8 +243,8 @@ func TestAnUpstreamInTimeKeepsItsAnswerToTheLetter(t *testing.T) {
 			if err == nil {
 				break
 			}
-			// A connection that came while a reload closes the listener is lost,
-			// with plain Caddy too.
+			// A connection that arrives while a reload closes the listener is
+			// lost, also with plain Caddy.
 			res, err = cl.begin(cl.request(t, "GET", path, nil, "Accept: text/event-stream", "X-Test: 1")).outcome()
 		}
 		if err != nil {
@@ -266,7 +267,7 @@ func TestAnUpstreamInTimeKeepsItsAnswerToTheLetter(t *testing.T) {
 			cl := c.client(proto)
 			for _, path := range paths {
 				if proto == "h3" && path == "/broken" {
-					continue // the reset may overtake the headers, or not
+					continue // the reset may overtake the headers
 				}
 				got, want := ask(cl, path), answers[proto+path]
 				got, want = withoutAltSvc(got), withoutAltSvc(want)
@@ -278,7 +279,7 @@ func TestAnUpstreamInTimeKeepsItsAnswerToTheLetter(t *testing.T) {
 	}
 }
 
-// withoutAltSvc leaves the field out that has a port of the moment.
+// withoutAltSvc removes the field whose port changes.
 func withoutAltSvc(answer string) string {
 	before, rest, found := strings.Cut(answer, "Alt-Svc:[")
 	if !found {
@@ -363,8 +364,8 @@ func TestAClientThatLeavesWhileWaitingCancelsTheUpstream(t *testing.T) {
 	})
 }
 
-// openWaiting opens a stream that starts without its upstream and has had its
-// prelude.
+// openWaiting opens a stream that starts without its upstream, and waits for
+// its prelude.
 func openWaiting(t *testing.T, cl *testClient, up *testUpstream, path string) (*upstreamCall, *follower) {
 	t.Helper()
 	e, call := open(t, cl, up, path, acceptStream)
@@ -407,7 +408,7 @@ func TestAWaitingStreamCanBeEndedByTheAdminAPIAndByADrain(t *testing.T) {
 	}
 }
 
-// reverse_proxy takes an upstream out of use for what it takes for its failures.
+// reverse_proxy stops using an upstream that has failed too often.
 func TestTheEndOfAWaitingStreamIsNoFailureOfItsUpstream(t *testing.T) {
 	if apart(t) {
 		return
@@ -417,7 +418,7 @@ func TestTheEndOfAWaitingStreamIsNoFailureOfItsUpstream(t *testing.T) {
 	for _, end := range []string{"admin", "max_duration", "upstream_timeout"} {
 		var more []string
 		if end != "admin" {
-			more = append(more, end+" 500ms") // for its start and its prelude, and more
+			more = append(more, end+" 500ms") // for its start and its prelude, and some more
 		}
 		site := strings.Replace(earlySite(up.addr, more...), "reverse_proxy "+up.addr, `
 			reverse_proxy `+up.addr+` {
@@ -555,7 +556,8 @@ func TestAnUpstreamThatAnswersAtTheInstantOfTheDelay(t *testing.T) {
 	t.Logf("%d of 300 started early", early)
 }
 
-// serveRecovering serves and does with a panic what the server would.
+// serveRecovering serves a request and recovers from a panic, as the server
+// would.
 func serveRecovering(h caddyhttp.MiddlewareHandler, c *client, r *http.Request, next caddyhttp.HandlerFunc) (panicked any, err error) {
 	defer func() { panicked = recover() }()
 	return nil, serve(h, c, r, next)
@@ -578,7 +580,7 @@ func TestAnEarlyStartTakesNothingOfTheRequestsBody(t *testing.T) {
 		req.ContentLength = 100_000
 		e := cl.begin(req)
 		out.Write(bytes.Repeat([]byte("x"), 1000))
-		time.Sleep(250 * time.Millisecond) // the delay is over
+		time.Sleep(250 * time.Millisecond) // longer than the delay
 		out.Write(bytes.Repeat([]byte("x"), 99_000))
 		out.Close()
 		select {
@@ -595,8 +597,8 @@ func TestAnEarlyStartTakesNothingOfTheRequestsBody(t *testing.T) {
 	}
 }
 
-// A body that nobody reads to its end must not harm the connection: net/http
-// panics on the next request of one that is full duplex.
+// A body that is not read to its end must not harm the connection: net/http
+// panics on the next request of a connection that is full duplex.
 func TestARequestBodyThatIsNotReadDoesNotHarmItsConnection(t *testing.T) {
 	if apart(t) {
 		return
@@ -614,7 +616,7 @@ func TestARequestBodyThatIsNotReadDoesNotHarmItsConnection(t *testing.T) {
 		closes           bool
 	}{
 		"an answer in time": {"respond in_time 200", "in_time", false},
-		// Nobody accepts, and reverse_proxy tries again for a while.
+		// Nothing listens there, and reverse_proxy tries again for a while.
 		"an early start": {"reverse_proxy 127.0.0.1:1 {\nlb_try_duration 1s\nlb_try_interval 10ms\n}",
 			errorEvent("the upstream did not answer"), true},
 		"an early start after the body": {"reverse_proxy " + up.addr, "data: 1\n\n", false},
@@ -666,8 +668,8 @@ func TestARequestBodyThatIsNotReadDoesNotHarmItsConnection(t *testing.T) {
 func TestABodyThatAsksForAStreamStartsEarly(t *testing.T) {
 	for _, test := range []struct {
 		name, contentType string
-		pieces            []string      // of the body, a second apart
-		started           time.Duration // 0: not before the upstream answers, after ten
+		pieces            []string      // of the body, one second apart
+		started           time.Duration // 0: only when the upstream answers, after ten seconds
 	}{
 		{"true", "application/json", []string{`{"model":"m","stream":true}`}, 5 * time.Second},
 		{"false", "application/json", []string{`{"model":"m","stream":false}`}, 0},

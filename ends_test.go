@@ -21,8 +21,9 @@ import (
 	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
-// Whatever comes together, a stream has one reason, and its response is either
-// complete or broken off. In a bubble, all of it comes in the very same instant.
+// Whatever happens at the same time, a stream has one reason, and its response
+// is either complete or aborted. In a bubble, everything happens at exactly the
+// same instant.
 func TestAllEndsInOneInstantGiveOneEnd(t *testing.T) {
 	seeds := 400
 	if raceEnabled {
@@ -106,7 +107,7 @@ func TestAllEndsInOneInstantGiveOneEnd(t *testing.T) {
 			select {
 			case <-done:
 			case <-time.After(time.Minute):
-				// Nobody ends some of them.
+				// Some of them do not end by themselves.
 				leave()
 				<-done
 			}
@@ -164,7 +165,7 @@ func TestAllEndsAtOnceGiveEachStreamOneEnd(t *testing.T) {
 		rounds = 2
 	}
 	const streams = 60
-	abrupt := map[string]bool{ // what a client sees; it has left where it can't tell
+	abrupt := map[string]bool{ // whether the client sees an abort; without an entry, it has left and can't tell
 		"upstream_closed": false, "drained": false, "max_duration": false, "admin": false,
 		"upstream_error": true, "write_timeout": true, "dead_client": true, "server_closed": true,
 	}
@@ -195,7 +196,7 @@ func TestAllEndsAtOnceGiveEachStreamOneEnd(t *testing.T) {
 				case 2:
 					io.WriteString(w, "lf\n\ndata: 2\n\n")
 				case 3:
-					for range 100_000 { // more than fits between here and a client that does not read
+					for range 100_000 { // more than all buffers to a client that does not read
 						if _, err := io.WriteString(w, "data: 3\n\n"); err != nil {
 							return
 						}
@@ -229,7 +230,7 @@ func TestAllEndsAtOnceGiveEachStreamOneEnd(t *testing.T) {
 			type stream struct {
 				path  string
 				res   *reply
-				body  *follower // nil: it reads nothing
+				body  *follower // nil: the client reads nothing
 				leave bool
 			}
 			clients := map[string]*testClient{}
@@ -260,7 +261,7 @@ func TestAllEndsAtOnceGiveEachStreamOneEnd(t *testing.T) {
 			}
 			ending.Go(func() {
 				c.admin("DELETE", "/sse/streams?path=/"+name+"/1")
-				c.reload(site("retry 1s")) // which has an admin API of its own
+				c.reload(site("retry 1s")) // the new configuration has its own admin API
 			})
 			ending.Wait()
 
@@ -275,10 +276,11 @@ func TestAllEndsAtOnceGiveEachStreamOneEnd(t *testing.T) {
 				_, err := s.body.rest()
 				want, known := abrupt[reason]
 				if reason == "upstream_timeout" || reason == "admin" {
-					want, known = line["method"] == "POST", true // clean to an EventSource
+					want, known = line["method"] == "POST", true // clean for an EventSource
 				}
-				// On a machine that is far too slow, a write can take longer than
-				// write_timeout, and is broken off after the end was asked for.
+				// On a very slow machine, a write can take longer than
+				// write_timeout, and is interrupted after the end was
+				// requested.
 				if late := seconds(line["duration"]) > 800*time.Millisecond; late && err != io.EOF {
 					continue
 				}
@@ -361,7 +363,7 @@ func TestAStreamOverHTTP10(t *testing.T) {
 	}
 }
 
-// A server takes a client that has closed its side for one that has left.
+// For the server, a client that has closed its side has left.
 func TestAClientThatHasLeftIsNotToldOfAnEnd(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)

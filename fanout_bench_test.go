@@ -13,13 +13,13 @@ import (
 	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
-// audience are clients of one shared stream that take what they get and forget it.
+// audience is the clients of one shared stream, which discard what they get.
 type audience struct {
-	write func() // lets the upstream send an event, and waits until all have it
+	write func() // makes the upstream send an event, and waits until all have it
 	leave func()
 }
 
-// listener is a client that takes note of what has come.
+// listener is a client that counts the bytes that it gets.
 type listener struct {
 	discard
 	whole *atomic.Int64
@@ -50,7 +50,7 @@ func openAudience(t testing.TB, clients int) *audience {
 	}
 	w := <-upstream
 	eventually(t, "all clients are there", func() bool { return caddysse.OpenStreams(h) == clients })
-	// One that has an id gets none, and so no other length.
+	// An event with an id gets no other, so its length does not change.
 	withID := append([]byte("id: 1\n"), event...)
 	sent := int64(0)
 	return &audience{
@@ -82,14 +82,14 @@ func TestADeliveryToAClientOfASharedStreamAllocatesNothing(t *testing.T) {
 	}
 	runtime.ReadMemStats(&after)
 	// What an event costs once, for the journal and for the workers, is little
-	// beside so many clients.
+	// compared with so many clients.
 	if allocations := float64(after.Mallocs-before.Mallocs) / (clients * events); allocations > 0.1 {
 		t.Errorf("%.2f allocations for each event of each client", allocations)
 	}
 }
 
-// BenchmarkFanOut says what an event costs that goes to 1,000 clients, without the
-// writing: all of it, and for each client.
+// BenchmarkFanOut measures what an event for 1,000 clients costs, without the
+// writes: in total and for each client.
 func BenchmarkFanOut(b *testing.B) {
 	const clients = 1000
 	a := openAudience(b, clients)

@@ -12,10 +12,10 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
-// TestBlocksPassAsIfTheyWereLookedThrough has two clients read one journal from a
-// random place on, one whose bytes are followed again and one whose are not, both
-// with heartbeats at random moments. What a parser of the standard makes of the
-// two, and what the closed line would say of them, must be the same.
+// TestBlocksPassAsIfTheyWereLookedThrough has two clients read one journal from
+// the same random place, one whose bytes are scanned again and one whose bytes
+// are not, both with heartbeats at random moments. A parser of the standard
+// must get the same from both, and the closed lines must be the same.
 func TestBlocksPassAsIfTheyWereLookedThrough(t *testing.T) {
 	rng := rand.New(rand.NewPCG(16, 4))
 	pieces := []string{
@@ -32,7 +32,7 @@ func TestBlocksPassAsIfTheyWereLookedThrough(t *testing.T) {
 	}
 	for _, body := range eventstreamtest.Bodies() {
 		if strings.LastIndex(body.Text, "\uFEFF") > 0 {
-			continue // who joins in front of it would see another body
+			continue // a client that joined before it would see another body
 		}
 		for range 20 {
 			compareBlocks(t, rng, body.Text)
@@ -51,7 +51,7 @@ func compareBlocks(t *testing.T, rng *rand.Rand, body string) {
 		}
 		n := 1 + rng.IntN(len(body)-sent)
 		if _, err := f.write([]byte(body[sent : sent+n])); err != nil {
-			return // a body that is no event stream
+			return // the body is not an event stream
 		}
 		sent += n
 		if looked == nil {
@@ -92,8 +92,8 @@ func joinBlocks(t *testing.T, f *feed) *clientOfBlocks {
 		t.Fatal("there is no journal")
 	}
 	client := &clientOfBlocks{cursor: c, frames: eventstream.Frames{Comment: "heartbeat"}, fed: fed{feed: f}}
-	// So that nothing is the first byte: what a byte order mark is there depends on
-	// who joins where.
+	// So that no byte is the first one: the meaning of a byte order mark there
+	// depends on the place where a client joins.
 	client.out.Write(client.splicer.Block(&client.frames, nil, []byte("event: sse\ndata:\n\n")))
 	return client
 }
@@ -131,7 +131,7 @@ func (c *clientOfBlocks) beat() {
 	c.out.Write(frame)
 }
 
-// figures is what is told of the client, and what it sees.
+// figures describes what is reported about the client, and what it sees.
 func (c *clientOfBlocks) figures() string {
 	scanner := c.splicer.Scanner()
 	id, ok := scanner.LastEventID()

@@ -19,8 +19,8 @@ import (
 	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
-// Caddy's FastCGI client ignores the context of a request while it waits
-// for the application: what ends a stream has to do without it.
+// Caddy's FastCGI client ignores the request's context while it waits for the
+// application, so streams must be ended without it.
 func TestPHPStreams(t *testing.T) {
 	t.Parallel()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -72,7 +72,7 @@ func TestPHPStreams(t *testing.T) {
 			go func() {
 				defer close(ending)
 				got, err := body.rest()
-				// HTTP/3 is the one that can't be reset from outside.
+				// Only HTTP/3 can't be reset from outside.
 				if clean := err == io.EOF; err == errNothingMore || clean != (proto == "h3") {
 					t.Errorf("%s: it ended with %v", proto, err)
 				}
@@ -94,20 +94,20 @@ func TestPHPStreams(t *testing.T) {
 	all.Wait()
 }
 
-// requirePHP has the tests with a real php-fpm fail where there is none, instead
+// requirePHP makes the tests with a real php-fpm fail if there is none, instead
 // of being skipped.
 const requirePHP = "CADDY_SSE_REQUIRE_PHP"
 
-// phpFPM is a php-fpm of the test's own.
+// phpFPM is a php-fpm for one test.
 type phpFPM struct {
 	program, dir string
-	directive    string // for a site
+	directive    string // in the Caddyfile
 	stop         func()
 }
 
-// findPHP says where php-fpm is; Debian puts a version into its name. It is not
-// running yet: what it serves must be gone before Caddy can stop, so it has to
-// start after it.
+// findPHP finds php-fpm; Debian's name for it contains the version. It does not
+// start it yet: Caddy can stop only after php-fpm has ended its requests, so
+// php-fpm must start after Caddy.
 func findPHP(t testing.TB) *phpFPM {
 	t.Helper()
 	p := new(phpFPM)
@@ -127,7 +127,7 @@ func findPHP(t testing.TB) *phpFPM {
 		}
 		t.Skip("there is no php-fpm")
 	}
-	dir, err := os.MkdirTemp("", "php") // short, for a Unix socket's path
+	dir, err := os.MkdirTemp("", "php") // the path of a Unix socket must be short
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -148,7 +148,7 @@ func findPHP(t testing.TB) *phpFPM {
 	return p
 }
 
-// start runs it until the test ends or it is stopped.
+// start runs php-fpm until the test ends or it is stopped.
 func (p *phpFPM) start(t testing.TB) {
 	t.Helper()
 	var output bytes.Buffer
@@ -159,7 +159,7 @@ func (p *phpFPM) start(t testing.TB) {
 		t.Fatal(err)
 	}
 	p.stop = sync.OnceFunc(func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM) // which ends its children at once, too
+		_ = cmd.Process.Signal(syscall.SIGTERM) // this also ends its children at once
 		_ = cmd.Wait()
 	})
 	t.Cleanup(p.stop)
@@ -177,8 +177,8 @@ func (p *phpFPM) start(t testing.TB) {
 	}
 }
 
-// A script that sleeps does not notice that its client has left; nobody waits for
-// that.
+// A script that sleeps does not notice that its client has left, and nothing
+// waits for it.
 func TestAClientOfASilentScriptIsGoneWhenItLeaves(t *testing.T) {
 	checkLeaks(t)
 	php := findPHP(t)
@@ -229,7 +229,7 @@ func TestAClientOfASilentScriptIsGoneWhenItLeaves(t *testing.T) {
 				c.closedLine(t, "/stream.php/again"+proto+method)
 			}
 
-			// Before there are headers, there is nothing but the place.
+			// Before there are headers, the request only holds a place.
 			silent := cl.begin(cl.request(t, "GET", "/silent.php/"+proto, nil, acceptStream))
 			eventually(t, "the script runs", func() bool { return os.Remove(filepath.Join(php.dir, "silent")) == nil })
 			expectRefusal(t, cl.begin(cl.request(t, "GET", "/stream.php", nil, acceptStream)), 429)
@@ -263,7 +263,8 @@ func TestAnExitDoesNotWaitForSilentScripts(t *testing.T) {
 				cl.do(t, cl.request(t, test.method, "/stream.php", nil, acceptStream, "Cache-Control: no-cache")).follow().expect(t, "data: 1\n\n")
 			}
 			if test.protocols[0] == "h3" {
-				// Caddy itself waits for handlers of HTTP/3; what is told does not.
+				// Caddy itself waits for handlers of HTTP/3, but the ends are
+				// reported without that wait.
 				if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 					t.Fatal(err)
 				}
@@ -271,7 +272,7 @@ func TestAnExitDoesNotWaitForSilentScripts(t *testing.T) {
 				php.stop()
 				<-c.exited
 			} else {
-				c.stop("SIGTERM") // the scripts sleep for longer than that may take
+				c.stop("SIGTERM") // the scripts sleep for longer than this may take
 			}
 			if reasons := c.closedReasons(); reasons[test.reason] != len(test.protocols) || len(reasons) != 1 {
 				t.Errorf("told: %v", reasons)

@@ -21,7 +21,7 @@ func newTestFeed(t testing.TB, policy journal.Policy) *feed {
 	return f
 }
 
-// all is what a reader gets that has been there from the beginning.
+// all returns what a reader gets that joins at the beginning.
 func (f *feed) all(t testing.TB) string {
 	t.Helper()
 	c, ok := f.journal.Join(journal.After(0), nil)
@@ -66,7 +66,7 @@ func TestAFeedAddsIDsInTheLineEndingOfTheUpstream(t *testing.T) {
 			want := strings.ReplaceAll("data: 1|"+id(1)+"|: comment||data: 2|more: x|"+id(2)+"|retry: 5||", "|", eol)
 			got := f.all(t)
 			if f.journal.Close(nil); eol == "\r" || got == want {
-				got = f.all(t) // the last CR may be the half of a CRLF
+				got = f.all(t) // the last CR may be the first half of a CRLF
 			}
 			if !strings.HasPrefix(want, got) || len(got) < len(want)-len(eol) {
 				t.Fatalf("%q in pieces of %d: got %q, want %q", eol, size, got, want)
@@ -88,7 +88,8 @@ func TestAFeedLeavesAnUpstreamsIDsAlone(t *testing.T) {
 	if id, ok := f.upstreamPosition(); id != "a" || !ok {
 		t.Errorf("position %q, %v", id, ok)
 	}
-	// The next attempt goes on without ids of ours, and half an event is dropped.
+	// The next attempt continues without our ids, and the incomplete event is
+	// dropped.
 	f.feedAll(t, "data: half")
 	f.again()
 	f.feedAll(t, "\uFEFFdata: 4\n\n")
@@ -119,8 +120,9 @@ func TestAFeedRefusesJSON(t *testing.T) {
 	}
 }
 
-// TestAClientOfAFeedSeesTheUpstreamsEvents holds what a reader gets against what
-// a parser of the standard sees in the upstream's body, however it is cut.
+// TestAClientOfAFeedSeesTheUpstreamsEvents compares what a reader gets with
+// what a parser of the standard sees in the upstream's body, however the body
+// is cut.
 func TestAClientOfAFeedSeesTheUpstreamsEvents(t *testing.T) {
 	rng := rand.New(rand.NewPCG(16, 3))
 	pieces := []string{"data: x", "data", "\n", "\n", "\r\n", "\r", ":c", "event: e", "retry: 7", "\n\n", "\r\n\r\n", "\r\r", "x"}

@@ -11,7 +11,8 @@ import (
 	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
-// sentHeaders are the headers of a stream whose upstream sends the given ones.
+// sentHeaders returns the headers of a stream whose upstream sends the given
+// ones.
 func sentHeaders(t *testing.T, config *caddysse.Handler, upstream http.Header) http.Header {
 	t.Helper()
 	config.Heartbeat = silent().Heartbeat
@@ -91,7 +92,7 @@ func TestHeadersOfAStream(t *testing.T) {
 	for _, policy := range []caddysse.Handler{{}, {CacheControl: "keep", Compression: "allow"}} {
 		t.Run(fmt.Sprintf("cache_control %q", policy.CacheControl), func(t *testing.T) {
 			upstream := http.Header{
-				// What the upstream says of these does not count.
+				// The upstream's values of these are ignored.
 				"X-Accel-Buffering": {"yes", "maybe"},
 				"Incremental":       {"?0"},
 			}

@@ -24,7 +24,8 @@ func heartbeat(interval, prelude time.Duration) *caddysse.Handler {
 	return &caddysse.Handler{Heartbeat: &caddysse.Heartbeat{Interval: caddy.Duration(interval), Prelude: caddy.Duration(prelude)}}
 }
 
-// writes are the times at which the client heard something, the headers first.
+// writes returns the times at which something reached the client, the headers
+// first.
 func (c *client) writes() []time.Duration {
 	times := []time.Duration{0}
 	for _, h := range c.log {
@@ -35,7 +36,7 @@ func (c *client) writes() []time.Duration {
 	return times
 }
 
-// silences are the times between them.
+// silences returns the times between them.
 func (c *client) silences() []time.Duration {
 	var all []time.Duration
 	times := c.writes()
@@ -107,7 +108,7 @@ func TestStreamsOpenedTogetherDoNotTickTogether(t *testing.T) {
 		if len(times) < streams*9/10 {
 			t.Errorf("%d streams tick at %d moments", streams, len(times))
 		}
-		for eighth := range time.Duration(7) { // the last one is shorter
+		for eighth := range time.Duration(7) { // the last eighth is shorter
 			if n := eighths[eighth]; n < streams/40 || n > streams/3 {
 				t.Errorf("%d of %d streams tick in the same eighth of the last quarter: %v", n, streams, eighths)
 			}
@@ -160,8 +161,8 @@ func TestThePreludeComesOnceAndTheHeartbeatsFollow(t *testing.T) {
 	for _, test := range []struct {
 		name              string
 		interval, prelude time.Duration
-		shortest, longest time.Duration // of the first silence
-		frames            int           // in a minute at least; exactly, if it is 0 or 1
+		shortest, longest time.Duration // limits of the first silence
+		frames            int           // in a minute; at least this many, or exactly this many if 0 or 1
 	}{
 		{name: "the defaults", shortest: time.Second, longest: time.Second, frames: 4},
 		{name: "prelude shorter than heartbeat", interval: 10 * time.Second, prelude: 3 * time.Second, shortest: 3 * time.Second, longest: 3 * time.Second, frames: 6},
@@ -238,8 +239,8 @@ var styles = map[string]caddysse.Heartbeat{
 	"event with spaces": {Style: "event", Event: " ping ", Data: " a ", Comment: "unused"},
 }
 
-// Where a frame may go, and as what, is tested in internal/eventstream: here, that
-// the settings and the upstream's bytes get there.
+// internal/eventstream tests where a frame is allowed, and of which form. These
+// tests check that the settings and the upstream's bytes get there.
 func TestFramesLookAsTheirSettingsSay(t *testing.T) {
 	for _, test := range []struct {
 		style, before, frame string
@@ -278,17 +279,18 @@ func TestFramesLookAsTheirSettingsSay(t *testing.T) {
 // A "|" stands for a silence.
 func TestAFrameAmongTheUpstreamsBytesHarmsNone(t *testing.T) {
 	for _, test := range []struct{ body, want string }{
-		// The client gets the LF of a CR before the frame, and not once more after it.
+		// The client gets the LF of a CR before the frame, and not again after
+		// it.
 		{"data: a\r|\n\r\n", "data: a\r\n:heartbeat\r\n\r\n"},
 		{"data: a\r\n\r|\ndata: b", "data: a\r\n\r\n:heartbeat\r\n\r\ndata: b"},
 		{"data: a\r|data: b", "data: a\r\n:heartbeat\r\ndata: b"},
 		// A byte order mark must not follow anything.
 		{"|\xEF\xBB\xBFdata: a\n\n", ":heartbeat\n\ndata: a\n\n"},
 		{"\xEF|\xBB|\xBF|data: a\n\n", "\xEF\xBB\xBF:heartbeat\n\ndata: a\n\n"},
-		// While its bytes are awaited nothing has reached the client, so the
-		// frame that was due follows at once.
+		// While its bytes are incomplete, nothing has reached the client, so
+		// the frame that was due follows at once.
 		{"|\xEF\xBB|\xBF", ":heartbeat\n\n:heartbeat\n\n"},
-		// What is left of one when the stream ends goes out after all.
+		// An incomplete one is sent when the stream ends.
 		{"|\xEF\xBB", ":heartbeat\n\n\xEF\xBB"},
 	} {
 		t.Run(fmt.Sprintf("%q", test.body), func(t *testing.T) {
@@ -304,7 +306,8 @@ func TestAFrameAmongTheUpstreamsBytesHarmsNone(t *testing.T) {
 	}
 }
 
-// playScript writes the parts between "|", and lets ten seconds pass for each.
+// playScript writes the parts between "|", with a silence of ten seconds for
+// each "|".
 func playScript(t testing.TB, w io.Writer, script string) {
 	for i, part := range strings.Split(script, "|") {
 		if i > 0 {
@@ -452,8 +455,9 @@ func TestNoFrameFollowsTheEndOfTheHandler(t *testing.T) {
 			var all sync.WaitGroup
 			for range 500 {
 				all.Go(func() {
-					// The client fails the test if it hears anything later, and
-					// the race detector does if it hears it at the same time.
+					// The client fails the test if something reaches it later,
+					// and the race detector does if it happens at the same
+					// time.
 					c := play(t, h, func(http.ResponseWriter) { time.Sleep(time.Second) })
 					if got := c.body.String(); got != "" && got != ":heartbeat\n\n" {
 						t.Errorf("got %q", got)
@@ -528,8 +532,8 @@ func TestAClientThatTakesNothingDelaysNoOtherStream(t *testing.T) {
 	}
 }
 
-// A piece of a byte order mark is the one thing of an upstream's that a client
-// may have to wait for.
+// An incomplete byte order mark is the only thing from an upstream for which a
+// client may have to wait.
 func TestAFrameWithoutAPlaceIsTriedAgainWithoutHaste(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		name := uniqueName(t.Name())
@@ -598,11 +602,11 @@ func TestTheReconnectionTimeIsToldBeforeAnythingElse(t *testing.T) {
 		{"line", "data: a\n\n|", "retry: 2500\ndata: a\n\n:heartbeat\n"},
 		// With the first frame.
 		{"block", "|data: a\n\n|", "retry: 2500\n\n:heartbeat\n\ndata: a\n\n:heartbeat\n\n"},
-		// In place of a byte order mark, which must not follow anything.
+		// Instead of a byte order mark, which must not follow anything.
 		{"block", "\xEF|\xBB\xBF|data: a\n\n", "retry: 2500\n\n:heartbeat\n\n:heartbeat\n\ndata: a\n\n"},
-		// Not into what is no event stream.
+		// Not if the body is not an event stream.
 		{"block", "{}", "{}"},
-		// Not if there is nothing to tell it with.
+		// Not if nothing is sent.
 		{"block", "", ""},
 	} {
 		t.Run(fmt.Sprintf("%s %q", test.style, test.body), func(t *testing.T) {

@@ -5,15 +5,16 @@ import (
 	"unsafe"
 )
 
-// Most streams have left the processor's caches by the time of their next write,
-// so each cache line that it uses is fetched from memory.
+// By the time of their next write, most streams are no longer in the
+// processor's caches, so each cache line that the write uses is fetched from
+// memory.
 func TestWhatAWriteUsesStandsTogether(t *testing.T) {
 	if unsafe.Sizeof(uintptr(0)) != 8 {
 		t.Skip("the lines are those of 64 bits")
 	}
 	const cacheLine = 64
 	var s stream
-	// The last 16 bytes of the splicer are for what few bodies have.
+	// The last 16 bytes of the splicer are for rare bodies.
 	end := unsafe.Offsetof(s.splicer) + unsafe.Sizeof(s.splicer) - 16
 	if end > 3*cacheLine {
 		t.Errorf("a write uses the first %d bytes of a stream, want at most %d", end, 3*cacheLine)
@@ -28,7 +29,7 @@ func TestWhatAWriteUsesStandsTogether(t *testing.T) {
 			t.Errorf("%s stands after what a write uses", field)
 		}
 	}
-	// Of a feed that adds ids, and has a client that keeps up.
+	// For a feed that adds ids and has a client that keeps up.
 	var f feed
 	if end := unsafe.Offsetof(f.splicer) + unsafe.Sizeof(f.splicer) - 16; end > 3*cacheLine {
 		t.Errorf("a write uses the first %d bytes of a feed, want at most %d", end, 3*cacheLine)

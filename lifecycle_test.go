@@ -35,15 +35,15 @@ import (
 
 const eventStream = "text/event-stream"
 
-// closedLine waits for the log line of a stream that has ended. Each stream of
-// these tests has a path of its own.
+// closedLine waits for the `stream closed` line of a stream. Each stream of
+// these tests has its own path.
 func (c *testCaddy) closedLine(t testing.TB, path string) logEntry {
 	t.Helper()
 	return c.lineOf(t, "stream closed", path)
 }
 
-// lineOf waits for a line about the stream at path and expects it to be the
-// only one.
+// lineOf waits for a line about the stream at path, and expects it to be the
+// only one with this message.
 func (c *testCaddy) lineOf(t testing.TB, message, path string) logEntry {
 	t.Helper()
 	timeout := time.After(patience)
@@ -72,12 +72,12 @@ func (c *testCaddy) lineOf(t testing.TB, message, path string) logEntry {
 	}
 }
 
-// ourLines are what this module has logged so far.
+// ourLines returns what this module has logged so far.
 func (c *testCaddy) ourLines() []logEntry {
 	return slices.DeleteFunc(c.logs(), func(e logEntry) bool { return e.logger() != "http.handlers.sse" })
 }
 
-// expectEnd checks what is told of a stream's end.
+// expectEnd checks how a line reports a stream's end.
 func expectEnd(t testing.TB, line logEntry, reason, level string) {
 	t.Helper()
 	if line["reason"] != reason || line.level() != level {
@@ -88,7 +88,7 @@ func expectEnd(t testing.TB, line logEntry, reason, level string) {
 	}
 }
 
-// testAnswer is the handler `test_answer <key>`: it answers with a function.
+// testAnswer is the handler `test_answer <key>`, which answers with a function.
 type testAnswer struct {
 	Key string `json:"key"`
 }
@@ -116,14 +116,15 @@ func (a testAnswer) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhtt
 	return answer.(func(http.ResponseWriter, *http.Request) error)(w, r)
 }
 
-// answerWith is a site whose streams are answered by a function.
+// answerWith returns a site that answers its streams with a function.
 func answerWith(t testing.TB, answer func(w http.ResponseWriter, r *http.Request) error) (site string) {
 	testAnswers.Store(t.Name(), answer)
 	t.Cleanup(func() { testAnswers.Delete(t.Name()) })
 	return "route {\nsse\ntest_answer " + t.Name() + "\n}"
 }
 
-// rawUpstream answers every request over its bare connection, and then closes it.
+// rawUpstream answers every request with bytes written directly to its
+// connection, and then closes it.
 func rawUpstream(t testing.TB, answer func(conn *net.TCPConn)) (addr string) {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -153,8 +154,8 @@ func rawUpstream(t testing.TB, answer func(conn *net.TCPConn)) (addr string) {
 // upstreamVariable makes a test binary an upstream.
 const upstreamVariable = "CADDYSSE_TEST_UPSTREAM"
 
-// playUpstream answers every request with one event and then keeps silent, if
-// this process was started for that.
+// If this process was started for that, playUpstream answers every request with
+// one event and then keeps silent.
 func playUpstream() {
 	if os.Getenv(upstreamVariable) == "" {
 		return
@@ -171,11 +172,11 @@ func playUpstream() {
 		<-r.Context().Done()
 	}))
 	fmt.Println(listener.Addr())
-	io.Copy(io.Discard, os.Stdin) // ends with the process that started this one
+	io.Copy(io.Discard, os.Stdin) // it ends with the process that started this one
 	os.Exit(0)
 }
 
-// upstreamProcess starts an upstream that is a process of its own.
+// upstreamProcess starts an upstream in its own process.
 func upstreamProcess(t testing.TB) (addr string, kill func()) {
 	t.Helper()
 	return startProcess(t, upstreamVariable+"=1")
@@ -273,7 +274,7 @@ func TestEveryEndHasItsReason(t *testing.T) {
 	}
 }
 
-// These upstreams break off below HTTP.
+// These upstreams break off below the HTTP level.
 func TestABrokenUpstreamIsAnUpstreamError(t *testing.T) {
 	if apart(t) {
 		return
@@ -399,7 +400,8 @@ func TestAHandlerThatReturnsNilBecauseTheClientLeftIsNoUpstreamEnd(t *testing.T)
 	}
 }
 
-// What the contract has in the lines, and the types that JSON gives them.
+// The fields of the lines, as in the contract, with the types that they have in
+// JSON.
 var (
 	openedLineFields = map[string]any{
 		"id": "", "name": "", "client_ip": "", "method": "", "host": "", "path": "",
@@ -440,7 +442,7 @@ func expectFields(t testing.TB, what string, got, want map[string]any) {
 	}
 }
 
-// withoutFrame removes what every log line has.
+// withoutFrame removes the fields that every log line has.
 func (e logEntry) withoutFrame() map[string]any {
 	fields := maps.Clone(map[string]any(e))
 	for _, field := range []string{"level", "ts", "logger", "msg"} {
@@ -526,9 +528,9 @@ func TestAStreamWithoutAnEventHasNoTimeToFirstEvent(t *testing.T) {
 	}
 }
 
-// The tests that follow look at one line without a network.
+// The following tests check one line without a network.
 
-// told has what handlers in toldContext log, from DEBUG on.
+// told holds what handlers in toldContext log, from DEBUG on.
 var told *observer.ObservedLogs
 
 type toldCore struct {
@@ -543,11 +545,11 @@ func (toldCore) CaddyModule() caddy.ModuleInfo {
 	}}
 }
 
-// toldContext is like configContext, but for what is logged.
+// toldContext is like configContext, except for what is logged.
 var toldContext = contextWithCore(toldCore{}, "DEBUG")
 
-// closedFields serves a stream without a network and returns what the log tells
-// of its end.
+// closedFields serves a stream without a network and returns the fields of its
+// `stream closed` line.
 func closedFields(t testing.TB, c *client, config *caddysse.Handler, r *http.Request, answer caddyhttp.HandlerFunc) map[string]any {
 	t.Helper()
 	ctx, cancel := caddy.NewContext(toldContext)
@@ -572,7 +574,7 @@ func closedFields(t testing.TB, c *client, config *caddysse.Handler, r *http.Req
 	return lines[0].ContextMap()
 }
 
-// closedFieldsOf is closedFields of a body.
+// closedFieldsOf is closedFields for a body.
 func closedFieldsOf(t testing.TB, r *http.Request, body ...string) map[string]any {
 	t.Helper()
 	return closedFields(t, newClient(t), silent(), r, stream(func(w http.ResponseWriter) {
@@ -680,8 +682,8 @@ func TestNothingAClientSendsForgesALineOrBreaksATerminal(t *testing.T) {
 	}
 }
 
-// What a client sends is cut before it is copied, and the copy does not hold on to
-// the rest.
+// What a client sends is cut before it is copied, so that the copy does not
+// keep the rest in memory.
 func TestWhatAClientSendsTakesNoMoreMemoryThanWhatIsLogged(t *testing.T) {
 	for name, text := range map[string]string{
 		"bytes that are no text": strings.Repeat("\x80", 15_000),
@@ -731,7 +733,7 @@ func TestWhatAClientSendsTakesNoMoreMemoryThanWhatIsLogged(t *testing.T) {
 	}
 }
 
-// eager is a client that leaves as soon as it has an event.
+// eager is a client that leaves as soon as it has received an event.
 type eager struct {
 	*client
 	leave context.CancelFunc
@@ -742,7 +744,7 @@ func (c eager) Write(p []byte) (int, error) {
 	n, err := c.client.Write(p)
 	c.leave()
 	for c.told() == 0 {
-		runtime.Gosched() // until its end has been told
+		runtime.Gosched() // until its end has been reported
 	}
 	return n, err
 }
@@ -807,7 +809,7 @@ func TestNothingSecretIsTold(t *testing.T) {
 		switch entry.logger() {
 		case "http.handlers.sse":
 		case "events":
-			told = entry["data"] // Caddy tells of our events at its level DEBUG
+			told = entry["data"] // Caddy logs our events at DEBUG
 		case "http.log.access":
 			told = entry["sse"]
 		default:
@@ -818,12 +820,12 @@ func TestNothingSecretIsTold(t *testing.T) {
 			t.Errorf("told: %v", told)
 		}
 	}
-	if ours < 3*5 { // opened, closed, their events, access log
+	if ours < 3*5 { // opened, closed, their events, the access log
 		t.Errorf("only %d lines have been looked at", ours)
 	}
 }
 
-// accessLog waits for the access log's line of a path.
+// accessLog waits for the access log line for a path.
 func (c *testCaddy) accessLog(t testing.TB, path string) logEntry {
 	t.Helper()
 	timeout := time.After(patience)
@@ -902,7 +904,7 @@ func TestTheAccessLogHasTheFiguresOnEveryEnd(t *testing.T) {
 				for _, field := range []string{"id", "reason", "events", "bytes", "heartbeats", "duration", "last_event_id"} {
 					told, ok := access["told_"+field]
 					if aborts {
-						continue // Caddy loses them, or not
+						continue // Caddy sometimes loses them
 					}
 					if field == "duration" {
 						if seconds, isNumber := told.(float64); !isNumber || seconds <= 0 {
@@ -1014,8 +1016,8 @@ func TestASubscriberGetsWhatTheLogTells(t *testing.T) {
 	}
 }
 
-// expectSameData compares an event's data with a line of the log, where
-// durations are seconds.
+// expectSameData compares an event's data with a log line, in which durations
+// are seconds.
 func expectSameData(t testing.TB, data map[string]any, line logEntry) {
 	t.Helper()
 	want := line.withoutFrame()
@@ -1081,13 +1083,13 @@ func TestTheTimesAreThoseOfTheClient(t *testing.T) {
 	}
 }
 
-// The same over sockets. Where the machine is busy a measurement says little,
-// so one good one of several is enough.
+// The same over sockets. On a busy machine, a single measurement says little,
+// so one good measurement of several is enough.
 func TestTheTimesAgreeWithWhatAClientMeasures(t *testing.T) {
 	checkLeaks(t)
 	const step, exactness = 60 * time.Millisecond, 10 * time.Millisecond
 	c := startCaddy(t, strings.Replace(answerWith(t, func(w http.ResponseWriter, r *http.Request) error {
-		time.Sleep(step) // an upstream that thinks
+		time.Sleep(step) // the time that an upstream needs
 		w.Header().Set("Content-Type", eventStream)
 		w.WriteHeader(http.StatusOK)
 		time.Sleep(step)
@@ -1097,7 +1099,7 @@ func TestTheTimesAgreeWithWhatAClientMeasures(t *testing.T) {
 	for _, proto := range clientProtocols {
 		t.Run(proto, func(t *testing.T) {
 			cl := c.client(proto)
-			cl.get(t, "/warm").text() // the connection's time is not the stream's
+			cl.get(t, "/warm").text() // the time to connect must not count
 			var off []time.Duration
 			for i := range 20 {
 				path := fmt.Sprintf("/%s/%d", proto, i)

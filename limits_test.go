@@ -19,7 +19,7 @@ import (
 	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
-// expectRefusal waits for the answer to a request that meets a limit.
+// expectRefusal waits for the answer to a request that exceeds a limit.
 func expectRefusal(t testing.TB, e *exchange, status int) {
 	t.Helper()
 	res := e.headers(t)
@@ -63,12 +63,14 @@ func TestStreamsBeyondALimitAreRefused(t *testing.T) {
 				first := c.open(t, cl, up, "/1", acceptStream)
 				c.open(t, cl, up, "/2", acceptStream)
 
-				// A resumable request does not get to the upstream.
+				// A resumable request is refused before it reaches the
+				// upstream.
 				expectRefusal(t, cl.begin(cl.request(t, "GET", "/3", nil, acceptStream)), test.status)
 				if n := refused(); n != 1 {
 					t.Errorf("%v refusals are counted, want 1", n)
 				}
-				// Of any other only the answer tells what it is.
+				// For other requests, only the answer shows whether they are
+				// streams.
 				e := cl.begin(cl.request(t, "POST", "/4", nil, acceptStream))
 				call := up.accept(t)
 				call.start(eventStream, "Set-Cookie: secret", "Access-Control-Allow-Origin: *")
@@ -77,7 +79,7 @@ func TestStreamsBeyondALimitAreRefused(t *testing.T) {
 				if n := refused(); n != 2 {
 					t.Errorf("%v refusals are counted, want 2", n)
 				}
-				// What is no stream is no stream too many.
+				// An answer that is not a stream is not limited.
 				e = cl.begin(cl.request(t, "POST", "/5", nil, acceptStream))
 				call = up.accept(t)
 				call.start("application/json", "Set-Cookie: theirs")
@@ -87,7 +89,7 @@ func TestStreamsBeyondALimitAreRefused(t *testing.T) {
 				if text, err := res.text(); text != "{}" || err != nil || res.StatusCode != 200 || res.Header.Get("Set-Cookie") == "" {
 					t.Errorf("got %s %q, %v", res.Status, text, err)
 				}
-				// A place that was given back can be had again.
+				// A place that was released can be used again.
 				first.call.end()
 				first.body.expectEnd(t)
 				c.closedLine(t, "/1")
@@ -179,7 +181,7 @@ func TestALimitCountsByNameAcrossHandlersAndReloads(t *testing.T) {
 	cl := c.client("h2")
 	first := c.open(t, cl, up, "/a/1", acceptStream)
 	c.open(t, cl, up, "/b/1", acceptStream)
-	c.open(t, cl, up, "/b/2", acceptStream) // has no limit
+	c.open(t, cl, up, "/b/2", acceptStream) // this handler has no limit
 	expectRefusal(t, cl.begin(cl.request(t, "GET", "/a/2", nil, acceptStream)), 503)
 	c.open(t, cl, up, "/c/1", acceptStream)
 	expectRefusal(t, cl.begin(cl.request(t, "GET", "/c/2", nil, acceptStream)), 503)
@@ -192,7 +194,8 @@ func TestALimitCountsByNameAcrossHandlersAndReloads(t *testing.T) {
 	c.closedLine(t, "/a/1")
 	expectRefusal(t, cl.begin(cl.request(t, "GET", "/a/3", nil, acceptStream)), 503)
 
-	// A limit per client that comes with a reload counts those that are open.
+	// A limit per client that is set by a reload also counts streams that are
+	// already open.
 	c.reload(site("max_streams_per_client 2") + "\nheader X-A b")
 	c.reload(strings.Replace(site("max_streams_per_client 2"), "max_streams 2", "", 1))
 	cl = c.client("h2")
@@ -334,7 +337,7 @@ func counted(is bool, n int) int {
 	return 0
 }
 
-// Whatever becomes of a request, its place can be had again.
+// Whatever happens to a request, its place becomes free again.
 func TestAPlaceComesBackOnEveryPath(t *testing.T) {
 	paths := map[string]caddyhttp.HandlerFunc{
 		"a stream": stream(func(w http.ResponseWriter) { write(t, w, "data: 1\n\n") }),
@@ -417,7 +420,7 @@ func TestAPlaceIsFreeAsSoonAsTheAnswerIsNoStream(t *testing.T) {
 	c := newClient(t)
 	if err := serve(h, c, get("text/event-stream"), func(w http.ResponseWriter, _ *http.Request) error {
 		w.Header().Set("Content-Type", "application/json")
-		write(t, w, "[") // a long document
+		write(t, w, "[") // the start of a long document
 		inner := play(t, h, func(w http.ResponseWriter) { write(t, w, "data: 1\n\n") })
 		if !isStream(inner) {
 			t.Error("it holds on to its place")
@@ -442,7 +445,7 @@ func TestAClientCanBeWhatTheSiteSaysItIs(t *testing.T) {
 	user := func(name string) []string { return []string{acceptStream, "X-User: " + name} }
 	a := c.open(t, cl, up, "/a", user("a")...)
 	c.open(t, cl, up, "/b", user("b")...)
-	c.open(t, cl, up, "/nobody", acceptStream) // the address counts
+	c.open(t, cl, up, "/nobody", acceptStream) // its address is its key
 	expectRefusal(t, cl.begin(cl.request(t, "GET", "/a2", nil, user("a")...)), 429)
 	expectRefusal(t, cl.begin(cl.request(t, "GET", "/nobody2", nil, user(" ")...)), 429)
 	for _, line := range c.ourLines() {
@@ -455,7 +458,7 @@ func TestAClientCanBeWhatTheSiteSaysItIs(t *testing.T) {
 	c.open(t, cl, up, "/a3", user("a")...)
 }
 
-// A page that asks for fragments and streams alike takes no place before it is
+// A page that accepts fragments and streams alike reserves no place until it is
 // known which of them it gets.
 func TestARequestThatAcceptsMoreThanStreamsReservesNoPlace(t *testing.T) {
 	checkLeaks(t)
@@ -480,7 +483,7 @@ func TestARequestThatAcceptsMoreThanStreamsReservesNoPlace(t *testing.T) {
 	}
 }
 
-// The key of a client is what it was when the request came.
+// The key of a client is determined when the request arrives.
 func TestWhoChangesTheClientsAddressInsideLeaksNoPlace(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
@@ -518,9 +521,9 @@ func TestWhoChangesTheClientsAddressInsideLeaksNoPlace(t *testing.T) {
 	}
 }
 
-// hush is a handler that ignores its context, as FastCGI's while its
-// script is silent. It answers with a stream after a first release, and leaves
-// after a second.
+// hush is a handler that ignores its context, like FastCGI's while its script
+// is silent. It answers with a stream after a first release, and returns after
+// a second.
 type hush struct{ called, answer, leave, left chan struct{} }
 
 func newHush() *hush {
@@ -586,7 +589,7 @@ func TestAPlaceDoesNotWaitForHandlersThatDoNotHeedTheirContext(t *testing.T) {
 				if list := callAdmin(t, "/sse/streams?name=deaf").Body.String(); !strings.Contains(list, `"total":0`) {
 					t.Errorf("early %v, %s: still listed: %s", early, phase, list)
 				}
-				// What it says later changes nothing.
+				// What the handler does later changes nothing.
 				if phase != "open" {
 					close(deaf.answer)
 				}
