@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// The cases of lists are those of Fetch, section 2.2.2 ("extract a MIME type",
-// "get, decode, and split"), those of single values of the MIME Sniffing
+// The cases with lists are from Fetch, section 2.2.2 ("extract a MIME type",
+// "get, decode, and split"), those with single values from the MIME Sniffing
 // Standard, section 4.4.
 func TestTheTypeOfAResponseIsTheLastValidOne(t *testing.T) {
 	for _, test := range []struct {
@@ -35,7 +35,7 @@ func TestTheTypeOfAResponseIsTheLastValidOne(t *testing.T) {
 		{[]string{"text/event-stream, cannot-parse; x=text/html"}, "text/event-stream"},
 		{[]string{"text/event-stream, text/*"}, "text/*"},
 
-		// Not valid.
+		// Invalid.
 		{[]string{"text/ event-stream"}, ""},
 		{[]string{"text /event-stream"}, ""},
 		{[]string{"text/event-stream charset=utf-8"}, ""},
@@ -46,7 +46,8 @@ func TestTheTypeOfAResponseIsTheLastValidOne(t *testing.T) {
 		{[]string{"\"text/event-stream\""}, ""},
 		{[]string{"text/event-stream\u00a0"}, ""},
 
-		// A quoted string holds commas and quotes, and goes on in the next line.
+		// A quoted string may contain commas and quotes, and continues in the
+		// next line.
 		{[]string{`text/html; x="a, text/event-stream"`}, "text/html"},
 		{[]string{`text/html; x="a\", text/event-stream"`}, "text/html"},
 		{[]string{`text/html; x="a\\", text/event-stream`}, "text/event-stream"},
@@ -105,8 +106,8 @@ func FuzzListItems(f *testing.F) {
 		f.Add(list)
 	}
 	f.Fuzz(func(t *testing.T, list string) {
-		// A second writing of the rule, a byte at a time: what is quoted is
-		// hidden, and then every comma counts.
+		// The same rule, written again for one byte at a time: quoted text is
+		// skipped, and then every comma counts.
 		want, item, quoted, literal := []string{}, []byte{}, false, false
 		for i := range len(list) {
 			switch c := list[i]; {

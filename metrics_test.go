@@ -23,7 +23,7 @@ type samples struct {
 	families map[string]*dto.MetricFamily
 }
 
-// scrape asks the real /metrics of the admin API.
+// scrape requests the real /metrics of the admin API.
 func (c *testCaddy) scrape(t testing.TB) samples {
 	t.Helper()
 	res, body := c.admin("GET", "/metrics")
@@ -61,7 +61,7 @@ func (c *testCaddy) scrape(t testing.TB) samples {
 	return s
 }
 
-// sum adds up what a metric says of a handler's name.
+// sum adds up the samples of a metric for a handler's name.
 func (s samples) sum(metric, name string, labels ...string) float64 {
 	sum := 0.0
 	for key, value := range s.values {
@@ -73,8 +73,8 @@ func (s samples) sum(metric, name string, labels ...string) float64 {
 	return sum
 }
 
-// expectAccounted checks that every stream of a name that has been opened has
-// been closed or is live.
+// expectAccounted checks that every stream of a name that was opened is either
+// closed or live.
 func (s samples) expectAccounted(t testing.TB, name string) (live float64) {
 	t.Helper()
 	opened, closed, live := s.sum("streams_opened_total", name), s.sum("streams_closed_total", name), s.sum("streams", name)
@@ -84,7 +84,7 @@ func (s samples) expectAccounted(t testing.TB, name string) (live float64) {
 	return live
 }
 
-// expectNoneBackwards checks that no counter has gone backwards since before.
+// expectNoneBackwards checks that no counter has decreased since before.
 func (s samples) expectNoneBackwards(t testing.TB, before samples) {
 	t.Helper()
 	for key, old := range before.values {
@@ -97,9 +97,9 @@ func (s samples) expectNoneBackwards(t testing.TB, before samples) {
 	}
 }
 
-// What the contract has of metrics, but for those that only limits, early_start,
-// reconnect_on, upstream_retry, share and resume have: their tests are with
-// these.
+// The metrics of the contract, except those that only limits, early_start,
+// reconnect_on, upstream_retry, share and resume have. Those are tested with
+// these settings.
 var contractMetrics = map[string]struct {
 	kind   dto.MetricType
 	labels []string
@@ -336,7 +336,7 @@ func TestCountersNeverGoBackwards(t *testing.T) {
 	}
 }
 
-// Several handlers and servers register the collector on one registry.
+// Several handlers and servers register the collector with one registry.
 func TestHandlersOfOneNameShareTheirMetrics(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
@@ -371,7 +371,8 @@ func TestHandlersOfOneNameShareTheirMetrics(t *testing.T) {
 	}
 }
 
-// What a client chooses must not become a label: it could fill the memory.
+// A value that a client chooses must not become a label, because it could fill
+// the memory.
 func TestNoLabelHasAValueThatAClientChooses(t *testing.T) {
 	checkLeaks(t)
 	site := answerWith(t, func(w http.ResponseWriter, r *http.Request) error {
@@ -398,7 +399,7 @@ func TestTheLongestWaitIsInTheHistograms(t *testing.T) {
 	checkLeaks(t)
 	name := uniqueName("histograms")
 	c := startCaddy(t, strings.Replace(answerWith(t, func(w http.ResponseWriter, r *http.Request) error {
-		time.Sleep(30 * time.Millisecond) // an upstream that thinks
+		time.Sleep(30 * time.Millisecond) // the time that an upstream needs
 		w.Header().Set("Content-Type", eventStream)
 		w.WriteHeader(http.StatusOK)
 		time.Sleep(30 * time.Millisecond)
@@ -479,7 +480,7 @@ func TestTheFirstEventsTimeIsObservedWhileTheStreamIsOpen(t *testing.T) {
 		o.call.send("data: 1\n\n")
 		o.body.expect(t, "data: 1\n\n")
 	}
-	// It is observed right after the write that the client has seen.
+	// It is counted just after the write that the client has seen.
 	eventually(t, "the first event is counted", func() bool { return count() == 1 })
 	o.call.end()
 	o.body.expectEnd(t)

@@ -18,8 +18,8 @@ import (
 
 const monitoringDir = "examples/monitoring"
 
-// monitoringQueries are the queries in the monitoring examples, by where they
-// are.
+// monitoringQueries returns the queries in the monitoring examples, by where
+// they are.
 func monitoringQueries(t *testing.T) map[string]string {
 	t.Helper()
 	queries := make(map[string]string)
@@ -98,7 +98,8 @@ func monitoringQueries(t *testing.T) map[string]string {
 	return queries
 }
 
-// knownMetrics are the metrics of the module and their labels, as in queries.
+// knownMetrics returns the metrics of the module and their labels, as used in
+// queries.
 func knownMetrics(t *testing.T) map[string][]string {
 	t.Helper()
 	describe := func(c prometheus.Collector) map[string][]string {
@@ -221,7 +222,7 @@ func TestTheCaddyfileOfTheMonitoringExampleIsValid(t *testing.T) {
 
 var bucketMatcher = regexp.MustCompile(`\ble(=~?|!~?)"([^"]*)"`)
 
-// The text format says le="1", OpenMetrics le="1.0".
+// The text format has le="1", OpenMetrics has le="1.0".
 func TestQueriesForABucketFindItInBothFormats(t *testing.T) {
 	found := false
 	for where, query := range monitoringQueries(t) {

@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// ProbeScript is what a probe makes of a script.
+// ProbeScript is a parsed script of a probe.
 type ProbeScript struct{ probeScript }
 
 // ParseProbeScript reads a script.
@@ -14,11 +14,12 @@ func ParseProbeScript(text string) (ProbeScript, error) {
 	return ProbeScript{script}, err
 }
 
-// Silence and Bytes are what an answer takes at most.
+// Silence and Bytes are upper limits of what an answer takes.
 func (s ProbeScript) Silence() time.Duration { return s.silence() }
 func (s ProbeScript) Bytes() int64           { return s.bytes(0) }
 
-// Steps are the script's steps as text, repeats written out, at most limit.
+// Steps returns the script's steps as text, with repeats written out, at most
+// limit.
 func (s ProbeScript) Steps(limit int) []string {
 	var steps []string
 	for _, group := range s.probeScript {
@@ -41,5 +42,5 @@ func (s ProbeScript) Steps(limit int) []string {
 	return steps
 }
 
-// AppendProbeEvent is an event of a probe.
+// AppendProbeEvent appends an event of a probe.
 var AppendProbeEvent = appendProbeEvent

@@ -104,8 +104,8 @@ func TestAPaddedProbeEventHasExactlyItsSize(t *testing.T) {
 	}
 }
 
-// FuzzProbeScript looks for scripts that crash the parser, or that take more
-// than is told of them.
+// FuzzProbeScript searches for scripts that crash the parser, or whose answers
+// exceed the limits that it reports.
 func FuzzProbeScript(f *testing.F) {
 	for _, seed := range []string{
 		"e", "r,w1s,e256,x", "3*(e,w1s),c16", "2*(e,2*(e))", "1048576*(w1ms)", "(", "*", ")*(", "1*(", "e,)", "2*(e),3*(c)", "w9999999999h",

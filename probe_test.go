@@ -25,7 +25,7 @@ const probeSite = `
 
 const withToken = "Authorization: Bearer sesame"
 
-// probeEvent is what the data of a probe's event says.
+// probeEvent is the data of a probe's event.
 type probeEvent struct {
 	N         int
 	At        float64
@@ -47,7 +47,7 @@ type probeLimits struct {
 
 func probePath(script string) string { return "/probe?script=" + url.QueryEscape(script) }
 
-// probeEvents are the events of an answer, with what comes before each.
+// probeEvents returns the events of an answer, with what comes before each.
 func probeEvents(t *testing.T, body string) (events []probeEvent) {
 	t.Helper()
 	for block := range strings.SplitSeq(strings.TrimSuffix(body, "\n\n"), "\n\n") {
@@ -111,7 +111,7 @@ func TestAProbeSendsItsHeadersAtOnce(t *testing.T) {
 	for _, proto := range clientProtocols {
 		cl := c.client(proto)
 		res := cl.get(t, probePath("w1m,e"), withToken)
-		res.leave() // there will be nothing for a minute
+		res.leave() // nothing would come for a minute
 	}
 }
 
@@ -335,8 +335,8 @@ func TestTheServersTimeoutsDoNotEndAProbe(t *testing.T) {
 	if apart(t) {
 		return
 	}
-	// Handshakes take no longer than the timeout of writes (net/http), also on a
-	// busy machine.
+	// net/http also applies the write timeout to the TLS handshake, which is
+	// slow on a busy machine.
 	c := startCaddy(t, probeSite, withGlobal(`servers {
 		timeouts {
 			read_body 250ms

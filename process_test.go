@@ -12,8 +12,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// newExitNotice is one for a process that looks as if it were about to end, or
-// not.
+// newExitNotice returns one for a process that looks as if it were exiting when
+// ends is true.
 func newExitNotice() (e *exitNotice, ends *atomic.Bool) {
 	ends = new(atomic.Bool)
 	return &exitNotice{exiting: ends.Load}, ends
@@ -35,7 +35,7 @@ func whoWaitsForTheExitIsToldOnce(t *testing.T) {
 	forget()
 	forget() // twice does no harm
 
-	// A reload stops a configuration, too, and is none of their business.
+	// A reload also stops a configuration, but must not call them.
 	e.notify()
 	if err := e.Handle(context.Background(), caddy.Event{}); err != nil || len(told) > 0 {
 		t.Errorf("a reload told %v, %v", told, err)
@@ -74,7 +74,8 @@ func TestNobodyIsMissedWhoRegistersDuringTheExit(t *testing.T) {
 	}
 }
 
-// Nobody says so where the current configuration has no handler and no admin API.
+// Nothing reports the exit if the current configuration has no handler and no
+// admin API.
 func TestWhoWaitsForTheExitLooksByItself(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, ends := newExitNotice()
@@ -101,7 +102,7 @@ func TestWhoWaitsForTheExitLooksByItself(t *testing.T) {
 	})
 }
 
-// Somebody who is told may have others wait, or forget.
+// A function that is called may add others, or remove them.
 func TestTheExitIsToldWithoutALock(t *testing.T) {
 	synctest.Test(t, theExitIsToldWithoutALock)
 }

@@ -20,7 +20,7 @@ import (
 
 var retryBody = regexp.MustCompile(`^retry: (\d+)\n\n$`)
 
-// reconnectionTime expects an answer of a reconnection time and nothing else.
+// reconnectionTime expects an answer with a reconnection time and nothing else.
 func reconnectionTime(t testing.TB, status int, body string) time.Duration {
 	t.Helper()
 	match := retryBody.FindStringSubmatch(body)
@@ -71,7 +71,7 @@ func TestAnEventSourceIsToldToComeBackFromAnUpstreamThatFails(t *testing.T) {
 			}
 			shortest, longest := 2*time.Second, 10*time.Second
 			if path == "/" {
-				shortest, longest = 5*time.Second, 13*time.Second // with the upstream's Retry-After on top
+				shortest, longest = 5*time.Second, 13*time.Second // with the upstream's Retry-After added
 				for field, want := range map[string]string{
 					"Access-Control-Allow-Origin": "https://app.example", "Content-Security-Policy": "default-src 'none'",
 					"Content-Language": "", "Content-Length": "", "Retry-After": "", "Etag": "",
@@ -95,7 +95,7 @@ func TestAnEventSourceIsToldToComeBackFromAnUpstreamThatFails(t *testing.T) {
 				t.Error("it counts as a stream")
 			}
 		}
-		// Others get the answer as it is.
+		// Others get the answer unchanged.
 		for _, accept := range []string{
 			"", "Accept: */*", "Accept: text/event-stream;q=0",
 			"Accept: text/html, text/event-stream", "Accept: text/event-stream, text/html, application/json",
@@ -149,7 +149,7 @@ func TestALimitsRefusalCanBeAReconnectionTime(t *testing.T) {
 				before := c.scrape(t)
 				res := cl.get(t, "/", acceptStream)
 				text, _ := res.text()
-				// The limits ask for five seconds, on top.
+				// The limits add five seconds.
 				if d := reconnectionTime(t, res.StatusCode, text); d < 6*time.Second || d > 11*time.Second {
 					t.Errorf("the client is asked to come back in %v", d)
 				}
@@ -242,7 +242,7 @@ func TestStatusesThatAreNotListedStay(t *testing.T) {
 			t.Errorf("%d: got %d, %v", status, c.status, err)
 		}
 	}
-	// An error after an answer can no longer be answered.
+	// If an error comes after the headers, they can no longer be replaced.
 	c := newClient(t)
 	err := serve(h, c, get("text/event-stream"), func(w http.ResponseWriter, _ *http.Request) error {
 		w.WriteHeader(200)
@@ -251,7 +251,7 @@ func TestStatusesThatAreNotListedStay(t *testing.T) {
 	if err == nil || c.body.Len() != 0 {
 		t.Errorf("got %q, %v", c.body.String(), err)
 	}
-	// What is thrown away has no end.
+	// A body that is discarded may be endless.
 	c = newClient(t)
 	if err := serve(h, c, get("text/event-stream"), func(w http.ResponseWriter, r *http.Request) error {
 		w.WriteHeader(502)
@@ -265,7 +265,7 @@ func TestStatusesThatAreNotListedStay(t *testing.T) {
 		t.Error(err)
 	}
 	reconnectionTime(t, c.status, c.body.String())
-	// HEAD gets what there is.
+	// A HEAD request gets the answer as it is.
 	c = newClient(t)
 	if err := serve(h, c, httptest.NewRequest("HEAD", "/", nil), func(w http.ResponseWriter, _ *http.Request) error {
 		w.WriteHeader(502)

@@ -27,7 +27,8 @@ func callAdmin(t testing.TB, target string) *httptest.ResponseRecorder {
 		t.Fatal(err)
 	}
 	r := httptest.NewRequest(http.MethodGet, target, nil)
-	// As Caddy does, whatever the order of the patterns.
+	// The routes go into a mux, as in Caddy, whatever the order of the
+	// patterns.
 	mux := http.NewServeMux()
 	w := httptest.NewRecorder()
 	for _, route := range module.New().(caddy.AdminRouter).Routes() {
@@ -49,10 +50,10 @@ func gather(t testing.TB) {
 	}
 }
 
-// configRegistry is that of configContext.
+// configRegistry is the registry of configContext.
 var configRegistry prometheus.Gatherer = configContext.GetMetricsRegistry()
 
-// quietStreams opens streams without a network that keep quiet until the test
+// quietStreams opens streams without a network that are quiet until the test
 // ends.
 func quietStreams(t testing.TB, h *caddysse.Handler, n int) {
 	t.Helper()
@@ -76,8 +77,8 @@ func quietStreams(t testing.TB, h *caddysse.Handler, n int) {
 	t.Cleanup(func() { close(end); running.Wait() })
 }
 
-// writers open streams that write without a pause until stop is called, which
-// returns how often they did.
+// writers opens streams that write without a pause until stop is called. stop
+// returns how often each has written.
 func writers(t testing.TB, h *caddysse.Handler, n int) (stop func() []int64) {
 	t.Helper()
 	var stopped atomic.Bool
@@ -181,8 +182,8 @@ func TestAStreamThatIsScrapedAndListedAllocatesNothingPerWrite(t *testing.T) {
 	}
 }
 
-// BenchmarkWriteWhileObserved says what a write costs while 10,000 other
-// streams are live and somebody lists and scrapes them without a pause.
+// BenchmarkWriteWhileObserved measures a write while 10,000 other streams are
+// live and are listed and scraped without a pause.
 func BenchmarkWriteWhileObserved(b *testing.B) {
 	for _, observer := range []struct {
 		name    string
@@ -230,8 +231,8 @@ func BenchmarkWriteWhileObserved(b *testing.B) {
 	}
 }
 
-// A stream that is deleted in the same instant as it ends by itself has one
-// reason, and whoever deletes waits for nobody.
+// A stream that is deleted at the moment when it ends by itself has one reason,
+// and the caller that deletes it does not wait.
 func TestAnEndHasOneReasonWhoeverAsksForIt(t *testing.T) {
 	name := uniqueName("one-reason")
 	h := provision(t, &caddysse.Handler{Name: name})

@@ -18,8 +18,8 @@ import (
 	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
-// hooked is a client whose headers pass through a hook, as with a deferred `header`
-// operation.
+// hooked is a client whose headers go through a hook, as with a deferred
+// `header` operation.
 type hooked struct {
 	*client
 	hook func()
@@ -30,15 +30,15 @@ func (c hooked) WriteHeader(status int) {
 	c.client.WriteHeader(status)
 }
 
-// goroutine is the id of the caller's.
+// goroutine returns the id of the caller's goroutine.
 func goroutine() string {
 	buf := make([]byte, 64)
 	id, _, _ := bytes.Cut(bytes.TrimPrefix(buf[:runtime.Stack(buf, false)], []byte("goroutine ")), []byte(" "))
 	return string(id)
 }
 
-// The hooks of handlers around sse read and write what belongs to the request,
-// without a lock. An early start runs them while the handlers after sse work.
+// The hooks of handlers around sse access what belongs to the request without a
+// lock. An early start runs them while the handlers after sse work.
 func TestTheHooksOfAnEarlyStartDoNotMeetTheHandlersAtWork(t *testing.T) {
 	h := provision(t, &caddysse.Handler{EarlyStart: &caddysse.EarlyStart{Delay: caddy.Duration(time.Millisecond)}})
 	working, started := make(chan struct{}), make(chan struct{})
@@ -91,7 +91,7 @@ func TestTheHooksOfAnEarlyStartDoNotMeetTheHandlersAtWork(t *testing.T) {
 	}
 }
 
-// Handlers that ignore their context go on with what they have when their
+// Handlers that ignore their context continue to use what they have after the
 // request is over.
 func TestHandlersThatAreLeftBehindShareNothingWithTheirRequest(t *testing.T) {
 	checkLeaks(t)
@@ -165,7 +165,7 @@ func TestAConnectionThatIsHijackedBeforeTheDelayIsLeftAlone(t *testing.T) {
 			name hijacked
 		}
 		`+h.directive)
-	for range 2 { // one place, which comes back
+	for range 2 { // the only place must become free again
 		conn, err := net.Dial("tcp", c.addr)
 		if err != nil {
 			t.Fatal(err)
@@ -192,8 +192,8 @@ func TestAConnectionThatIsHijackedBeforeTheDelayIsLeftAlone(t *testing.T) {
 	}
 }
 
-// A panic of a writer around sse is the handler's that writes, wherever that
-// runs; and a handler's is the server's.
+// If a writer around sse panics, the handler that writes gets the panic, on
+// whichever goroutine it runs. If a handler panics, the server gets it.
 func TestPanicsCrossTheRelay(t *testing.T) {
 	config := silent()
 	config.EarlyStart = &caddysse.EarlyStart{Delay: caddy.Duration(time.Hour)}
@@ -232,7 +232,8 @@ func TestPanicsCrossTheRelay(t *testing.T) {
 	}
 }
 
-// curl --http2 offers to change to HTTP/2 in clear, and goes on if nobody does.
+// curl --http2 offers to upgrade to HTTP/2 without TLS, and continues if the
+// offer is ignored.
 func TestAnOfferOfHTTP2DoesNotPreventAnEarlyStart(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)

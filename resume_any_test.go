@@ -31,7 +31,8 @@ func (f *follower) firstID(t testing.TB) string {
 	return token
 }
 
-// fetch-event-source repeats the same POST with the last id that it has seen.
+// fetch-event-source repeats the same POST with the last id that it has
+// received.
 func TestAnAnswerToPOSTIsResumedAndNotAskedForAgain(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
@@ -49,7 +50,7 @@ func TestAnAnswerToPOSTIsResumedAndNotAskedForAgain(t *testing.T) {
 		one := res.follow()
 		call.send(plainEvent(1))
 		token := one.firstID(t)
-		one.expect(t, eventOf(token, 1)) // no event sse: it is no EventSource
+		one.expect(t, eventOf(token, 1)) // no event sse, because it is not an EventSource
 		res.leave()
 		c.waitForRun("open", 0)
 		call.send(plainEvent(2))
@@ -59,7 +60,7 @@ func TestAnAnswerToPOSTIsResumedAndNotAskedForAgain(t *testing.T) {
 		two.expect(t, eventOf(token, 2))
 		call.send(plainEvent(3))
 		two.expect(t, eventOf(token, 3))
-		// A GET may come back to a POST's run.
+		// A GET may resume a run that a POST began.
 		three := cl.get(t, path+"?lastEventId="+token+".2", header...).follow()
 		two.expectAbort(t)
 		three.expect(t, eventOf(token, 3))
@@ -113,7 +114,7 @@ func TestWithoutAnyAPOSTEndsWithItsClient(t *testing.T) {
 	call.expectGone()
 }
 
-// A body that has not been read whole goes with the connection.
+// The rest of a body that has not been read is lost with the connection.
 func TestAHalfReadBodyEndsItsRunWithItsClient(t *testing.T) {
 	checkLeaks(t)
 	gone := make(chan struct{}, 1)
@@ -124,7 +125,7 @@ func TestAHalfReadBodyEndsItsRunWithItsClient(t *testing.T) {
 		w.Header().Set("Content-Type", "text/event-stream")
 		io.WriteString(w, plainEvent(1))
 		rc.Flush()
-		io.Copy(io.Discard, r.Body) // until Caddy breaks it off
+		io.Copy(io.Discard, r.Body) // until Caddy aborts it
 		gone <- struct{}{}
 	})
 	c := startCaddy(t, resumeSite(up, "1m any", ""), withAdmin())
@@ -135,7 +136,7 @@ func TestAHalfReadBodyEndsItsRunWithItsClient(t *testing.T) {
 	res := e.headers(t)
 	f := res.follow()
 	f.firstID(t)
-	send.CloseWithError(io.ErrUnexpectedEOF) // the client gives its request up
+	send.CloseWithError(io.ErrUnexpectedEOF) // the client cancels its request
 	select {
 	case <-gone:
 	case <-time.After(patience):
@@ -251,8 +252,8 @@ func TestTheRequestsIDIsOneAroundResume(t *testing.T) {
 	}
 }
 
-// A page of another origin that sends Last-Event-ID by fetch asks with OPTIONS
-// first (Fetch, section 4.8), and its query may have the id.
+// If a page of another origin sends Last-Event-ID with fetch, the browser sends
+// an OPTIONS first (Fetch, section 4.8), and its query may contain the id.
 func TestAPreflightIsTheUpstreamsToAnswer(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
@@ -286,10 +287,11 @@ func TestAPreflightIsTheUpstreamsToAnswer(t *testing.T) {
 			}
 		}
 		call.send(plainEvent(2))
-		one.expect(t, eventOf(token, 2)) // nobody has taken it over
+		one.expect(t, eventOf(token, 2)) // no other client has taken it over
 		res.leave()
 
-		// The upstream is not asked, so the run's answer is what lets the page read.
+		// The upstream is not asked, so the run's answer must have the headers
+		// that let the page read it.
 		again := cl.do(t, cl.request(t, "POST", path, strings.NewReader("{}"), comingBack(header, token+".1")...))
 		if got := again.Header.Get("Access-Control-Allow-Origin"); got != "https://app.example" {
 			t.Errorf("who comes back gets %v", again.Header)

@@ -39,7 +39,7 @@ func TestAtMostSoManyRunsAreWithoutAClient(t *testing.T) {
 			return alone == min(i+1, 2)
 		})
 	}
-	calls[0].expectGone() // it has been alone for longest
+	calls[0].expectGone() // it has been without a client for longest
 	for i := 1; i < 3; i++ {
 		select {
 		case <-calls[i].left:
@@ -115,8 +115,8 @@ func TestWhatNobodyHasBeenSentHoldsTheUpstreamUp(t *testing.T) {
 			call.send("data: " + data + "\n\n")
 		}
 	}()
-	// The time in which nothing is read is no silence of the upstream. There is
-	// nothing to wait for but that nothing happens.
+	// While nothing is read, the upstream is not silent. The test can only wait
+	// and see that nothing happens.
 	time.Sleep(600 * time.Millisecond)
 	select {
 	case <-sent:
@@ -141,7 +141,7 @@ func TestWhatNobodyHasBeenSentHoldsTheUpstreamUp(t *testing.T) {
 	back.expectEndAfter(t)
 }
 
-// expectEndAfter waits for a clean end, whatever has come before.
+// expectEndAfter waits for a clean end, whatever comes before it.
 func (f *follower) expectEndAfter(t testing.TB) {
 	t.Helper()
 	if _, err := f.rest(); err != io.EOF {
@@ -255,7 +255,7 @@ func TestAStreamThatItsClientHasCancelledIsKeptForLess(t *testing.T) {
 			res.leave()
 			call.expectGone()
 
-			// A connection that breaks is none that was cancelled.
+			// A connection that breaks is not a cancellation.
 			broken := c.client(proto)
 			breakAll := broken.connections()
 			_, one, call, token := beginKept(t, broken, up, "/"+proto)
@@ -263,7 +263,7 @@ func TestAStreamThatItsClientHasCancelledIsKeptForLess(t *testing.T) {
 			one.expect(t, eventOf(token, 1))
 			breakAll()
 			c.waitForRun("open", 0)
-			// There is nothing to wait for but that nothing happens.
+			// The test can only wait and see that nothing happens.
 			time.Sleep(200 * time.Millisecond)
 			c.waitForRun("open", 0)
 			back := c.client("h1").do(t, hostOf(c.client("h1").request(t, "DELETE", "/"+proto, nil, "Last-Event-ID: "+token+".1"), broken))
@@ -275,14 +275,14 @@ func TestAStreamThatItsClientHasCancelledIsKeptForLess(t *testing.T) {
 	}
 }
 
-// hostOf has a request ask for the host of another client's.
+// hostOf gives a request the Host of another client's requests.
 func hostOf(req *http.Request, cl *testClient) *http.Request {
 	req.Host = strings.TrimPrefix(cl.url, "https://")
 	return req
 }
 
-// connections has the client's connections end when breakAll is called, and not
-// its streams.
+// connections makes breakAll close the client's connections without ending its
+// streams first.
 func (cl *testClient) connections() (breakAll func()) {
 	switch tr := cl.Transport.(type) {
 	case *http.Transport:
@@ -368,7 +368,7 @@ func TestTheAdminAPIEndsARunWithItsStream(t *testing.T) {
 	c := startCaddy(t, resumeSite(up, "1m", ""), withAdmin())
 	cl := c.client("h1")
 	_, one, call, _ := beginKept(t, cl, up, "/")
-	c.listed(t, "/") // its headers come first
+	c.listed(t, "/") // the stream must have started
 	c.admin("DELETE", "/sse/streams?all=true")
 	one.expectEnd(t)
 	call.expectGone()
@@ -404,7 +404,7 @@ func TestAClientComesBackThroughANewConfiguration(t *testing.T) {
 	one.expect(t, eventOf(token, 4))
 	up.expectNoCall(t)
 
-	// Nobody can come back through one without resume.
+	// No client can come back through a configuration without resume.
 	c.reload("respond 204")
 	one.expectEnd(t)
 	call.expectGone()
@@ -417,7 +417,7 @@ func TestRunsWithoutAClientEndWhereNobodyCanComeBack(t *testing.T) {
 	res, _, call, _ := beginKept(t, c.client("h1"), up, "/")
 	res.leave()
 	c.waitForRun("open", 0)
-	c.reload(resumeSite(up, "1m", "")) // somebody can
+	c.reload(resumeSite(up, "1m", "")) // clients can still come back
 	select {
 	case <-call.left:
 		t.Fatal("the run has gone with its configuration")
@@ -480,7 +480,7 @@ func TestAWaitingClientGetsTheLateAnswer(t *testing.T) {
 	if entry["reason"] != "upstream_error" || entry["upstream_status"] != 401.0 {
 		t.Errorf("%v", entry)
 	}
-	// The event that tells the error is none of the upstream's.
+	// The event that reports the error is not the upstream's.
 	if entry["events"] != 0.0 || entry["bytes"] != 0.0 || entry["time_to_first_event"] != nil {
 		t.Errorf("%v", entry)
 	}
@@ -529,13 +529,13 @@ func TestResumeAsksTheUpstreamAgain(t *testing.T) {
 	call.abort()
 	call = up.accept(t)
 	call.start("text/event-stream")
-	// A byte order mark is none in mid-stream.
+	// In the middle of a stream, it is not a byte order mark.
 	call.send("\xEF\xBB")
 	call.send("\xBF" + plainEvent(2))
 	one.expect(t, eventOf(token, 2))
 	res.leave()
 	c.waitForRun("open", 0)
-	call.abort() // attached or not
+	call.abort() // with or without a client
 	call = up.accept(t)
 	call.start("text/event-stream")
 	call.send("\xEF")
@@ -547,7 +547,8 @@ func TestResumeAsksTheUpstreamAgain(t *testing.T) {
 	two.expectEnd(t)
 }
 
-// What passes through a run leaves nothing behind, whoever reads it.
+// Events that pass through a run leave nothing in memory, however they are
+// read.
 func TestEventsThroughARunDoNotMakeTheHeapGrow(t *testing.T) {
 	events := uint64(scaled(1_000_000))
 	for name, config := range map[string]*caddysse.Handler{
@@ -588,7 +589,7 @@ func TestEventsThroughARunDoNotMakeTheHeapGrow(t *testing.T) {
 func heapInUse() uint64 {
 	var m runtime.MemStats
 	runtime.GC()
-	runtime.GC() // pools give up their victims
+	runtime.GC() // this empties pools
 	runtime.ReadMemStats(&m)
 	return m.HeapAlloc
 }

@@ -14,18 +14,18 @@ import (
 	"time"
 )
 
-// seedsVariable says over how many seeds the test below goes.
+// seedsVariable sets the number of seeds for the test below.
 const seedsVariable = "CADDYSSE_TEST_SEEDS"
 
-// keptModel is what is known of the runs of one seed: for each token, how far its
-// client has come, and whether somebody has ended it.
+// keptModel is what is known about the runs of one seed: for each token, how
+// far its client has come, and whether it was ended on purpose.
 type keptModel struct {
 	mu     sync.Mutex
 	seen   map[string]int
 	killed map[string]bool
 	tokens []string
 
-	reloads sync.RWMutex // the admin API goes away for a moment
+	reloads sync.RWMutex // the admin API is away for a moment during a reload
 }
 
 func (m *keptModel) note(token string, n int) {
@@ -37,7 +37,7 @@ func (m *keptModel) note(token string, n int) {
 	m.seen[token] = max(m.seen[token], n)
 }
 
-// pick chooses a run and a place in it that its client has been sent.
+// pick chooses a run and a place in it that its client has received.
 func (m *keptModel) pick(r *rand.Rand) (token string, n int, ok bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -60,9 +60,9 @@ func (m *keptModel) isKilled(token string) bool {
 	return m.killed[token]
 }
 
-// read follows a stream for so many events at most, and holds it against the
-// model: what follows event n of a run is event n+1, or what comes after a gap
-// that is told. Event n of an upstream has the data n.
+// read follows a stream for at most this many events, and compares it with the
+// model: event n of a run is followed by event n+1, or by what comes after a
+// reported gap. Event n of an upstream has the data n.
 func (m *keptModel) read(res *reply, token string, n, most int) error {
 	defer res.leave()
 	defer res.Body.Close()
@@ -71,7 +71,7 @@ func (m *keptModel) read(res *reply, token string, n, most int) error {
 	for got := 0; got < most; {
 		line, err := lines.ReadString('\n')
 		if err != nil {
-			return nil // cut, or ended
+			return nil // cut off, or ended
 		}
 		field, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ":")
 		value = strings.TrimPrefix(value, " ")
@@ -119,10 +119,10 @@ func (m *keptModel) read(res *reply, token string, n, most int) error {
 	return nil
 }
 
-// Many do at one moment what they please with a few runs: begin one, come back to
-// any place, take over, leave, stop it, end it by the admin API, reload. Nobody
-// gets an event twice, in the wrong order or of another run, and nobody loses one
-// without being told.
+// Many clients do random things at the same time with a few runs: begin one,
+// come back to any place, take over, leave, stop it, end it through the admin
+// API, reload. No client gets an event twice, in the wrong order or of another
+// run, and none loses one without a report.
 func TestRunsAgainstAModel(t *testing.T) {
 	checkLeaks(t)
 	seeds := 2
@@ -209,11 +209,11 @@ func testModel(t *testing.T, seed uint64) {
 	}
 }
 
-// act does one thing that comes to the mind of a client or an operator.
+// act does one random thing that a client or an operator might do.
 func (m *keptModel) act(t *testing.T, c *testCaddy, cl *testClient, r *rand.Rand) error {
 	const path = "/model"
 	host := func(req *http.Request) *http.Request {
-		req.Host = "model.example" // whatever port the client has
+		req.Host = "model.example" // the same, whatever port the client uses
 		return req
 	}
 	method := []string{"GET", "POST"}[r.IntN(2)]
@@ -252,7 +252,7 @@ func (m *keptModel) act(t *testing.T, c *testCaddy, cl *testClient, r *rand.Rand
 		return nil
 	}
 	if method == "POST" {
-		// One that is lost is no stream of the model.
+		// The answer for a lost run is not a stream of the model.
 		peek := bufio.NewReader(res.Body)
 		if first, _ := peek.Peek(len("id:\nevent: error")); string(first) == "id:\nevent: error" {
 			res.leave()

@@ -17,11 +17,11 @@ import (
 	"time"
 )
 
-// onceVariable says how many clients the test below has, for a long run of it:
-// each gets 1,000 events over five reloads then.
+// onceVariable sets the number of clients for a long run of the test below.
+// Each client then gets 1,000 events over five reloads.
 const onceVariable = "CADDYSSE_TEST_ONCE"
 
-// countingUpstream answers each request with so many numbered events, without
+// countingUpstream answers each request with this many numbered events, without
 // ids, and counts the requests.
 func countingUpstream(t testing.TB, events int, pause time.Duration, asked *atomic.Int64) *testUpstream {
 	return newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
@@ -31,7 +31,7 @@ func countingUpstream(t testing.TB, events int, pause time.Duration, asked *atom
 		rc := http.NewResponseController(w)
 		rc.Flush()
 		for n := 1; n <= events; n++ {
-			// Events come in pieces now and then.
+			// Some events come in pieces.
 			fmt.Fprintf(w, "data: %d", n)
 			if n%7 == 0 {
 				rc.Flush()
@@ -58,7 +58,7 @@ type onceClient struct {
 	pauses time.Duration
 }
 
-// follow returns when the stream has ended with all its events.
+// follow returns when the client has all events and the stream has ended.
 func (o *onceClient) follow(ctx context.Context, addr, path string, events int) error {
 	for tries := 0; ; tries++ {
 		over, err := o.connect(ctx, addr, path, events)
@@ -72,7 +72,8 @@ func (o *onceClient) follow(ctx context.Context, addr, path string, events int) 
 	}
 }
 
-// connect reads one connection, cut after some bytes. over says that all is there.
+// connect reads one connection, which is cut after some bytes. over is true if
+// the client has everything.
 func (o *onceClient) connect(ctx context.Context, addr, path string, events int) (over bool, err error) {
 	conn, err := new(net.Dialer).DialContext(ctx, "tcp", addr)
 	if err != nil {
@@ -94,10 +95,10 @@ func (o *onceClient) connect(ctx context.Context, addr, path string, events int)
 		io.WriteString(conn, "hello")
 	}
 	budget := 1 << 30
-	if o.last != "" { // before that there would be nothing to come back with
+	if o.last != "" { // without an id, a client could not come back
 		budget = 150 + rand.N(900)
 	} else if o.method == "GET" {
-		budget = 0 // cut right after the first id, before an event
+		budget = 0 // cut directly after the first id, before an event
 	}
 	cut := &cutReader{r: conn, left: budget}
 	if budget == 0 {
@@ -116,7 +117,7 @@ func (o *onceClient) connect(ctx context.Context, addr, path string, events int)
 	for {
 		line, err := lines.ReadString('\n')
 		if err != nil {
-			// An EventSource that has all of it comes back for more.
+			// An EventSource that has everything would come back for more.
 			return o.seen == events && (err == io.EOF || o.method == "GET"), nil
 		}
 		field, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ":")
@@ -151,7 +152,7 @@ func (o *onceClient) connect(ctx context.Context, addr, path string, events int)
 	}
 }
 
-// cutReader ends after so many bytes.
+// cutReader ends after a number of bytes.
 type cutReader struct {
 	r    io.Reader
 	left int
@@ -166,12 +167,13 @@ func (c *cutReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Connections are cut at any byte, streams age and are drained by reloads, and
-// the upstream has neither ids nor a replay: each client gets each event once and
-// in order, and the upstream sees each request once.
+// Connections are cut at any byte, streams reach their age or are drained by
+// reloads, and the upstream has neither ids nor a replay. Still each client
+// gets each event once and in order, and the upstream sees each request once.
 func TestEveryEventComesOnceWhateverBreaks(t *testing.T) {
 	checkLeaks(t)
-	// One reload: those in a row spare clients that have just come back.
+	// Only one reload, because reloads in a row spare clients that have just
+	// come back.
 	clients, events, reloads := 200, 60, 1
 	if n, err := strconv.Atoi(os.Getenv(onceVariable)); err == nil {
 		clients, events, reloads = n, 1000, 5

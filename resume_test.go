@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// resumeSite is a site whose streams outlive their clients, with more settings of
-// the block.
+// resumeSite is a site whose streams outlive their clients, with more settings
+// in the block.
 func resumeSite(up *testUpstream, window, settings string) string {
 	return `
 		sse {
@@ -21,12 +21,12 @@ func resumeSite(up *testUpstream, window, settings string) string {
 		reverse_proxy ` + up.addr
 }
 
-// comingBack is the headers of a client that comes back.
+// comingBack returns the headers of a client that comes back.
 func comingBack(header []string, id string) []string {
 	return append(append([]string(nil), header...), "Last-Event-ID: "+id)
 }
 
-// begin opens an EventSource's stream and waits for its first event.
+// beginKept opens an EventSource's stream and waits for its first event.
 func beginKept(t testing.TB, cl *testClient, up *testUpstream, path string) (*reply, *follower, *upstreamCall, string) {
 	t.Helper()
 	e, call := open(t, cl, up, path, asEventSource...)
@@ -48,7 +48,7 @@ func (up *testUpstream) expectNoCall(t testing.TB) {
 	}
 }
 
-// waitForRun waits until a run is in a state with as many clients.
+// waitForRun waits until a run is in a state and has this many clients.
 func (c *testCaddy) waitForRun(state string, clients int) {
 	c.t.Helper()
 	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
@@ -97,7 +97,7 @@ func TestAStreamOutlivesItsClientsConnection(t *testing.T) {
 		call.end()
 		two.expectEnd(t)
 		up.expectNoCall(t)
-		// It has all of it, and comes back for what is next.
+		// It has everything, and asks for what follows.
 		again, next := open(t, cl, up, path, comingBack(asEventSource, token+".6")...)
 		if got := next.Header.Get("Last-Event-ID"); got != "" {
 			t.Errorf("the upstream gets the id %q", got)
@@ -176,7 +176,7 @@ func TestWhoComesBackTakesTheStreamOver(t *testing.T) {
 		three := other.get(t, path, "Accept: text/event-stream", notEventSource, "Last-Event-ID: "+token+".1").follow()
 		two.expectEnd(t)
 		four := other.get(t, path, comingBack(asEventSource, token+".1")...).follow()
-		three.expectAbort(t) // it is no EventSource
+		three.expectAbort(t) // it is not an EventSource
 		call.send(plainEvent(2))
 		four.expect(t, eventOf(token, 2))
 		call.end()
@@ -205,7 +205,7 @@ func TestARunIsCancelledWhenItsWindowIsOver(t *testing.T) {
 		if stayed := time.Since(left); stayed < 300*time.Millisecond {
 			t.Errorf("it stayed for %v", stayed)
 		}
-		// Whoever comes now is told what it has lost.
+		// A client that comes back now is told that its events are lost.
 		e, next := open(t, cl, up, path, comingBack(asEventSource, token+".0")...)
 		if got := next.Header.Get("Last-Event-ID"); got != "" {
 			t.Errorf("the upstream gets the id %q", got)
@@ -275,7 +275,7 @@ func TestDELETEStopsARun(t *testing.T) {
 		if got := remove(path, "Last-Event-ID: "+token+".0"); got != http.StatusNotFound {
 			t.Errorf("again: %d", got)
 		}
-		// One without an id of ours is the upstream's.
+		// A request without an id of ours is for the upstream.
 		e, call := open(t, cl, up, path, "Last-Event-ID: 7")
 		_ = e
 		call.start("text/plain")
@@ -298,7 +298,7 @@ func TestAnUpstreamWithIDsLooksAfterItself(t *testing.T) {
 	res.leave()
 	call.expectGone()
 
-	// A client that is away gets what is kept for it.
+	// A client that is away gets what has been kept for it.
 	res, _, call, token = beginKept(t, cl, up, "/")
 	res.leave()
 	c.waitForRun("open", 0)
@@ -309,8 +309,8 @@ func TestAnUpstreamWithIDsLooksAfterItself(t *testing.T) {
 	back.expectAbort(t)
 }
 
-// The upstream is another Caddy with this module. A client that comes back to it
-// must keep its id until it has another one of that.
+// The upstream is another Caddy with this module. A client that comes back to
+// it must keep its id until it gets another one from that Caddy.
 func TestAClientOfAnUpstreamWithIDsLikeOursKeepsItsID(t *testing.T) {
 	checkLeaks(t)
 	const inner = "sse1-AbCdEfGhIjKlMnOpQrStUg"
@@ -339,7 +339,7 @@ func TestAClientOfAnUpstreamWithIDsLikeOursKeepsItsID(t *testing.T) {
 				call.start("text/event-stream")
 				two := second.headers(t).follow()
 				call.send(eventOf(inner, 2))
-				two.expect(t, eventOf(inner, 2)) // and nothing before it
+				two.expect(t, eventOf(inner, 2)) // without anything before it
 				call.end()
 				two.expectEnd(t)
 			})
@@ -400,8 +400,8 @@ func TestWhatIsNeverResumedGoesToTheUpstreamWithoutAnID(t *testing.T) {
 	head.headers(t).text()
 }
 
-// Another Caddy with this module is the upstream: what begins with sse1- may be its
-// own.
+// The upstream is another Caddy with this module, so an id that begins with
+// sse1- may be its own.
 func TestAnUpstreamsIDsOfOurFormAreItsOwn(t *testing.T) {
 	if apart(t) {
 		return
@@ -438,7 +438,7 @@ func TestAnUpstreamsIDsOfOurFormAreItsOwn(t *testing.T) {
 		again.end()
 		res.headers(t).text()
 
-		// A run that is known here is still one of ours.
+		// The id of a run that is known here is still ours.
 		_, kept, other, own := beginKept(t, cl, up, path+"/own")
 		other.send(plainEvent(1))
 		kept.expect(t, eventOf(own, 1))

@@ -18,19 +18,19 @@ import (
 	"time"
 )
 
-// rollingVariable makes the rolling reload as large as issues of production
-// are: two minutes, 2,000 clients.
+// rollingVariable makes the rolling reload as large as in production: two
+// minutes, 2,000 clients.
 const rollingVariable = "CADDYSSE_TEST_ROLLING"
 
 // rolling is the size of a rolling reload.
 type rolling struct {
 	clients            int
 	reloads            int
-	every              time.Duration // from reload to reload
+	every              time.Duration // between reloads
 	window             time.Duration // of the drain
 	retryMin, retryMax time.Duration
-	down               time.Duration // how long the upstream is gone
-	period             time.Duration // from event to event
+	down               time.Duration // how long the upstream is away
+	period             time.Duration // between events
 }
 
 func TestEveryClientGetsEveryEventOnceOverReloadsAndAKilledUpstream(t *testing.T) {
@@ -71,8 +71,8 @@ func TestEveryClientGetsEveryEventOnceOverReloadsAndAKilledUpstream(t *testing.T
 	eventually(t, "every client is there", func() bool { return fleet.behind(1) == 0 })
 
 	for i := range size.reloads {
-		c.reload(site + fmt.Sprintf("\n# %d", i)) // a comment: the same site again
-		time.Sleep(size.every)                    // the schedule of this test, not a wait for something
+		c.reload(site + fmt.Sprintf("\n# %d", i)) // the site differs only by a comment
+		time.Sleep(size.every)                    // this is the test's schedule; it waits for nothing
 	}
 
 	kill()
@@ -90,7 +90,7 @@ func TestEveryClientGetsEveryEventOnceOverReloadsAndAKilledUpstream(t *testing.T
 	t.Logf("%d clients, %d reconnection times, %d events each", size.clients, len(fleet.told), last)
 }
 
-// fleet is many clients that behave as EventSource does.
+// fleet is many clients that behave like an EventSource.
 type fleet struct {
 	clients []*eventSource
 
@@ -109,7 +109,7 @@ func newFleet(url string, n int) *fleet {
 	return f
 }
 
-// behind counts the clients that do not have an event yet.
+// behind counts the clients that have not received an event yet.
 func (f *fleet) behind(event int) int {
 	n := 0
 	for _, client := range f.clients {
@@ -120,9 +120,9 @@ func (f *fleet) behind(event int) int {
 	return n
 }
 
-// checkSpread wants the reconnection times that were told to be even over their
-// range: of clients that lost their streams together, a tenth comes back in each
-// tenth of it. When they come back is a matter of the machine.
+// checkSpread expects the reconnection times to be spread evenly over their
+// range: of clients that lost their streams together, a tenth comes back in
+// each tenth of it. When they really come back depends on the machine.
 func (f *fleet) checkSpread(t *testing.T, size rolling) {
 	t.Helper()
 	f.mu.Lock()
@@ -138,7 +138,7 @@ func (f *fleet) checkSpread(t *testing.T, size rolling) {
 		}
 		tenths[min(9, 10*(told-size.retryMin)/(size.retryMax-size.retryMin))]++
 	}
-	// Seven standard deviations of what chance gives each.
+	// Seven standard deviations from the expected number.
 	even := float64(len(f.told)) / 10
 	for tenth, n := range tenths {
 		if off := math.Abs(float64(n) - even); off > 7*math.Sqrt(even) {
@@ -147,9 +147,9 @@ func (f *fleet) checkSpread(t *testing.T, size rolling) {
 	}
 }
 
-// eventSource is as much of HTML Standard, section 9.2, as decides who gets
-// which event: it goes on from its last event ID, after the reconnection time,
-// and gives up at a status other than 200.
+// eventSource implements the part of HTML Standard, section 9.2, that decides
+// which client gets which event: it continues from its last event ID, after the
+// reconnection time, and gives up at a status other than 200.
 type eventSource struct {
 	url         string
 	fleet       *fleet
@@ -220,12 +220,12 @@ func (e *eventSource) follow(ctx context.Context) {
 	}
 }
 
-// replayVariable makes a test binary an upstream whose events depend on the
-// time alone, so that one that was killed can be replaced.
+// replayVariable makes a test binary an upstream whose events depend only on
+// the time, so that another process can replace one that was killed.
 const replayVariable = "CADDYSSE_TEST_REPLAY"
 
-// playReplay sends event n when n periods have passed since the start, and to each client
-// first what it has missed, if this process was started for that.
+// If this process was started for that, playReplay sends event n when n periods
+// have passed since the start. Each client first gets what it has missed.
 func playReplay() {
 	config := strings.Fields(os.Getenv(replayVariable))
 	if len(config) != 3 {
@@ -252,7 +252,7 @@ func playReplay() {
 		}
 	}))
 	fmt.Println(listener.Addr())
-	io.Copy(io.Discard, os.Stdin) // ends with the process that started this one
+	io.Copy(io.Discard, os.Stdin) // it ends with the process that started this one
 	os.Exit(0)
 }
 

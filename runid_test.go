@@ -106,7 +106,7 @@ const (
 	others = "sse1-broken"
 )
 
-// idRequest is a request as it comes to the handler after a rewrite.
+// idRequest returns a request as the handler gets it after a rewrite.
 func idRequest(target, original string, ids ...string) *http.Request {
 	r := httptest.NewRequest("GET", original, nil)
 	before := http.Request{Method: r.Method, URL: r.URL, RequestURI: r.RequestURI}
@@ -171,7 +171,7 @@ func TestAnIDOfOursIsTakenOutWhereverItIs(t *testing.T) {
 				t.Errorf("an inner handler finds %q", inner)
 			}
 
-			// The request that others may be reading is as it was.
+			// The original request, which others may be reading, is unchanged.
 			was := r.Context().Value(caddyhttp.OriginalRequestCtxKey).(http.Request)
 			if !reflect.DeepEqual(r.Header, header) || r.URL.RawQuery != c.query || r.RequestURI != original || was.URL.RawQuery != c.query {
 				t.Error("the request itself has been written to")
@@ -202,7 +202,7 @@ func FuzzWithoutRunIDs(f *testing.F) {
 		if wantErr == nil && (err != nil || !reflect.DeepEqual(parsed, want)) {
 			t.Errorf("%q becomes %q", query, got)
 		}
-		// What is left is in its order, as it was written.
+		// What remains is unchanged and in the same order.
 		pairs := strings.Split(query, "&")
 		for pair := range strings.SplitSeq(got, "&") {
 			i := slices.Index(pairs, pair)

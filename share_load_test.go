@@ -19,7 +19,7 @@ import (
 func TestAnUpstreamMayBeginWithMoreThanAJournalHolds(t *testing.T) {
 	checkLeaks(t)
 	const events = 3000
-	ready := make(chan struct{}) // whoever comes after the dump gets nothing of it
+	ready := make(chan struct{}) // a client that joins after the dump gets nothing of it
 	begin := sync.OnceFunc(func() { close(ready) })
 	defer begin()
 	dump := func(w http.ResponseWriter, r *http.Request) {
@@ -86,8 +86,8 @@ func TestAnUpstreamMayBeginWithMoreThanAJournalHolds(t *testing.T) {
 	}
 }
 
-// eachEvent calls on the data of each event until it returns false or the body
-// ends.
+// eachEvent calls on with the data of each event until it returns false or the
+// body ends.
 func eachEvent(body io.Reader, on func(data string) bool) error {
 	buf := make([]byte, 32<<10)
 	var rest string
@@ -230,9 +230,10 @@ type dumpClient struct {
 	lost int // events that it was told to have lost
 }
 
-// An upstream begins with 3 MB and goes on with single events. Clients that can't
-// keep up with that are ended, come back, and are told to the event what is gone.
-// In the end all have the latest, from one stream.
+// An upstream begins with 3 MB and continues with single events. The streams of
+// clients that can't keep up are ended; the clients come back, and are told
+// exactly how many events are lost. In the end all have the latest event, from
+// one stream.
 func TestWhoFallsBehindADumpIsToldAndSharesAgain(t *testing.T) {
 	checkLeaks(t)
 	const clients, dump = 20, 3000
@@ -303,8 +304,8 @@ func TestWhoFallsBehindADumpIsToldAndSharesAgain(t *testing.T) {
 	}
 }
 
-// followDump visits until the client has events from after the dump, and the
-// stream ends. One that is slow stops for a moment at first.
+// followDump connects again and again until the client has events from after
+// the dump, and the stream ends. A slow client pauses at first.
 func (d *dumpClient) followDump(t *testing.T, c *testCaddy, slow bool, dump int, visits, caughtUp func()) error {
 	for visit := 1; visit < 100; visit++ {
 		visits()
@@ -336,7 +337,7 @@ func (d *dumpClient) followDump(t *testing.T, c *testCaddy, slow bool, dump int,
 				if _, number, _ := strings.Cut(d.last, "."); number != strconv.Itoa(d.seen) {
 					return fmt.Errorf("%d events are gone after %d, and the id is %s", gone, d.seen-gone, d.last)
 				}
-			case fields["event"] == "sse": // where it has joined
+			case fields["event"] == "sse": // the place where it has joined
 				_, number, _ := strings.Cut(d.last, ".")
 				d.seen, _ = strconv.Atoi(number)
 			case fields["event"] != "":
@@ -365,8 +366,8 @@ func (d *dumpClient) followDump(t *testing.T, c *testCaddy, slow bool, dump int,
 	return fmt.Errorf("it comes back again and again, and has %d events", d.seen)
 }
 
-// eachBlock calls on the fields of each block until it returns an error or the
-// body ends.
+// eachBlock calls on with the fields of each block until it returns an error or
+// the body ends.
 func eachBlock(body io.Reader, on func(fields map[string]string) error) error {
 	lines := bufio.NewScanner(body)
 	fields := make(map[string]string)
@@ -384,10 +385,9 @@ func eachBlock(body io.Reader, on func(fields map[string]string) error) error {
 	return lines.Err()
 }
 
-// An upstream with ids knows nothing of Last-Event-ID, and answers with what
-// comes from then on. A client that comes back with an id that is gone has an
-// upstream stream of its own until that and the run have sent the same id; then
-// it shares again.
+// An upstream with ids ignores Last-Event-ID, and sends only new events. A
+// client that comes back with an id that is gone gets its own upstream stream,
+// until that stream and the run have sent the same id; then it shares again.
 func TestAnUpstreamThatIgnoresLastEventIDIsSharedAgain(t *testing.T) {
 	if apart(t) {
 		return

@@ -15,17 +15,17 @@ import (
 	"time"
 )
 
-// source is an upstream that counts. With ids it replays what came after
-// Last-Event-ID; without, each stream has only what comes from then on.
+// source is an upstream that counts. With ids, it replays what follows
+// Last-Event-ID. Without ids, each stream gets only new events.
 type source struct {
 	ids bool
 
 	mu      sync.Mutex
 	n       int
 	changed chan struct{}
-	killed  chan struct{} // closed and replaced when all streams are to break off
+	killed  chan struct{} // closed and replaced to break off all streams
 
-	away  atomic.Bool // 503
+	away  atomic.Bool // it answers 503
 	calls atomic.Int64
 }
 
@@ -39,7 +39,7 @@ func (s *source) at() (n int, changed, killed chan struct{}) {
 	return s.n, s.changed, s.killed
 }
 
-// add makes some more events.
+// add sends some more events.
 func (s *source) add(count int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -48,7 +48,7 @@ func (s *source) add(count int) {
 	s.changed = make(chan struct{})
 }
 
-// kill breaks all streams off.
+// kill breaks off all streams.
 func (s *source) kill() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -98,20 +98,20 @@ func (s *source) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// counting is a client that comes back again and again, and holds what it gets
-// against what it must have: every event once and in order, or to be told.
+// counting is a client that comes back again and again, and checks what it
+// gets: every event once and in order, unless it was told of a loss.
 type counting struct {
 	t        *testing.T
 	cl       *testClient
 	id       string
-	last     int  // the last event; 0: none yet
-	mayMiss  bool // it has been told that something is lost
+	last     int  // 0: none yet
+	mayMiss  bool // it was told of a loss
 	returned int
 	resumed  int
-	enough   func() // called after each event; nil: no
+	enough   func() // called after each event; may be nil
 }
 
-// visit opens a stream and reads until the context is done, or it ends.
+// visit opens a stream and reads until the context is done or the stream ends.
 func (c *counting) visit(ctx context.Context) {
 	headers := asEventSource
 	if c.id != "" {
@@ -181,7 +181,7 @@ func (c *counting) take(data string, first bool) {
 
 // TestEveryClientHasEveryEventOrIsTold lets clients come and go while the
 // upstream breaks off, the configuration is replaced and runs are ended, and
-// holds each against what it must have.
+// checks what each client got.
 func TestEveryClientHasEveryEventOrIsTold(t *testing.T) {
 	t.Parallel()
 	for _, ids := range []bool{true, false} {
@@ -246,12 +246,12 @@ func everyClientHasEveryEvent(t *testing.T, ids bool, rng *rand.Rand) {
 				c.admin("DELETE", "/sse/runs/"+run.ID)
 			}
 		case 5:
-			src.add(60) // more than a journal holds
+			src.add(60) // more than a journal can hold
 		}
 	}
 	stop()
 	clients.Wait()
-	// Whoever comes back now goes on.
+	// A client that comes back now continues where it was.
 	ticks := time.NewTicker(10 * time.Millisecond)
 	defer ticks.Stop()
 	var last sync.WaitGroup
@@ -295,12 +295,13 @@ func everyClientHasEveryEvent(t *testing.T, ids bool, rng *rand.Rand) {
 	goOnUndisturbed(t, c, src, all)
 }
 
-// goOnUndisturbed has each client leave and come back while another one of its
-// protocol stays, so that the run stays: nothing may be missing, told or not.
+// goOnUndisturbed makes each client leave and come back while another client of
+// its protocol stays, so that the run stays. No event may be missing, reported
+// or not.
 func goOnUndisturbed(t *testing.T, c *testCaddy, src *source, all []*counting) {
 	for _, client := range all {
 		// A connection from before a reload may still lead to a server that was
-		// replaced, whose runs are others.
+		// replaced and has other runs.
 		client.cl = c.client(client.cl.proto)
 	}
 	ctx, leave := context.WithTimeout(t.Context(), patience)
@@ -336,7 +337,7 @@ func goOnUndisturbed(t *testing.T, c *testCaddy, src *source, all []*counting) {
 	staying.Wait()
 }
 
-// visitOnce opens a stream and leaves with the first event. The channel is closed
+// visitOnce opens a stream and leaves at the first event. The channel is closed
 // then.
 func (c *counting) visitOnce(ctx context.Context) <-chan struct{} {
 	seen := make(chan struct{})

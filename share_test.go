@@ -12,10 +12,11 @@ import (
 	"time"
 )
 
-// asEventSource are the headers of an EventSource.
+// asEventSource is the headers of an EventSource.
 var asEventSource = []string{"Accept: text/event-stream", "Cache-Control: no-cache"}
 
-// sharedSite is a site that shares its streams, with more settings of the block.
+// sharedSite is a site that shares its streams, with more settings in the
+// block.
 func sharedSite(up *testUpstream, settings string) string {
 	return `
 		sse {
@@ -30,8 +31,8 @@ func sharedSite(up *testUpstream, settings string) string {
 
 var runIDPattern = regexp.MustCompile(`sse1-[A-Za-z0-9_-]{22}\.\d+`)
 
-// expectBlock waits for a block with an id of a run in it, and returns the token
-// of the run, which stands for %s in want.
+// expectBlock waits for a block that contains an id of a run, and returns the
+// token of the run. In want, %s stands for the token.
 func (f *follower) expectBlock(t testing.TB, want string) (token string) {
 	t.Helper()
 	got, err := f.wait(func(unread string) bool { return strings.Contains(unread, "\n\n") })
@@ -53,7 +54,8 @@ func (f *follower) expectFirst(t testing.TB, n int) (token string) {
 	return f.expectBlock(t, fmt.Sprintf("event: sse\ndata:\nid: %%s.%d\n\n", n))
 }
 
-// expectUnknown waits for the event that says that the client's id is unknown.
+// expectUnknown waits for the event that reports that the client's id is
+// unknown.
 func (f *follower) expectUnknown(t testing.TB, n int) (token string) {
 	t.Helper()
 	return f.expectBlock(t, fmt.Sprintf("event: lost\ndata: {\"reason\":\"unknown\"}\nid: %%s.%d\n\n", n))
@@ -65,7 +67,7 @@ func eventOf(token string, n int) string {
 
 func plainEvent(n int) string { return fmt.Sprintf("data: %d\n\n", n) }
 
-// runsOf asks the admin API for the runs.
+// runs lists runs through the admin API.
 func (c *testCaddy) runs(query string) (list struct {
 	Runs []struct {
 		ID, Run, Name, Use, State, Host, Path, Upstream string
@@ -203,7 +205,7 @@ func TestAFailureIsGivenToAllThatWait(t *testing.T) {
 			t.Fatalf("%s, Retry-After %q, %q, %v", res.Status, res.Header.Get("Retry-After"), body, err)
 		}
 	}
-	// Nothing is remembered.
+	// A failed run is not remembered.
 	next, call := open(t, cl, up, "/", asEventSource...)
 	call.start("text/event-stream")
 	res := next.headers(t)
@@ -233,7 +235,7 @@ func TestAnAnswerThatIsNoStreamIsEachClientsOwn(t *testing.T) {
 	if body, err := first.headers(t).text(); body != "mine" || err != nil {
 		t.Errorf("%q, %v", body, err)
 	}
-	// The next one does not even try.
+	// The next client does not even try to share.
 	second, call := open(t, cl, up, "/", append(asEventSource, "X-Client: 2")...)
 	if got := call.Header.Get("X-Client"); got != "2" {
 		t.Errorf("X-Client %q", got)
@@ -572,7 +574,7 @@ func TestATrustedProxySaysSchemeAndHost(t *testing.T) {
 	call.start("text/event-stream")
 	one := first.headers(t).follow()
 	one.expectFirst(t, 0)
-	forwarded[2] = "X-Forwarded-For: 198.51.100.8" // nobody's business
+	forwarded[2] = "X-Forwarded-For: 198.51.100.8" // this must make no difference
 	two := cl.get(t, "/", forwarded...).follow()
 	two.expectFirst(t, 0)
 	forwarded[4] = "X-Forwarded-Host: other.example"
@@ -597,7 +599,7 @@ func TestAnIDLikeOursFromTheUpstreamIsTheUpstreams(t *testing.T) {
 	one.expect(t, "event: sse\ndata:\nid: "+inner+".0\n\n"+eventOf(inner, 1))
 	two := cl.get(t, "/", append(asEventSource, "Last-Event-ID: "+inner+".0")...).follow()
 	two.expect(t, eventOf(inner, 1))
-	// One that the journal does not have goes on to the upstream.
+	// A client whose id the journal does not have gets its own upstream stream.
 	three := cl.get(t, "/", append(asEventSource, "Last-Event-ID: sse1-BbCdEfGhIjKlMnOpQrStUg.7")...).follow()
 	own := up.accept(t)
 	if got := own.Header.Get("Last-Event-ID"); got != "sse1-BbCdEfGhIjKlMnOpQrStUg.7" {
@@ -633,7 +635,7 @@ func TestALingeringRunGivesItsPlaceToANewStream(t *testing.T) {
 	res.leave()
 	c.waitForLog("stream closed", 0)
 
-	// A client that comes back to it does not push it out.
+	// A client that comes back to a run does not make it end.
 	back := cl.get(t, "/a", append(asEventSource, "Last-Event-ID: "+token+".0")...)
 	follower := back.follow()
 	call.send(plainEvent(1))
@@ -651,7 +653,7 @@ func TestALingeringRunGivesItsPlaceToANewStream(t *testing.T) {
 	last.follow().expectFirst(t, 0)
 	call.expectGone()
 	for _, run := range c.runs("").Runs {
-		if run.Path == "/b" { // the other one may not be off the list yet
+		if run.Path == "/b" { // the other run may still be listed
 			c.admin("DELETE", "/sse/runs/"+run.ID)
 		}
 	}
@@ -713,7 +715,7 @@ func TestAfterAReloadClientsBeginANewRun(t *testing.T) {
 	two := second.headers(t).follow()
 	two.expectUnknown(t, 0)
 	res.leave()
-	call.expectGone() // no linger either
+	call.expectGone() // it does not linger either
 	again.end()
 	two.expectEnd(t)
 }
@@ -726,7 +728,7 @@ func TestARunEndsWhenItsTimeIsOver(t *testing.T) {
 	call.start("text/event-stream")
 	one := first.headers(t).follow()
 	one.expectFirst(t, 0)
-	call.send("data: half") // which is nobody's
+	call.send("data: half") // no client gets this
 	one.expectEnd(t)
 	call.expectGone()
 	for _, message := range []string{"stream closed", "run ended"} {
@@ -802,8 +804,8 @@ func TestASharedStreamMayStartEarly(t *testing.T) {
 	three.expectEnd(t)
 }
 
-// Its stream is there, and its heartbeats go on, while it asks the upstream by
-// itself.
+// Its stream has started, and its heartbeats continue while it asks the
+// upstream by itself.
 func TestAStreamThatHasStartedEarlyGetsHeartbeatsWhateverItsRunAnswers(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
@@ -930,8 +932,8 @@ func TestARunTakesTheRoutesThatItsClientsWouldTake(t *testing.T) {
 	call.start("text/event-stream")
 	one := first.headers(t).follow()
 	one.expectFirst(t, 0)
-	// This one has been handled by the group already, so its next handler is the
-	// last.
+	// This request has already been handled by the group, so its next handler
+	// is the last one.
 	second := cl.get(t, "/", append(asEventSource, "X-Seen: 1")...)
 	if body, err := second.text(); second.StatusCode != 404 || body != "nobody else" || err != nil {
 		t.Errorf("%s: %q, %v", second.Status, body, err)

@@ -18,12 +18,12 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// secret is in everything of a client that must not reach another one.
+// secret is in everything from a client that must not reach another one.
 const secret = "hush"
 
-// sharedClient is a request as it comes to the handler: after authentication,
-// a map, a rewrite and whatever else a site may do in front. change makes it
-// another client's.
+// sharedClient is a request as the handler gets it: after authentication, a
+// map, a rewrite and whatever else a site may have before it. change makes it
+// another client's request.
 func sharedClient(change func(r *http.Request)) *http.Request {
 	r := httptest.NewRequest("GET", "http://a.test/shown?x=1", nil)
 	r.RequestURI = "/shown?x=1"
@@ -44,7 +44,7 @@ func sharedClient(change func(r *http.Request)) *http.Request {
 		"X-Forwarded-Host":  {secret},
 		"X-Real-Ip":         {secret},
 		"X-Topic":           {"news"},
-		"X-User":            {secret}, // by forward_auth, or request_header
+		"X-User":            {secret}, // set by forward_auth or request_header
 		"Connection":        {secret},
 		"Upgrade":           {secret},
 		"Content-Type":      {secret},
@@ -97,8 +97,8 @@ func replacerOf(r *http.Request) *caddy.Replacer {
 	return r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 }
 
-// clientPlaceholders are those that say who a client is, and some that a run's
-// request must be able to answer without failing.
+// clientPlaceholders identify a client, or must be available in a run's request
+// without failing.
 var clientPlaceholders = []string{
 	"http.request.header.Authorization", "http.request.header.Cookie", "http.request.header.X-User",
 	"http.request.header.X-Forwarded-For", "http.request.header.User-Agent", "http.request.cookie.session",
@@ -127,7 +127,7 @@ func TestARunsRequestHoldsNothingOfAClient(t *testing.T) {
 	fmt.Fprintf(&seen, "%+v", r.TLS)
 	vars := r.Context().Value(caddyhttp.VarsCtxKey).(map[string]any)
 	fmt.Fprintf(&seen, "%+v", vars)
-	fmt.Fprintf(&seen, "%v", r.Context()) // every key and value of a text
+	fmt.Fprintf(&seen, "%v", r.Context()) // this formats every key and value in the context
 	for _, name := range clientPlaceholders {
 		value, _ := replacerOf(r).Get(name)
 		fmt.Fprintf(&seen, "%s=%v\n", name, value)
@@ -304,7 +304,7 @@ func TestANamedAddressReachesTheUpstreamAsAPlaceholder(t *testing.T) {
 	if _, ok := caddyhttp.GetVar(r.Context(), "trusted_proxy").(bool); !ok {
 		t.Error("Caddy would fail on trusted_proxy")
 	}
-	replacerOf(r).Get("http.request.duration") // fails on another start_time
+	replacerOf(r).Get("http.request.duration") // this would fail with a start_time of another type
 }
 
 func TestValuesThatHandlersEditInPlaceAreNotTheClients(t *testing.T) {

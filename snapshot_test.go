@@ -19,7 +19,7 @@ import (
 // shownStream is a stream as a snapshot shows it.
 type shownStream map[string]any
 
-// shownSnapshot is a snapshot as its reader sees it.
+// shownSnapshot is a snapshot as a client sees it.
 type shownSnapshot struct {
 	At             time.Time
 	Seconds        float64
@@ -37,7 +37,7 @@ type shownFigures struct {
 	Closed                                  map[string]int
 }
 
-// observe returns what takes one snapshot after the other.
+// observe returns a function that takes the next snapshot.
 func observe(t testing.TB, query string) func() shownSnapshot {
 	t.Helper()
 	snapshot, err := caddysse.Observe(query)
@@ -53,8 +53,8 @@ func observe(t testing.TB, query string) func() shownSnapshot {
 	}
 }
 
-// writeOnce opens a stream without a network that its handler writes to, and
-// returns when it has.
+// writeOnce opens a stream without a network, and returns after its handler has
+// written to it.
 func writeOnce(t testing.TB, h *caddysse.Handler, r *http.Request, text string) (end func()) {
 	t.Helper()
 	written, over := make(chan struct{}), make(chan struct{})
@@ -91,7 +91,7 @@ func TestASnapshotTellsWhatHasGoneBySinceTheOneBefore(t *testing.T) {
 	}
 	before := all()
 
-	time.Sleep(2 * time.Millisecond) // a snapshot tells milliseconds
+	time.Sleep(2 * time.Millisecond) // times in a snapshot are in milliseconds
 	end := writeOnce(t, one, prepared(w), "data: 22\n\ndata: 3\n\n")
 	writeOnce(t, two, prepared(w), "data: 4\n\n")
 	end()
@@ -149,8 +149,8 @@ func TestTheTotalsOfSnapshotsNeverGoBackwards(t *testing.T) {
 	}
 }
 
-// sortedBy reports whether streams are in the order of a key of the contract:
-// largest, longest, newest first, text from A to Z.
+// sortedBy reports whether streams are in the order of a key, as the contract
+// defines it: largest, longest, newest first, text from A to Z.
 func sortedBy(key string, streams []shownStream) bool {
 	return slices.IsSortedFunc(streams, func(a, b shownStream) int {
 		switch value := a[key].(type) {
@@ -186,7 +186,7 @@ func TestASnapshotIsSortedByAnyKeyOfAStream(t *testing.T) {
 	}
 	keys := caddysse.SortKeys()
 	for _, key := range keys {
-		// In this order, as ages grow from one snapshot to the next.
+		// In this order, because ages grow between snapshots.
 		backward := observe(t, "name=sorted&sort=-"+key)()
 		forward := observe(t, "name=sorted&sort="+key)()
 		for _, s := range []shownSnapshot{forward, backward} {
@@ -202,7 +202,8 @@ func TestASnapshotIsSortedByAnyKeyOfAStream(t *testing.T) {
 		if !sortedBy(key, backward.Streams) {
 			t.Errorf("-%s is not sorted: %v", key, values(key, backward.Streams))
 		}
-		// The ends of the list are those of all the streams, not of the first ones.
+		// The first and the last stream are those of all streams, not only of
+		// those shown.
 		if both := append(forward.Streams[:1:1], backward.Streams[shown-1]); !sortedBy(key, both) {
 			t.Errorf("%s: from %v to %v", key, first, last)
 		}
@@ -252,13 +253,14 @@ func TestASnapshotOfTenThousandStreamsMakesNoReportOfThoseItDoesNotShow(t *testi
 		if err != nil {
 			t.Fatal(err)
 		}
-		snapshot() // makes the room that the next ones use
+		snapshot() // this allocates what later ones reuse
 		return testing.AllocsPerRun(3, func() { snapshot() })
 	}
-	// The totals of each name that earlier tests have left take some.
+	// The totals of names that earlier tests have left need some allocations
+	// too.
 	others := allocsOf("name=nobody")
 	for _, query := range []string{"name=many", "name=many&sort=bytes", "name=many&sort=path", "name=many&sort=user_agent&path=/"} {
-		// A stream that is shown takes some for its texts and times.
+		// Each stream that is shown needs some for its texts and times.
 		const each = 30
 		if allocs := allocsOf(query) - others; !raceEnabled && allocs > each*200 {
 			t.Errorf("%s: %v allocations", query, allocs)
@@ -266,8 +268,8 @@ func TestASnapshotOfTenThousandStreamsMakesNoReportOfThoseItDoesNotShow(t *testi
 	}
 }
 
-// BenchmarkSnapshot says what a snapshot of 10,000 streams costs. At one a second,
-// 20 ms are 2 % of a core.
+// BenchmarkSnapshot measures a snapshot of 10,000 streams. With one snapshot a
+// second, 20 ms are 2 % of a core.
 func BenchmarkSnapshot(b *testing.B) {
 	h := provision(b, &caddysse.Handler{Name: "snapshot", Heartbeat: &caddysse.Heartbeat{Interval: -1}})
 	quietStreams(b, h, 10_000)

@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// A third of the clients take nothing, with streams that their upstream fills
-// as fast as it can. The others must not notice.
+// A third of the clients read nothing, and their upstream sends as fast as it
+// can. The others must not be affected.
 func TestStalledClientsDelayNobodyElse(t *testing.T) {
 	if apart(t) {
 		return
@@ -74,13 +74,13 @@ func TestStalledClientsDelayNobodyElse(t *testing.T) {
 		stalled = append(stalled, conn)
 	}
 	for last := int64(-1); last != flooded.Load(); time.Sleep(300 * time.Millisecond) {
-		last = flooded.Load() // until nobody gets rid of anything any more
+		last = flooded.Load() // until nothing more can be sent
 	}
 	with := p99Latency(t, c, clients-clients/3)
 
 	t.Logf("%d clients, a third of them stalled: p99 %v without these, %v with them", clients, without, with)
-	// The figures vary with what else the machine does. A stream that waited for a
-	// stalled client would wait for minutes.
+	// The latencies vary with the load of the machine. A stream that waited for
+	// a stalled client would wait for minutes.
 	if limit := without*3/2 + 10*time.Second; with > limit {
 		t.Errorf("p99 %v with stalled clients, %v without them", with, without)
 	}
@@ -89,7 +89,8 @@ func TestStalledClientsDelayNobodyElse(t *testing.T) {
 	}
 }
 
-// p99Latency opens streams and returns how late one in a hundred events comes.
+// p99Latency opens streams and returns the 99th percentile of how late events
+// come.
 func p99Latency(t *testing.T, c *testCaddy, clients int) time.Duration {
 	t.Helper()
 	var (

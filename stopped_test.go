@@ -14,9 +14,9 @@ import (
 	"time"
 )
 
-// A process that was stopped (SIGSTOP, a machine that sleeps, a container that is
-// frozen) has not listened; its upstreams were not silent. When it goes on,
-// timers fire before sockets are read.
+// While a process is stopped (SIGSTOP, a machine that sleeps, a container that
+// is frozen), it reads nothing; its upstreams are not silent. When it
+// continues, timers fire before sockets are read.
 func TestATimeInWhichTheProcessWasStoppedIsNoSilenceOfItsUpstreams(t *testing.T) {
 	t.Parallel()
 	const timeout = time.Second
@@ -53,7 +53,8 @@ func TestATimeInWhichTheProcessWasStoppedIsNoSilenceOfItsUpstreams(t *testing.T)
 	if err := c.cmd.Process.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	// Each goes on: it gets more than the kernel can have kept from the stop.
+	// Each stream continues: it gets more than the kernel can have buffered
+	// during the stop.
 	var all sync.WaitGroup
 	for i, body := range bodies {
 		before := len(body.all())
@@ -67,7 +68,7 @@ func TestATimeInWhichTheProcessWasStoppedIsNoSilenceOfItsUpstreams(t *testing.T)
 	}
 	all.Wait()
 
-	// The limit itself still holds.
+	// The limit itself still applies.
 	silent := c.client("h1").get(t, "/silent", acceptStream).follow()
 	silent.expect(t, "data: 1\n\n")
 	if _, err := silent.rest(); err == errNothingMore {
@@ -79,8 +80,8 @@ func TestATimeInWhichTheProcessWasStoppedIsNoSilenceOfItsUpstreams(t *testing.T)
 	}
 }
 
-// While it was stopped, the kernel went on sending, and the client may have taken
-// all there was.
+// While the process was stopped, the kernel continued to send, and the client
+// may have read everything.
 func TestATimeInWhichTheProcessWasStoppedEndsNobodysWrite(t *testing.T) {
 	t.Parallel()
 	const timeout = 2 * time.Second
@@ -111,7 +112,7 @@ func TestATimeInWhichTheProcessWasStoppedEndsNobodysWrite(t *testing.T) {
 	if err := c.cmd.Process.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	// It goes on: there is more than the kernel can have kept.
+	// The stream continues: it gets more than the kernel can have buffered.
 	conn.SetReadDeadline(time.Now().Add(patience))
 	if n, err := io.CopyN(io.Discard, conn, 16<<20); err != nil {
 		t.Errorf("after %d bytes: %v", n, err)

@@ -14,8 +14,8 @@ import (
 	"github.com/caddy-sse/caddy-sse/store/storetest"
 )
 
-// waitForStore waits until new streams of a node have ids again, and returns the
-// stream of the one that has.
+// waitForStore waits until new streams of a node have ids again, and returns
+// the first one that has.
 func (n *cluster) waitForStore(t testing.TB, node string) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
@@ -51,7 +51,7 @@ func TestAStoreThatIsAwayHarmsNoStream(t *testing.T) {
 	n.waitForEvents(t, 1)
 	n.SetAway(true)
 	call.send(plainEvent(2))
-	one.expect(t, eventOf(token, 2)) // it may be back in a moment
+	one.expect(t, eventOf(token, 2)) // the store may be back in a moment
 	number := 2
 	for deadline := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
 		number++
@@ -70,7 +70,8 @@ func TestAStoreThatIsAwayHarmsNoStream(t *testing.T) {
 		}
 	}
 
-	// Clients that come back while the store is away. Only a GET calls the upstream.
+	// Clients that come back while the store is away. Only a GET reaches the
+	// upstream.
 	e, other := open(t, n.cl, n.up, "/", append(comingBack(asEventSource, token+".1"), "X-Node: b")...)
 	other.start("text/event-stream")
 	f := e.headers(t).follow()
@@ -96,7 +97,7 @@ func TestAStoreThatIsAwayHarmsNoStream(t *testing.T) {
 	}
 }
 
-// linesWith counts log lines whose message has a text.
+// linesWith counts log lines whose message contains a text.
 func (c *testCaddy) linesWith(text string) (n int) {
 	for _, line := range c.logs() {
 		if message, _ := line["msg"].(string); strings.Contains(message, text) {
@@ -155,7 +156,7 @@ func TestAStreamThatOutrunsTheStoreHasNoMoreIDs(t *testing.T) {
 	call.send(plainEvent(1))
 	one.expect(t, plainEvent(1))
 	n.SetFull(false)
-	res.leave() // it is a stream as without resume
+	res.leave() // its stream is like one without resume
 	call.expectGone()
 	n.waitForRuns(t, 0)
 }
@@ -179,7 +180,7 @@ func TestAStoreThatHasLostEverythingEndsWhatIsReadElsewhere(t *testing.T) {
 	n.Flush()
 	call.send(plainEvent(2))
 	two.expectAbort(t)
-	// A run that a client of the node reads goes on without ids.
+	// A run with a client on this node continues without ids.
 	for number := 2; ; number++ {
 		called.send(plainEvent(number))
 		got, err := three.wait(func(unread string) bool { return strings.HasSuffix(unread, "\n\n") })
@@ -191,7 +192,7 @@ func TestAStoreThatHasLostEverythingEndsWhatIsReadElsewhere(t *testing.T) {
 			break
 		}
 	}
-	call.send(plainEvent(3)) // nothing of this can be kept for who is away
+	call.send(plainEvent(3)) // this can't be kept for a client that is away
 	call.expectGone()
 	called.end()
 	three.expectEnd(t)
@@ -206,7 +207,7 @@ func TestNobodyWaitsForASlowStore(t *testing.T) {
 	n.SetDelay(patience)
 	_, one, call, token := n.begin(t, "a", "/")
 	call.send(plainEvents(1, 3))
-	one.expect(t, events(token, 1, 3)) // long before the store has anything
+	one.expect(t, events(token, 1, 3)) // long before the store has them
 	n.SetDelay(0)
 	call.end()
 	one.expectEnd(t)
@@ -283,7 +284,7 @@ func TestAnExitLeavesWhatItHasToTheOtherNodes(t *testing.T) {
 	n.waitForRun("ended", 0)
 	caddysse.SeemToExit(true)
 	res.leave()
-	call.expectGone() // a run that loses its client then ends
+	call.expectGone() // an exit ends a run that loses its client
 	n.waitForNoEventLost(t)
 	caddysse.SeemToExit(false)
 	two := n.back(t, "b", "/", token+".1", "Accept: text/event-stream", notEventSource).follow()
@@ -292,7 +293,7 @@ func TestAnExitLeavesWhatItHasToTheOtherNodes(t *testing.T) {
 	three := n.back(t, "b", "/", other+".0").follow()
 	three.expect(t, eventOf(other, 1))
 	three.expectEnd(t)
-	n.waitForRuns(t, 0) // when their windows are over
+	n.waitForRuns(t, 0) // after their windows
 }
 
 func TestAnExitLeavesWhatItIsAboutToWriteToTheOtherNodes(t *testing.T) {
@@ -315,14 +316,14 @@ func TestAnExitLeavesWhatItIsAboutToWriteToTheOtherNodes(t *testing.T) {
 	})
 	call.send(plainEvents(3, 4))
 	one.expect(t, events(token, 3, 4))
-	eventually(t, "the others wait meanwhile", func() bool { // the client may have them a moment before
+	eventually(t, "the others wait meanwhile", func() bool { // the client may get them a moment before that
 		waiting, written := caddysse.WaitingForStores()
 		return waiting == 3 && written == 1
 	})
 	caddysse.SeemToExit(true)
 	res.leave()
 	call.expectGone()
-	n.waitForNoEventLost(t) // its journal has nothing more
+	n.waitForNoEventLost(t) // its journal has no more
 	n.SetDelay(0)
 	caddysse.SeemToExit(false)
 	n.waitForEvents(t, 4)
@@ -331,7 +332,7 @@ func TestAnExitLeavesWhatItIsAboutToWriteToTheOtherNodes(t *testing.T) {
 	two.expectAbort(t)
 }
 
-// waitForNoEventLost waits until the nodes have no run that has not ended.
+// waitForNoEventLost waits until all runs of the nodes have ended.
 func (n *cluster) waitForNoEventLost(t testing.TB) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
@@ -389,7 +390,7 @@ func TestTheUpstreamIsReadAsFastAsAClientElsewhereReads(t *testing.T) {
 			call.send(fmt.Sprintf("data: %d %s\n\n", i, strings.Repeat("x", 2000)))
 		}
 	}()
-	time.Sleep(100 * time.Millisecond) // nobody reads
+	time.Sleep(100 * time.Millisecond) // nothing is read during this time
 	two := back.follow()
 	got, err := two.wait(func(unread string) bool { return strings.HasSuffix(unread, fmt.Sprintf("id: %s.%d\n\n", token, last)) })
 	if err != nil {
@@ -407,8 +408,8 @@ func TestTheUpstreamIsReadAsFastAsAClientElsewhereReads(t *testing.T) {
 	two.expectEnd(t)
 }
 
-// Clients are cut at random and come back to any node, while messages between
-// nodes are lost now and then: each event comes once, and in order.
+// Clients are cut off at random and come back to any node, while messages
+// between nodes are sometimes lost. Each event comes once, and in order.
 func TestWhoeverComesBackToAnyNodeGetsEveryEventOnceAndInOrder(t *testing.T) {
 	checkLeaks(t)
 	n := startNodes(t, "1m", "")
@@ -472,7 +473,7 @@ func (n *cluster) comeBackAtRandom(t testing.TB, f *follower, path, token string
 			return fmt.Errorf("after event %d: %w", seen, err)
 		}
 		if res != nil && random.IntN(2) == 0 {
-			res.leave() // else the one before is taken over
+			res.leave() // otherwise the connection before is taken over
 		}
 		node := []string{"a", "b"}[random.IntN(2)]
 		header := append(comingBack(asEventSource, token+"."+strconv.Itoa(seen)), "X-Node: "+node)
@@ -487,7 +488,8 @@ func (n *cluster) comeBackAtRandom(t testing.TB, f *follower, path, token string
 	}
 }
 
-// The client comes back no more, and the run would go on for its window.
+// The client does not come back, and the run would continue until the end of
+// its window.
 func TestAStreamThatIsEndedByAnAdminWhileTheStoreIsAwayEndsItsRunElsewhere(t *testing.T) {
 	checkLeaks(t)
 	n := startNodes(t, "1m", "")
@@ -507,7 +509,7 @@ func TestAStreamThatIsEndedByAnAdminWhileTheStoreIsAwayEndsItsRunElsewhere(t *te
 	n.waitForRuns(t, 0)
 }
 
-// waitForFailures waits until calls of the store of a kind have failed so often.
+// waitForFailures waits until this many calls of a kind have failed.
 func (n *cluster) waitForFailures(t testing.TB, op string, want float64) {
 	t.Helper()
 	eventually(t, "a failure is counted", func() bool {

@@ -26,8 +26,8 @@ func (n *cluster) waitForEnds(t testing.TB) {
 	})
 }
 
-// expectLossTold comes back to node b: one event before the newest one that the
-// store has, and as an EventSource that has all of them.
+// expectLossTold comes back to node b twice: one event before the newest one
+// that the store has, and as an EventSource that has all of them.
 func (n *cluster) expectLossTold(t testing.TB, token string, newest int) {
 	t.Helper()
 	f := n.back(t, "b", "/", fmt.Sprintf("%s.%d", token, newest-1), "Accept: text/event-stream", notEventSource).follow()
@@ -71,11 +71,11 @@ func TestAnEndAfterALossIsNoCleanOneOnAnotherNode(t *testing.T) {
 		n.SetFull(false)
 		n.waitForEnds(t)
 		n.expectLossTold(t, token, last)
-		n.Flush() // the other one alone is waited for
+		n.Flush() // only the other run must be waited for
 	}
 }
 
-// A replica that lacks the newest events may take a server's place before or after
+// A replica that lacks the newest events may replace a server before or after
 // the end of a stream.
 func TestAStreamIsNotWholeWhereTheStoreHasLostItsLastEvents(t *testing.T) {
 	if apart(t) {
@@ -109,15 +109,15 @@ func TestAStreamIsNotWholeWhereTheStoreHasLostItsLastEvents(t *testing.T) {
 	}
 }
 
-// The upstream says nothing more, and no node has its lease renewed meanwhile, so
-// that nothing else tells the client.
+// The upstream sends no more, and no node renews its lease meanwhile, so
+// nothing else tells the client.
 func TestAClientElsewhereThatHasAllOfAStreamIsToldOfALossAtOnce(t *testing.T) {
 	checkLeaks(t)
 	n := startNodesOn(t, storetest.NewMemory(), 30*patience, "1m", "")
 	for what, lose := range map[string]func(call *upstreamCall){
 		"a replica that lacks an event": func(call *upstreamCall) {
 			n.LoseNewest(1)
-			call.send(plainEvent(4)) // follows what is not there
+			call.send(plainEvent(4)) // it follows events that are not there
 		},
 		"a replica that lacks all events": func(call *upstreamCall) {
 			n.LoseNewest(3)
@@ -140,17 +140,18 @@ func TestAClientElsewhereThatHasAllOfAStreamIsToldOfALossAtOnce(t *testing.T) {
 		other.start("text/event-stream")
 		e.headers(t).follow().expectUnknown(t, 0)
 		other.end()
-		// The node that has it has its events, as long as its upstream says nothing.
+		// The node with the run still has its events, as long as its upstream
+		// sends nothing.
 		back := n.back(t, "a", "/", token+".2").follow()
 		call.end()
 		if got, err := back.rest(); !strings.HasPrefix(got, eventOf(token, 3)) || err != io.EOF {
 			t.Errorf("%s: the stream where it began: %q, %v", what, got, err)
 		}
-		n.Flush() // the other one alone is waited for
+		n.Flush() // only the other run must be waited for
 	}
 }
 
-// The store could not be told of the loss while it was full.
+// While the store was full, the loss could not be recorded in it.
 func TestALossThatTheStoreCouldNotBeToldOfIsToldToWhoComesBack(t *testing.T) {
 	if apart(t) {
 		return
@@ -181,15 +182,15 @@ func TestALossThatTheStoreCouldNotBeToldOfIsToldToWhoComesBack(t *testing.T) {
 	one.rest()
 }
 
-// A store that has lost everything has lost the leases of the nodes, too, until they
-// renew them. No connection breaks.
+// A store that has lost everything has also lost the leases of the nodes, until
+// they renew them. No connection breaks.
 func TestANodeIsNotDeadBecauseTheStoreHasLostItsLease(t *testing.T) {
 	if apart(t) {
 		return
 	}
 	checkLeaks(t)
 	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1m", "")
-	time.Sleep(shortLease) // what nodes know of the store's return is of no use any more
+	time.Sleep(shortLease) // what nodes know about the store's return is outdated after this
 	for range 3 {
 		n.Flush()
 		res, one, call, token := n.begin(t, "a", "/")

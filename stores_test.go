@@ -20,7 +20,8 @@ func init() {
 	caddy.RegisterModule(new(testStore))
 }
 
-// testStore is a way to a store in memory: each node of a test has its own.
+// testStore is the configuration of a store in memory. Each node of a test has
+// its own handle.
 type testStore struct {
 	Memory string `json:"memory"`
 	Node   string `json:"node"`
@@ -45,7 +46,7 @@ func (s *testStore) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 
 func (s *testStore) Identity() string { return s.Memory + " " + s.Node }
 
-// testMemories are the stores of tests by name, and the handles that nodes have.
+// testMemories are the stores of tests by name, and the handles of their nodes.
 var testMemories = struct {
 	sync.Mutex
 	memories map[string]*storetest.Memory
@@ -64,8 +65,8 @@ func (s *testStore) Open() (store.Store, error) {
 	return handle, nil
 }
 
-// cluster is a Caddy that is two nodes, a and b: a request says which one gets
-// it.
+// cluster is one Caddy that acts as two nodes, a and b. A request says which
+// one gets it.
 type cluster struct {
 	*testCaddy
 	*storetest.Memory
@@ -76,19 +77,20 @@ type cluster struct {
 }
 
 const (
-	// longLease is one that a node does not lose because its machine is loaded.
+	// longLease is so long that a node does not lose it because the machine is
+	// loaded.
 	longLease = 3 * patience
 
-	// shortLease is for tests that wait until one is over.
+	// shortLease is for tests that wait until a lease has expired.
 	shortLease = 3 * time.Second
 )
 
-// startNodes runs them.
+// startNodes starts both nodes.
 func startNodes(t testing.TB, window, settings string) *cluster {
 	return startNodesOn(t, storetest.NewMemory(), longLease, window, settings)
 }
 
-// startNodesOn runs them on a store.
+// startNodesOn starts both nodes on a store.
 func startNodesOn(t testing.TB, memory *storetest.Memory, lease time.Duration, window, settings string) *cluster {
 	t.Cleanup(caddysse.SetStoreLease(lease))
 	n := &cluster{Memory: memory, up: newUpstream(t), memory: uniqueName("memory")}
@@ -122,14 +124,14 @@ func nodesSite(memory string, up *testUpstream, window, settings string) string 
 	return site.String() + "\nreverse_proxy " + up.addr
 }
 
-// handlerName is the name of both handlers.
+// handlerName returns the name of both handlers.
 func (n *cluster) handlerName() string {
 	_, rest, _ := strings.Cut(n.site, "name ")
 	name, _, _ := strings.Cut(rest, "\n")
 	return name
 }
 
-// handle is a node's way to the store.
+// handle returns a node's handle of the store.
 func (n *cluster) handle(node string) *storetest.Handle {
 	testMemories.Lock()
 	defer testMemories.Unlock()
@@ -155,7 +157,7 @@ func (n *cluster) back(t testing.TB, node, path, id string, header ...string) *r
 	return n.cl.get(t, path, append(comingBack(header, id), "X-Node: "+node)...)
 }
 
-// waitForEvents waits until the store has as many events of its only run.
+// waitForEvents waits until the store has this many events of its only run.
 func (n *cluster) waitForEvents(t testing.TB, want uint64) {
 	t.Helper()
 	handle := n.Open()
@@ -172,7 +174,7 @@ func (n *cluster) waitForEvents(t testing.TB, want uint64) {
 	}
 }
 
-// waitForRuns waits until the store has as many runs.
+// waitForRuns waits until the store has this many runs.
 func (n *cluster) waitForRuns(t testing.TB, want int) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); len(n.Runs()) != want; time.Sleep(time.Millisecond) {
@@ -229,13 +231,13 @@ func TestAClientComesBackToAnotherNode(t *testing.T) {
 	two.expect(t, eventOf(token, 6))
 	call.send(": comment\n\ndata: 7\r\n")
 	call.send("\r\n")
-	seven := "data: 7\r\nid: " + token + ".7\r\n\r\n" // comments between events stay where they came from
+	seven := "data: 7\r\nid: " + token + ".7\r\n\r\n" // comments between events reach only the first client
 	two.expect(t, seven)
 	call.end()
 	two.expectEnd(t)
 	n.up.expectNoCall(t)
 
-	// It has all of it, and comes back for what is next.
+	// It has everything, and asks for what follows.
 	e, next := open(t, n.cl, n.up, "/", append(comingBack(asEventSource, token+".7"), "X-Node: b")...)
 	if got := next.Header.Get("Last-Event-ID"); got != "" {
 		t.Errorf("the upstream gets the id %q", got)
@@ -245,7 +247,7 @@ func TestAClientComesBackToAnotherNode(t *testing.T) {
 		t.Error("the new request has the old run")
 	}
 	next.end()
-	// Its connection may have broken before it had the end.
+	// Its connection may have broken before it got the end.
 	again := n.back(t, "b", "/", token+".5").follow()
 	again.expect(t, eventOf(token, 6)+seven)
 	again.expectEnd(t)
@@ -274,7 +276,7 @@ func TestWhoComesBackTakesOverOnWhateverNode(t *testing.T) {
 	call.send(plainEvent(1))
 	one.expect(t, eventOf(token, 1))
 
-	// The client's node has not noticed that it has left.
+	// Node a has not noticed that its client has left.
 	two := n.back(t, "b", "/", token+".0").follow()
 	two.expect(t, eventOf(token, 1))
 	one.expectEnd(t)
@@ -290,7 +292,7 @@ func TestWhoComesBackTakesOverOnWhateverNode(t *testing.T) {
 	call.send(plainEvent(3))
 	four.expect(t, eventOf(token, 3))
 
-	// Others than an EventSource are aborted.
+	// Clients that are not an EventSource are aborted.
 	five := n.back(t, "b", "/", token+".2", "Accept: text/event-stream", notEventSource).follow()
 	five.expect(t, eventOf(token, 3))
 	four.expectEnd(t)
@@ -325,7 +327,7 @@ func TestAnErrorOfAnEarlyStartIsNoEventOfTheUpstreamOnWhateverNode(t *testing.T)
 	call.end()
 	for i := range 2 {
 		f := waiting
-		if i > 0 { // it has lost the event, or has not heeded it
+		if i > 0 { // it may have lost or ignored the event
 			f = n.back(t, "b", "/", token+".0").follow()
 		}
 		if got, err := f.rest(); !strings.HasPrefix(got, "event: error\ndata: {\"status\":502,") || err != io.EOF {
@@ -384,7 +386,7 @@ func TestAnIDThatTheStoreDoesNotHaveYetIsWaitedFor(t *testing.T) {
 	one.expect(t, eventOf(token, 1))
 	n.waitForEvents(t, 1)
 
-	n.SetFull(true) // so that the store does not have what the client has
+	n.SetFull(true) // so that the store lacks what the client has
 	call.send(plainEvent(2))
 	one.expect(t, eventOf(token, 2))
 	res.leave()
@@ -399,7 +401,7 @@ func TestAnIDThatTheStoreDoesNotHaveYetIsWaitedFor(t *testing.T) {
 	call.end()
 	two.expectEnd(t)
 
-	// One that the run has not reached is unknown.
+	// A place that the run has not reached is unknown.
 	res, one, call, token = n.begin(t, "a", "/")
 	e, other := open(t, n.cl, n.up, "/", append(comingBack(asEventSource, token+".4"), "X-Node: b")...)
 	other.start("text/event-stream")
@@ -417,7 +419,7 @@ func TestARunThatTheStoreDoesNotHaveYetIsWaitedFor(t *testing.T) {
 	res, one, call, token := n.begin(t, "a", "/")
 	call.send(plainEvents(1, 2))
 	one.expect(t, events(token, 1, 2))
-	n.SetDelay(0) // not for what is being written
+	n.SetDelay(0) // a write that is under way is still slow
 	res.leave()
 	waiting := n.cl.begin(n.cl.request(t, "GET", "/", nil, append(comingBack(asEventSource, token+".1"), "X-Node: b")...))
 	two := waiting.headers(t).follow()
@@ -482,12 +484,12 @@ func TestAnyNodeStopsARun(t *testing.T) {
 		t.Errorf("the stream ended as %v", line["reason"])
 	}
 
-	// One whose client is on another node.
+	// A run whose client is on another node.
 	res, one, call, token := n.begin(t, "a", "/")
 	call.send(plainEvent(1))
 	one.expect(t, eventOf(token, 1))
 	res.leave()
-	n.waitForRun("open", 0) // the one that follows is not that client
+	n.waitForRun("open", 0) // so that the next client is not mistaken for it
 	two := n.back(t, "b", "/", token+".0").follow()
 	two.expect(t, eventOf(token, 1))
 	n.waitForRun("open", 1)
@@ -496,7 +498,7 @@ func TestAnyNodeStopsARun(t *testing.T) {
 	two.expectEnd(t)
 	n.waitForRuns(t, 0)
 
-	// One that has ended.
+	// A run that has ended.
 	res, one, call, token = n.begin(t, "a", "/")
 	call.send(plainEvent(1))
 	one.expect(t, eventOf(token, 1))
@@ -522,7 +524,7 @@ func TestTheWindowOfARunDoesNotMindWhereItsClientIs(t *testing.T) {
 	back := n.back(t, "b", "/", token+".1")
 	two := back.follow()
 	n.waitForRun("open", 1)
-	time.Sleep(4 * time.Second) // more than the window, and than a lease
+	time.Sleep(4 * time.Second) // longer than the window, and than a lease
 	call.send(plainEvent(2))
 	two.expect(t, eventOf(token, 2))
 	back.leave()
@@ -552,7 +554,8 @@ func TestTheClientsOfADeadNodeGetWhatThereIsAndThenAnAbort(t *testing.T) {
 	n.handle("a").Die()
 	two.expectAbort(t)
 
-	// The next return is unknown; one that has missed something gets that first.
+	// A client that has everything is told "unknown". One that has missed
+	// something gets that first.
 	e, next := open(t, n.cl, n.up, "/", append(comingBack(asEventSource, token+".3"), "X-Node: b")...)
 	next.start("text/event-stream")
 	e.headers(t).follow().expectUnknown(t, 0)
@@ -565,7 +568,7 @@ func TestTheClientsOfADeadNodeGetWhatThereIsAndThenAnAbort(t *testing.T) {
 		t.Errorf("a POST to what is lost is answered with %d %q, %v", res2.StatusCode, text, err)
 	}
 	n.up.expectNoCall(t)
-	n.waitForRuns(t, 0) // when their windows are over
+	n.waitForRuns(t, 0) // after their windows
 }
 
 func TestKeysHoldAHashAndNothingHoldsTheToken(t *testing.T) {
@@ -598,5 +601,5 @@ func TestAWindowMayBeAsLongAsCanBe(t *testing.T) {
 	two.expect(t, eventOf(token, 2))
 	call.end()
 	two.expectEnd(t)
-	n.Flush() // else it stays for 292 years
+	n.Flush() // otherwise it stays for 292 years
 }

@@ -18,9 +18,10 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// noBody is the handler `test_no_body`. A GET over HTTP/3 has a body of unknown
-// length, which the reverse_proxy of 2.11.9 reads from two goroutines when the
-// machine is so busy that its end takes longer than 200 ms.
+// noBody is the handler `test_no_body`, which removes a request's body. Over
+// HTTP/3, a GET has a body of unknown length, which the reverse_proxy of 2.11.9
+// reads from two goroutines if the machine is so busy that the end of the body
+// takes longer than 200 ms.
 type noBody struct{}
 
 func init() {
@@ -39,8 +40,8 @@ func (noBody) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.H
 	return next.ServeHTTP(w, r)
 }
 
-// Streams are opened over every protocol, and when all are open they end in
-// every way at once, while somebody scrapes, lists and deletes.
+// Streams are opened over every protocol. When all are open, they end in all
+// possible ways at the same time, while they are scraped, listed and deleted.
 func TestEveryStreamIsAccountedForInAStorm(t *testing.T) {
 	checkLeaks(t)
 	streams := 1000
@@ -51,7 +52,7 @@ func TestEveryStreamIsAccountedForInAStorm(t *testing.T) {
 		streams = 500
 	}
 	name := uniqueName("storm")
-	all := make(chan struct{}) // closed when all are open: the upstream acts
+	all := make(chan struct{}) // closed when all are open: then the upstream acts
 	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", eventStream)
 		if strings.HasPrefix(r.URL.Path, "/short/") {
@@ -99,7 +100,7 @@ func TestEveryStreamIsAccountedForInAStorm(t *testing.T) {
 			reverse_proxy `+up.addr+`
 		}`, withAdmin())
 
-	// How a stream ends, and the reasons that may be told of it. Where two sides
+	// How a stream ends, and the reasons that may be reported. If both sides
 	// end it, either may be first.
 	ways := map[string][]string{
 		"end":    {"upstream_closed", "admin"},
@@ -117,7 +118,7 @@ func TestEveryStreamIsAccountedForInAStorm(t *testing.T) {
 		names = append(names, way)
 	}
 
-	// A connection carries about a hundred streams.
+	// Use a connection for about a hundred streams.
 	clients := make(map[string]*testClient)
 	clientOf := func(proto string, i int) *testClient {
 		key := fmt.Sprint(proto, i/240)
@@ -126,7 +127,7 @@ func TestEveryStreamIsAccountedForInAStorm(t *testing.T) {
 		}
 		return clients[key]
 	}
-	gate := make(chan struct{}, 100) // so many are being opened at a time
+	gate := make(chan struct{}, 100) // limits how many are being opened at a time
 	var opening, running sync.WaitGroup
 	var failed atomic.Int64
 	for i := range streams {
@@ -203,7 +204,7 @@ func TestEveryStreamIsAccountedForInAStorm(t *testing.T) {
 	for deadline := time.Now().Add(3 * patience); ; {
 		list, _ := c.streams(t, "?limit=20")
 		for _, s := range list[:min(len(list), 3)] {
-			c.admin("DELETE", "/sse/streams/"+s["id"].(string)) // or it is gone
+			c.admin("DELETE", "/sse/streams/"+s["id"].(string)) // it may be gone
 		}
 		if live := scrape(); live == 0 {
 			break

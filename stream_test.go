@@ -23,7 +23,7 @@ import (
 )
 
 // heartbeatEvent is the name of the event of style event in these tests, and
-// retryTime the reconnection time. No body has either.
+// retryTime the reconnection time. No body contains either.
 const (
 	heartbeatEvent = "a heartbeat, for tests"
 	retryTime      = 86399999 * time.Millisecond
@@ -32,7 +32,7 @@ const (
 // due is long enough for a frame of equivalenceHandlers.
 const due = 2 * time.Second
 
-// variant is one configuration under which a body must mean the same.
+// variant is one configuration under which a body must have the same meaning.
 type variant struct {
 	style string
 	retry bool
@@ -54,9 +54,9 @@ func (v variant) handler(t testing.TB) *caddysse.Handler {
 	return provision(t, h)
 }
 
-// checkEquivalence plays body in the given pieces, tries to put a frame after each
-// of them and, if frameFirst, before the first, and compares what clients make
-// of it with what they make of the body alone.
+// checkEquivalence plays body in the given pieces, tries to insert a frame
+// after each of them and, if frameFirst is true, before the first. It compares
+// what clients make of the result with what they make of the body alone.
 func checkEquivalence(t testing.TB, h *caddysse.Handler, v variant, pieces [][]byte, frameFirst bool) {
 	t.Helper()
 	body := bytes.Join(pieces, nil)
@@ -76,11 +76,12 @@ func checkEquivalence(t testing.TB, h *caddysse.Handler, v variant, pieces [][]b
 	}
 }
 
-// equivalent tells whether clients see the same in sent as in body, but for the
-// heartbeat events and the reconnection time.
+// equivalent reports whether clients see the same in sent as in body, except
+// for the heartbeat events and the reconnection time.
 func equivalent(body, sent []byte, retry bool) error {
 	if at, isJSON := jsonAt(body); isJSON {
-		// What comes before may have had company, or lost its byte order mark.
+		// Before it, something may have been inserted, or a byte order mark
+		// dropped.
 		if !bytes.HasSuffix(sent, body[at:]) {
 			return errors.New("the JSON is not what the upstream sent")
 		}
@@ -114,14 +115,15 @@ func jsonAt(body []byte) (at int, isJSON bool) {
 	return len(body) - len(text), len(text) > 0 && (text[0] == '{' || text[0] == '[')
 }
 
-// isBOM tells whether body is not more than a byte order mark.
+// isBOM reports whether body is no more than a byte order mark, or a part of
+// one.
 func isBOM(body []byte) bool {
 	return bytes.HasPrefix([]byte("\uFEFF"), body)
 }
 
-// cutsOf returns where to cut body in two: everywhere, but for the inside of
-// what is long and all the same. The race detector takes ten times as long and
-// learns nothing from the bytes.
+// cutsOf returns where to cut body in two: everywhere, except inside long runs
+// of equal bytes. The race detector makes this ten times as slow, and more cuts
+// would not find more races.
 func cutsOf(body string) []int {
 	step := 1
 	if raceEnabled {
@@ -164,7 +166,7 @@ func TestFramesAnywhereChangeNoEventIDOrReconnectionTime(t *testing.T) {
 	}
 }
 
-// FuzzEquivalence does the same with bodies and pieces that nobody thought of.
+// FuzzEquivalence does the same with random bodies and pieces.
 func FuzzEquivalence(f *testing.F) {
 	for i, body := range eventstreamtest.Bodies() {
 		f.Add([]byte(body.Text), uint64(i), uint8(i), i%2 == 0, i%3 == 0)
@@ -216,8 +218,8 @@ func TestWhileNoFrameIsDueTheClientGetsTheUpstreamsBytes(t *testing.T) {
 	}
 }
 
-// checkIdentity expects each piece that has bytes, in one or more writes, and
-// one flush after it.
+// checkIdentity expects each piece that has bytes, in one or more writes,
+// followed by one flush.
 func checkIdentity(t *testing.T, h *caddysse.Handler, pieces ...string) {
 	t.Helper()
 	c := play(t, h, func(w http.ResponseWriter) {
@@ -367,7 +369,7 @@ func TestAHandlerThatOutlivesItsRequestWritesNothing(t *testing.T) {
 	expect(t, "what reached the client", c.happenings(), []string{"200", "flush"})
 }
 
-// discard is a client that keeps nothing.
+// discard is a client that stores nothing.
 type discard struct {
 	header http.Header
 	bytes  int64

@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// parallel counts who is somewhere at the same time.
+// parallel counts how many goroutines are somewhere at the same time.
 type parallel struct{ present, most atomic.Int64 }
 
 func (p *parallel) enter() {
@@ -58,7 +58,7 @@ func TestStreamsThatAreDueInOneInstantAreCalledOnByAFew(t *testing.T) {
 	})
 }
 
-// Those in front are called on first, and none of them reads.
+// The clients that are called first read nothing.
 func TestClientsThatReadNothingDelayNobodyElsesFrame(t *testing.T) {
 	const blocked, healthy = 200, 2000
 	synctest.Test(t, func(t *testing.T) {
@@ -75,13 +75,13 @@ func TestClientsThatReadNothingDelayNobodyElsesFrame(t *testing.T) {
 			all = append(all, openStream(h, stuck, time.Minute))
 		}
 		reader := new(beaten)
-		time.Sleep(time.Nanosecond) // they are due after the others
+		time.Sleep(time.Nanosecond) // the others become due first
 		for range healthy {
 			all = append(all, openStream(h, reader, time.Minute))
 		}
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		// Each patience frees as many callers as were held up in it.
+		// In each callPatience, as many callers are replaced as were blocked.
 		limit := (blocked/tickPoolSize + 2) * 2 * callPatience
 		time.Sleep(limit)
 		synctest.Wait()
@@ -91,7 +91,8 @@ func TestClientsThatReadNothingDelayNobodyElsesFrame(t *testing.T) {
 		if n := at.present.Load(); n != blocked {
 			t.Errorf("%d calls are under way, want one for each of the %d that block", n, blocked)
 		}
-		// A caller that has been replaced does not go on when its client reads again.
+		// A caller that has been replaced does not continue when its client
+		// reads again.
 		close(free)
 		synctest.Wait()
 		h.agenda.pool.mu.Lock()
@@ -105,8 +106,8 @@ func TestClientsThatReadNothingDelayNobodyElsesFrame(t *testing.T) {
 	})
 }
 
-// The pool is emptied and filled again and again, at the instants in which its
-// callers leave: nobody is forgotten.
+// The pool is emptied and filled again and again, at the moments when its
+// callers leave. No stream is forgotten.
 func TestNoStreamIsForgottenAsCallersComeAndGo(t *testing.T) {
 	var c tickPool
 	h := quietHandler()

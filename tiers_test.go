@@ -19,7 +19,7 @@ import (
 	"time"
 )
 
-// middle is a hop on the way to an address, which breaks its connections off.
+// middle is a hop in front of an address that can break off its connections.
 type middle struct {
 	net.Listener
 	mu   sync.Mutex
@@ -28,7 +28,7 @@ type middle struct {
 	cuts int
 }
 
-// newMiddle passes connections on to where it leads.
+// newMiddle starts a hop, which passes connections on to its target.
 func newMiddle(t testing.TB) *middle {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -76,7 +76,7 @@ func (m *middle) leadTo(addr string) {
 	m.to = addr
 }
 
-// cut breaks off what is open.
+// cut breaks off the open connections.
 func (m *middle) cut() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -93,8 +93,8 @@ type tierClient struct {
 	seen int    // the last number; 0: none yet
 }
 
-// visit reads one connection, until the client has the last number, or the context
-// is done. It calls joined when there is an id.
+// visit reads one connection until the client has the last number, or until the
+// context is done. It calls joined when there is an id.
 func (tc *tierClient) visit(ctx context.Context, addr, path string, last int, joined func()) error {
 	ctx, leave := context.WithCancel(ctx)
 	defer leave()
@@ -151,8 +151,8 @@ func (tc *tierClient) visit(ctx context.Context, addr, path string, last int, jo
 	return nil
 }
 
-// Two tiers of this module are one after the other. The connection between them
-// breaks, and so do those of the clients.
+// Two tiers of this module follow each other. The connections between them
+// break, and so do those of the clients.
 func TestThroughTwoTiersEveryEventComesOnce(t *testing.T) {
 	if apart(t) {
 		return
@@ -175,8 +175,9 @@ func throughTwoTiers(t *testing.T, outer, inner string, shared bool) {
 	checkLeaks(t)
 	const clients, last = 8, 80
 	var asked atomic.Int64
-	// All clients have joined the shared stream, or have got an event of their own:
-	// who has no id of the inner tier has nothing to come back with.
+	// Wait until all clients have joined the shared stream, or have an event of
+	// their own: a client without an id of the inner tier could not come back
+	// to its place.
 	ready := make(chan struct{})
 	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
 		asked.Add(1)
@@ -298,8 +299,9 @@ func throughTwoTiers(t *testing.T, outer, inner string, shared bool) {
 	}
 }
 
-// A load balancer ends TLS, and says so: clients share one stream, come back to
-// their place, and the upstream knows the scheme and the host that they asked for.
+// A load balancer ends TLS, and says so in its headers. Clients share one
+// stream, come back to their place, and the upstream gets the scheme and the
+// host that they asked for.
 func TestBehindALoadBalancerThatEndsTLS(t *testing.T) {
 	for _, setting := range []string{"share", "resume 20s"} {
 		t.Run(setting, func(t *testing.T) {
@@ -355,8 +357,9 @@ func TestBehindALoadBalancerThatEndsTLS(t *testing.T) {
 	}
 }
 
-// An upstream of a deploy answers 503 for a while: 50 clients of a run stay, and
-// 50 that come meanwhile come again until it is back. Then all share one stream.
+// During a deployment, an upstream answers 503 for a while. 50 clients of a run
+// stay, and 50 new ones come again and again until it is back. Then all share
+// one stream.
 func TestAnUpstreamThatIsAwayForAWhileIsSharedAgain(t *testing.T) {
 	if apart(t) {
 		return
@@ -406,7 +409,7 @@ func TestAnUpstreamThatIsAwayForAWhileIsSharedAgain(t *testing.T) {
 	ctx, stop := context.WithTimeout(t.Context(), patience)
 	defer stop()
 	failed := make(chan error, 4*clients)
-	var there sync.WaitGroup // with the first event
+	var there sync.WaitGroup // clients that have their first event
 	follow := func() {
 		tc := new(tierClient)
 		var once sync.Once

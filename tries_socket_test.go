@@ -43,7 +43,7 @@ func TestAStreamSurvivesItsUpstreamOverEveryProtocol(t *testing.T) {
 		path := "/a/" + cl.proto
 		before := c.scrape(t)
 		e := cl.begin(cl.request(t, "GET", path, nil, acceptStream, noCache))
-		o := c.opened(t, path, e, up.accept(t)) // it has another path
+		o := c.opened(t, path, e, up.accept(t)) // the upstream sees another path
 		o.body.expect(t, "")
 		o.call.send("id: 1\ndata: 1\n\n")
 		o.body.expect(t, "retry: 100\n\nid: 1\ndata: 1\n\n")
@@ -95,7 +95,7 @@ func TestAStreamSurvivesItsUpstreamOverEveryProtocol(t *testing.T) {
 	})
 }
 
-// Clients that come back by themselves do so after an abort.
+// Clients that reconnect by themselves do so after an abort.
 func TestAStreamThatGivesUpEndsCleanlyForAnEventSourceOnly(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)
@@ -180,18 +180,18 @@ func TestAClientThatLeavesDuringAWaitIsGoneAtOnce(t *testing.T) {
 	})
 }
 
-// replayUpstream sends numbered events to whoever asks, from the one after
-// Last-Event-ID on. It can be killed and started again at its address.
+// replayUpstream sends numbered events to each client, starting after its
+// Last-Event-ID. It can be killed and started again at its address.
 type replayUpstream struct {
 	t    *testing.T
 	addr string
 
 	mu      sync.Mutex
 	changed sync.Cond
-	last    int // the last event there is
+	last    int // the newest event
 	final   bool
 	server  *http.Server
-	again   int // how many have come back
+	again   int // how many clients have come back
 }
 
 func newReplayUpstream(t *testing.T) *replayUpstream {
@@ -232,7 +232,8 @@ func (up *replayUpstream) publish(final bool) {
 	up.changed.Broadcast()
 }
 
-// cameBack reports whether n clients have come back since it said so last.
+// cameBack reports whether n clients have come back since it last returned
+// true.
 func (up *replayUpstream) cameBack(n int) bool {
 	up.mu.Lock()
 	defer up.mu.Unlock()
@@ -286,7 +287,7 @@ func TestNobodysConnectionEndsWhenAnUpstreamIsRestarted(t *testing.T) {
 		return
 	}
 	checkLeaks(t)
-	clients, kills := 80, 2 // more than may come back in one second
+	clients, kills := 80, 2 // more clients than may come back in one second
 	if testing.Short() {
 		kills = 1
 	}
@@ -334,7 +335,7 @@ func TestNobodysConnectionEndsWhenAnUpstreamIsRestarted(t *testing.T) {
 	for range kills {
 		up.kill()
 		up.publish(false)
-		time.Sleep(300 * time.Millisecond) // some tries meet no upstream
+		time.Sleep(300 * time.Millisecond) // some tries find no upstream
 		up.start()
 		eventually(t, "all clients are back", func() bool { return up.cameBack(clients) })
 		up.publish(false)

@@ -23,11 +23,11 @@ import (
 	caddysse "github.com/caddy-sse/caddy-sse"
 )
 
-// answer is what the handlers after sse do on one call.
+// answer is what the handlers after sse do in one call.
 type answer func(w http.ResponseWriter, r *http.Request) error
 
-// trial is a stream whose upstream is asked again, in a bubble: what the
-// handlers were asked, and what became of the stream.
+// trial is a stream that retries its upstream, in a bubble. It records what the
+// handlers were asked, and what happened to the stream.
 type trial struct {
 	t       *testing.T
 	h       *caddysse.Handler
@@ -43,12 +43,12 @@ type trial struct {
 	panicked any
 }
 
-// Names differ from bubble to bubble: what a name has in the process would be of
-// another time.
+// Each bubble has its own names, because the state of a name belongs to the
+// process, and its times would be those of another bubble.
 var trials atomic.Uint64
 
-// newTrial makes a stream of an EventSource. Handlers answer one call after the
-// other; the last answer is that of all further calls.
+// newTrial makes a stream of an EventSource. Each call of the handlers gets the
+// next answer; further calls get the last one.
 func newTrial(t *testing.T, config *caddysse.Handler, answers ...answer) *trial {
 	t.Helper()
 	tr := &trial{t: t, name: fmt.Sprintf("trial%d", trials.Add(1)), c: newClient(t), r: browser(), answers: answers}
@@ -63,7 +63,7 @@ func browser() *http.Request {
 	return r
 }
 
-// retrying asks again for a minute, and sends no frames.
+// retrying retries for a minute, and sends no frames.
 func retrying() *caddysse.Handler {
 	config := silent()
 	config.UpstreamRetry = &caddysse.UpstreamRetry{Window: caddy.Duration(time.Minute)}
@@ -72,7 +72,7 @@ func retrying() *caddysse.Handler {
 
 func (tr *trial) run() *trial {
 	tr.panicked, tr.err = serveRecovering(tr.h, tr.c, tr.r, tr.answer)
-	synctest.Wait() // what happens at the same time has happened
+	synctest.Wait() // until everything that happens at the same time has happened
 	return tr
 }
 
@@ -88,7 +88,7 @@ func (tr *trial) answer(w http.ResponseWriter, r *http.Request) error {
 	return tr.answers[min(n, len(tr.answers)-1)](w, r)
 }
 
-// reasons are why streams of the name have ended.
+// reasons returns why streams of the name have ended.
 func (tr *trial) reasons() (all []string) {
 	tr.t.Helper()
 	var answer struct {
@@ -122,7 +122,7 @@ func (tr *trial) state() string {
 	return answer.Streams[0].State
 }
 
-// results is how many tries of the name had which result.
+// results counts the tries of the name by result.
 func (tr *trial) results() map[string]int {
 	tr.t.Helper()
 	registry := prometheus.NewRegistry()
@@ -151,7 +151,7 @@ func (tr *trial) results() map[string]int {
 	return results
 }
 
-// expect checks what became of a stream.
+// expect checks what happened to a stream.
 func (tr *trial) expect(body, reason string, aborts bool, calls int, resumed, failed, refused int) {
 	tr.t.Helper()
 	if got := tr.c.body.String(); got != body {
@@ -172,7 +172,7 @@ func (tr *trial) expect(body, reason string, aborts bool, calls int, resumed, fa
 	}
 }
 
-// lastEventIDs is what the handlers were told on each call.
+// lastEventIDs returns the id that the handlers got in each call.
 func (tr *trial) lastEventIDs() (ids []string) {
 	for _, r := range tr.requests {
 		ids = append(ids, strings.Join(r.Header["Last-Event-Id"], ","))
@@ -200,7 +200,7 @@ func breaks(body string) answer {
 	}
 }
 
-// hangs answers with a stream that goes on until somebody ends it.
+// hangs answers with a stream that continues until it is ended.
 func hangs(body string) answer {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		_ = sends(body)(w, r)
@@ -490,7 +490,7 @@ func TestAnUpstreamThatIsSilentInMidEventEndsItsStream(t *testing.T) {
 	})
 }
 
-// What it still writes is not for the client.
+// The client must not get what an attempt still writes.
 func TestAnAttemptThatWasGivenUpWritesNothingMore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		config := retrying()
@@ -579,7 +579,7 @@ func TestAStreamThatRetriesCanEndAtAnyMoment(t *testing.T) {
 	}
 }
 
-// What handlers still say for a try that was given up is no answer of the
+// What handlers still answer in a try that was given up is not an answer of the
 // upstream.
 func TestAnAnswerAfterTheWindowIsNoRefusal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -657,7 +657,7 @@ func TestEachTryHasTheRequestAsItCame(t *testing.T) {
 				strings.Join(r.Header["Accept-Encoding"], ","),
 			}
 			calls = append(calls, seen{what})
-			// What handlers do to their request.
+			// As handlers may change their request.
 			r.URL.Path, r.Method, r.RequestURI = "/rewritten", "PUT", "/rewritten"
 			r.Header.Set("X-A", "changed")
 			r.Header.Set("X-B", "added")
@@ -715,7 +715,7 @@ func TestEachTryHasTheRequestAsItCame(t *testing.T) {
 	})
 }
 
-// middleware is a handler around others.
+// middleware is a handler that calls the next one.
 type middleware func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error
 
 func (m middleware) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
@@ -810,7 +810,7 @@ func TestTheSeriesOfTriesBeginAtZero(t *testing.T) {
 	}
 }
 
-// A run may last for weeks, and its upstream break off all the time.
+// A run may last for weeks while its upstream breaks off again and again.
 func TestARunKeepsNoAttemptThatIsOver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		config := retrying()

@@ -24,7 +24,7 @@ type watching struct {
 	lines *bufio.Reader
 }
 
-// watch begins to watch by the admin API.
+// watch starts a watch through the admin API.
 func (c *testCaddy) watch(t testing.TB, query string) *watching {
 	t.Helper()
 	res := askAdmin(t, c.adminSocket(), "GET", "/sse/watch"+query, "")
@@ -36,7 +36,7 @@ func (c *testCaddy) watch(t testing.TB, query string) *watching {
 	return &watching{res: res, lines: bufio.NewReader(res.Body)}
 }
 
-// line is the next line.
+// line returns the next line.
 func (w *watching) line(t testing.TB) string {
 	t.Helper()
 	line, err := w.lines.ReadString('\n')
@@ -46,7 +46,7 @@ func (w *watching) line(t testing.TB) string {
 	return strings.TrimSuffix(line, "\n")
 }
 
-// next is the next snapshot.
+// next returns the next snapshot.
 func (w *watching) next(t testing.TB) (shown shownSnapshot) {
 	t.Helper()
 	for {
@@ -110,14 +110,14 @@ func TestAWatchIsAnEventStreamOfSnapshots(t *testing.T) {
 		t.Error(err)
 	}
 
-	// What it tells of names and streams is what else is told of them.
+	// It reports the same about names and streams as the other endpoints.
 	handlers := c.adminJSON(t, "GET", "/sse/handlers", 200)["handlers"]
 	if fmt.Sprint(first["names"]) != fmt.Sprint(handlers) {
 		t.Errorf("names: %v\nhandlers: %v", first["names"], handlers)
 	}
 	one := first["streams"].([]any)[0].(map[string]any)
 	listed := c.listed(t, "/one")
-	for _, field := range []string{"opened_at", "duration_seconds", "idle_seconds"} { // they are from two moments
+	for _, field := range []string{"opened_at", "duration_seconds", "idle_seconds"} { // the two were taken at different times
 		if fmt.Sprintf("%T", one[field]) != fmt.Sprintf("%T", listed[field]) {
 			t.Errorf("%s is %v", field, one[field])
 		}
@@ -170,7 +170,7 @@ func TestAWatchIsFiltered(t *testing.T) {
 		c.open(t, cl, up, one.path, "X-Forwarded-For: "+one.ip)
 	}
 	for query, want := range map[string]struct {
-		open  int // in the totals, which heed the name alone
+		open  int // in the totals, which only the name filters
 		paths []string
 	}{
 		"":                              {4, []string{"/chat/1", "/chat/2", "/chat2", "/feed"}},
@@ -246,7 +246,7 @@ func TestAWatchEndsCleanlyAtAReload(t *testing.T) {
 	}
 }
 
-// Caddy's exit status tells whether its admin listener could be stopped.
+// Caddy's exit status shows whether its admin listener could be stopped.
 func TestAWatchThatDoesNotReadDelaysNoExit(t *testing.T) {
 	t.Parallel()
 	up := newUpstreamFunc(t, eventThenSilence)
@@ -259,7 +259,7 @@ func TestAWatchThatDoesNotReadDelaysNoExit(t *testing.T) {
 	defer conn.Close()
 	fmt.Fprint(conn, "GET /sse/watch?interval=100ms HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
 	reading := c.watch(t, "?interval=100ms")
-	for range 15 { // more than the socket's buffers take of the one that does not read
+	for range 15 { // more than the socket buffers of the watch that is not read can hold
 		reading.next(t)
 	}
 	var ending sync.WaitGroup
@@ -268,7 +268,7 @@ func TestAWatchThatDoesNotReadDelaysNoExit(t *testing.T) {
 	ending.Wait()
 }
 
-// route is what the admin API has at a path.
+// route returns the admin API's handler for a path.
 func route(t testing.TB, pattern string) http.Handler {
 	t.Helper()
 	module, err := caddy.GetModule("admin.api.sse")
@@ -287,8 +287,8 @@ func route(t testing.TB, pattern string) http.Handler {
 	})
 }
 
-// pipeListener accepts the server's ends of pipes, which hold nothing: a client
-// that does not read blocks the first write.
+// pipeListener accepts the server's ends of pipes. These have no buffer: a
+// client that does not read blocks the first write.
 type pipeListener struct {
 	conns chan net.Conn
 	once  sync.Once
@@ -323,7 +323,7 @@ func (ln *pipeListener) dial(target string) net.Conn {
 func shutDown(t testing.TB, server *http.Server) time.Duration {
 	t.Helper()
 	began := time.Now()
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second) // as Caddy's
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second) // as in Caddy
 	defer cancel()
 	if err := server.Shutdown(ctx); err != nil {
 		t.Error(err)
@@ -338,7 +338,7 @@ func TestAWatchThatDoesNotReadDelaysItsListenerByLessThanASecond(t *testing.T) {
 		for range 3 {
 			defer ln.dial("/sse/watch?interval=100ms").Close()
 		}
-		synctest.Wait() // until their first snapshots are on the way
+		synctest.Wait() // until their first snapshots are being written
 		if took := shutDown(t, server); took > time.Second {
 			t.Errorf("it took %v", took)
 		}
@@ -388,7 +388,8 @@ func TestSnapshotsComeAtOnceAndThenEachInterval(t *testing.T) {
 		"": time.Second, "?interval=100ms": 100 * time.Millisecond, "?interval=1m": time.Minute,
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			// The admin listener's read timeout is for requests, not for answers.
+			// The admin listener's read timeout applies to requests, not to
+			// answers.
 			ln, server := newPipeListener(), &http.Server{Handler: route(t, "/sse/watch"), ReadTimeout: interval + interval/2}
 			go server.Serve(ln)
 			began := time.Now()
