@@ -175,7 +175,7 @@ func (x *exchange) makeKept(f *feed, release func(), status int, header http.Hea
 	return r
 }
 
-// causeNoRoom is the cause in metrics if a stream is not kept.
+// causeNoRoom is the cause in metrics for a stream that is not kept for lack of room.
 const causeNoRoom = "journal_full"
 
 // notKept counts a stream that runs without resume because the journals of the

@@ -91,9 +91,9 @@ func (d *storeSession) send(ctx context.Context, to store.Node, name string, mes
 	}, names...)
 }
 
-// keepSending sends what has been posted. A message that can't be sent is lost,
-// because it will be repeated. Only clientStops is not repeated, so it is kept
-// until it has been sent.
+// keepSending sends what has been posted. A message that can't be sent is dropped,
+// because its node repeats it anyway. Only clientStops is not repeated, so it is
+// kept until it has been sent.
 func (d *storeSession) keepSending() {
 	for {
 		select {
@@ -295,7 +295,7 @@ func (r *run) leftElsewhere(m message) {
 
 // sendAway tells the node of a client to end its stream, without waiting for
 // that. It remembers the client until its node says that it has left, because the
-// node may report it once more before.
+// node may report it again until then.
 func (r *run) sendAway(reader *runReader, why reason) {
 	id := reader.remote.id
 	r.mu.Lock()
