@@ -29,7 +29,9 @@ type fed struct {
 	resumed bool   // the client's id was found
 	missed  uint64 // events that the client has lost
 
-	feed *feed // of the run's journal; nil: its run is on another node; guarded by the stream's facts
+	// feed is that of the run's journal; nil: the run is on another node. The
+	// stream's facts guard it.
+	feed *feed
 
 	// For the client of a shared run: its place in the journal, and the id that
 	// it had before, from a journal that it has left. Both are guarded by the

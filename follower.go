@@ -22,7 +22,7 @@ type runBegin struct {
 	Added    http.Header `json:"added,omitempty"`
 	Replaced http.Header `json:"replaced,omitempty"`
 	Upstream string      `json:"upstream,omitempty"`
-	Report   int         `json:"report"` // after how many bytes the node wants a report of the client's place
+	Report   int         `json:"report"` // bytes after which the node wants the client's place
 }
 
 // storedEnd is how a run ended, as a store has it.

@@ -160,7 +160,8 @@ func (w *keptResponse) fail(status int, message string, err error) {
 	w.end = runEnd{reason: upstreamError, err: errUnusable(err), told: true}
 	w.failed = errRunEnded
 	w.feed.useless.Store(true)
-	_, _ = w.feed.write(errorEvent(http.StatusBadGateway, "upstream_error", message)) // an error means that the client has ended the run
+	// An error means that the client has ended the run.
+	_, _ = w.feed.write(errorEvent(http.StatusBadGateway, "upstream_error", message))
 	w.k.x.attempt.cancel(errRunEnded)
 }
 

@@ -265,7 +265,8 @@ func (x *exchange) handlersGoOn() bool {
 // client.
 func (r *run) unkeep() bool {
 	r.mu.Lock()
-	attached := len(r.readers) > len(r.kept.remote) // clients of other nodes only get what the store has
+	// Clients of other nodes only get what the store has.
+	attached := len(r.readers) > len(r.kept.remote)
 	if attached {
 		r.kept.passing = true
 		r.feed.journal.Pass()

@@ -57,9 +57,9 @@ type storeSession struct {
 	work   sync.WaitGroup
 
 	away                 atomic.Bool  // a call has failed, and the lease has not been renewed since
-	refuses              atomic.Int64 // when a write last failed, an instant; 0: not since the last success
-	back                 atomic.Int64 // when it last became available or was found without leases, an instant; 0: never
-	healed               atomic.Int64 // when it last became available after a failure, an instant; 0: never
+	refuses              atomic.Int64 // when a write failed, an instant; 0: not since one succeeded
+	back                 atomic.Int64 // when it came back or had lost leases, an instant; 0: never
+	healed               atomic.Int64 // when it came back after a failure, an instant; 0: never
 	renew                chan struct{}
 	leasing              chan struct{} // a lock: holds one element while the lease is renewed
 	renewed              instant       // when the lease was last renewed; guarded by leasing
@@ -78,7 +78,7 @@ type storeSession struct {
 	outbox    []outgoing
 	sending   bool
 	posts     chan struct{}
-	idle      chan struct{} // closed when nothing is left to write or send; nil: nothing waits for that
+	idle      chan struct{} // closed when nothing is left to write or send; nil: nobody waits
 
 	pending atomic.Int64 // bytes that the store has not confirmed
 }
@@ -287,7 +287,6 @@ func (d *storeSession) takesRuns() bool {
 	return refused == 0 || now()-refused > instant(d.lease/2)
 }
 
-// users are the names of the handlers that use the store.
 func (d *storeSession) users() []string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -452,7 +451,6 @@ func (d *storeSession) maySeeUntil(at instant) instant {
 	return until
 }
 
-// find looks up a run in the store.
 func (d *storeSession) find(ctx context.Context, key store.Key, name string) (found store.Run, err error) {
 	err = d.call(ctx, storeFind, storePatience, func(ctx context.Context) (err error) {
 		found, err = d.store.Find(ctx, key)

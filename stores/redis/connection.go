@@ -247,7 +247,6 @@ func (c *connection) dropLocked(failure error) {
 	c.conn, c.failed = nil, failure
 }
 
-// open makes the connection.
 func (c *connection) open(over chan struct{}) {
 	conn, err := c.dial(c.ctx)
 	c.mu.Lock()

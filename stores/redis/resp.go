@@ -21,7 +21,6 @@ var (
 	errReply = errors.New("redis: the server's answer is none of a store")
 )
 
-// appendCommand appends one command.
 func appendCommand(out []byte, command []string) []byte {
 	line := func(kind byte, n int) {
 		out = append(out, kind)
@@ -50,7 +49,6 @@ const (
 	deepestReply = 8
 )
 
-// readReply reads one reply.
 func readReply(in *bufio.Reader) (any, error) {
 	room := int64(largestReply)
 	return readReplyIn(in, &room, deepestReply)
