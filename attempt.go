@@ -44,10 +44,10 @@ type attempt struct {
 
 // outcome is how an attempt ended.
 type outcome struct {
-	err      error  // what the handlers left with
-	panicked any    // what they panicked with; http.ErrAbortHandler: one side broke off
+	err      error  // what the handlers returned
+	panicked any    // the value of their panic; http.ErrAbortHandler: one side broke off
 	left     bool   // they have returned; if not, no one waits for them any more
-	run      runEnd // how the run ended that fed the stream, if there was one
+	run      runEnd // how the run that fed the stream ended, if there was one
 }
 
 // attemptContext is the context of an attempt's request.
@@ -90,8 +90,8 @@ func (c *attemptContext) Value(key any) any {
 	return c.Context.Value(key)
 }
 
-// newAttempt makes the first attempt. w is what its handlers will answer to, if
-// that has a header map of its own.
+// newAttempt makes the first attempt. w is the ResponseWriter of its handlers if
+// that has a header map of its own, else nil.
 func (x *exchange) newAttempt(w http.ResponseWriter) *attempt {
 	ctx := x.context()
 	if t := x.tries(); t != nil {
@@ -114,8 +114,8 @@ func (x *exchange) newAttemptOf(r *http.Request, ctx context.Context, w http.Res
 	a.request = new(http.Request)
 	*a.request = *detached
 	if w == nil {
-		// It does what PrepareRequest does, without making a context of which every
-		// value would then be replaced.
+		// This does what PrepareRequest does, but makes no context whose values
+		// would all be replaced.
 		c.replacer = caddyhttp.NewTestReplacer(a.request)
 	} else {
 		c.replacer = caddy.NewReplacer()
@@ -142,8 +142,8 @@ func (x *exchange) newAttemptOf(r *http.Request, ctx context.Context, w http.Res
 // detached is a request with a context that has no values.
 var detached = &http.Request{URL: new(url.URL)}
 
-// identity asks for a body that is text (RFC 9110, section 12.5.3): frames can be
-// added to nothing else.
+// identity asks for an unencoded body (RFC 9110, section 12.5.3): frames can only
+// be added to text.
 var identity = []string{"identity"}
 
 // call lets the handlers answer on a goroutine of their own.
@@ -171,8 +171,8 @@ const (
 	upstreamPlaceholder  = upstreamPlaceholders + "hostport"
 )
 
-// clientsPlaceholder gives handlers after sse what handlers before it have set.
-// What belongs to the request they can read from their own request.
+// clientsPlaceholder gives handlers after sse the placeholders that handlers
+// before it have set. Those of the request come from their own request.
 func (x *exchange) clientsPlaceholder(key string) (any, bool) {
 	if x.replacer == nil || strings.HasPrefix(key, "http.request.") || strings.HasPrefix(key, "http.vars.") ||
 		strings.HasPrefix(key, "http.sse.") {
@@ -181,8 +181,8 @@ func (x *exchange) clientsPlaceholder(key string) (any, bool) {
 	return x.outer.Get(key)
 }
 
-// placeholder gives handlers before sse what handlers after it have set, and what
-// is known of the stream.
+// placeholder gives handlers before sse the placeholders that handlers after it
+// have set, and those of the stream.
 func (x *exchange) placeholder(key string) (any, bool) {
 	if strings.HasPrefix(key, "http.sse.") {
 		if x.told == nil {
@@ -190,14 +190,14 @@ func (x *exchange) placeholder(key string) (any, bool) {
 		}
 		return x.told.placeholder(key)
 	}
-	// Handlers of an attempt that is over may call it, too.
+	// Handlers of an attempt that is over may also call this.
 	a := x.shown.Load()
 	if a == nil || strings.HasPrefix(key, "http.request.") {
 		return nil, false
 	}
 	c := &a.context
 	if x.relayed() && !x.rare.relay.waits.Load() || x.tries() != nil {
-		return c.set.Get(key) // handlers may be running, and only add another provider (map)
+		return c.set.Get(key) // handlers may be running; all they add is another provider (map)
 	}
 	return c.replacer.Get(key)
 }
@@ -269,9 +269,10 @@ func (i *isolation) copy() *isolation {
 	return again
 }
 
-// handBack gives the client's request the variables that the handlers have set. It
-// writes as little as it can: a dial that a proxy before sse gave up (forward_auth)
-// may read them, and the proxy after sse sets again what that one has set.
+// handBack copies the variables that the handlers have set to the client's
+// request. It writes as little as possible: a proxy before sse (forward_auth) may
+// have given up a dial that still reads them, and the proxy after sse sets the
+// same variables again.
 func (i *isolation) handBack() {
 	if i.clientsVars == nil {
 		return
@@ -286,14 +287,14 @@ func (i *isolation) handBack() {
 // isEqual reports whether two values can be compared and are the same.
 func isEqual(a, b any) bool { return reflect.ValueOf(a).Comparable() && a == b }
 
-// survive notes a panic on a goroutine where no server would recover it, which
-// would end the process.
+// survive logs a panic that was recovered on a goroutine other than the
+// request's. No server would recover it there, and it would end the process.
 func (h *Handler) survive(panicked any, stack []byte) {
 	h.logger.Error("panic beside a request", zap.Any("panic", panicked), zap.ByteString("stack", stack))
 }
 
 // isAbort reports whether a handler has panicked with net/http.ErrAbortHandler,
-// which says that one side broke off.
+// which means that one side broke off.
 func isAbort(panicked any) bool {
 	err, ok := panicked.(error)
 	return ok && errors.Is(err, http.ErrAbortHandler)

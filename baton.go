@@ -28,7 +28,7 @@ type baton struct {
 	spare int
 }
 
-// How much the kernel takes at once, whatever its buffers.
+// What the kernel takes without blocking, whatever the sizes of its buffers.
 const (
 	atOnce   = 8 << 10  // bytes of a write
 	onItsWay = 16 << 10 // bytes that the client has not acknowledged
@@ -148,7 +148,7 @@ func (b *baton) deliverLocked(c *journal.Cursor) (all bool) {
 		b.spare -= n + aroundWrite
 		b.heard = b.stream.lastHeard
 		if err != nil || n < len(p) || b.stream.isEnding() {
-			return false // an end may be due here, when the lock is released
+			return false // the stream may have to end here, when the lock is released
 		}
 	}
 }

@@ -15,7 +15,7 @@ import (
 type fed struct {
 	run string // as it may be shown
 
-	// first goes out with the headers, before anything from the upstream.
+	// first is sent with the headers, before anything from the upstream.
 	first []byte
 
 	greeting greeting // until the stream is open
@@ -29,11 +29,13 @@ type fed struct {
 	resumed bool   // the client's id was found
 	missed  uint64 // events that the client has lost
 
-	feed *feed // of the run's journal; nil: its run is on another node; the stream's facts
+	// feed is that of the run's journal; nil: the run is on another node. The
+	// stream's facts guard it.
+	feed *feed
 
-	// For the client of a shared run: its place in the journal, and the id that it
-	// had before that, from a journal that it has left. The stream's facts guard
-	// both.
+	// For the client of a shared run: its place in the journal, and the id that
+	// it had before, from a journal that it has left. Both are guarded by the
+	// stream's facts.
 	at    journal.Spot
 	id    string
 	hasID bool
@@ -45,7 +47,7 @@ type feedSource interface {
 	outcome() runEnd
 	tries() int64          // how often the upstream was asked again
 	hasUpstreamsIDs() bool // the upstream's own, so that none are added
-	hasNothing() bool      // that is the upstream's
+	hasNothing() bool      // it has nothing from the upstream, only an error
 }
 
 // fedReport is what is reported about it.
@@ -63,10 +65,10 @@ func (f *fed) report() *fedReport {
 func (f *fed) endedSoftly() bool { return f != nil && f.source.outcome().soft }
 
 // retries is how many tries of upstream_retry the run has made since the client
-// joined. It takes no lock, because callers hold one of a stream.
+// joined. It takes no lock, because its callers hold a lock of the stream.
 func (f *fed) retries() int { return int(f.source.tries() - f.tried) }
 
-// sendFirstLocked writes what goes out with the headers.
+// sendFirstLocked writes what is sent with the headers.
 func (s *stream) sendFirstLocked() error {
 	if len(s.fed.first) == 0 {
 		return nil
@@ -91,7 +93,7 @@ func (s *stream) greet(text []byte) error {
 	return s.sendLocked(s.age(), s.splicer.Block(&s.frames.Frames, nil, text), nil)
 }
 
-// hasNothing reports whether nothing of what the run has is the upstream's.
+// hasNothing reports whether the run has nothing from the upstream.
 func (f *fed) hasNothing() bool { return f != nil && f.source.hasNothing() }
 
 // lastID is the id of the last event that the client of a shared run has been
@@ -109,7 +111,7 @@ func (f *fed) lastID() (id string, ok bool) {
 	return f.id, f.hasID
 }
 
-// goesOnIn is called for a client that reads another feed's journal from now on.
+// goesOnIn records that the client reads another feed's journal from now on.
 func (s *stream) goesOnIn(f *feed) {
 	s.facts.Lock()
 	defer s.facts.Unlock()
@@ -206,7 +208,8 @@ func (x *exchange) oweLost(s *stream) {
 	}
 }
 
-// unfeed makes a stream that was started early one that its handlers feed.
+// unfeed turns a stream that was started early for a run into one that its
+// handlers feed.
 func (s *stream) unfeed() {
 	s.mu.Lock()
 	defer s.unlock()

@@ -21,7 +21,7 @@ type feed struct {
 	journal *journal.Journal
 	policy  journal.Policy
 	partial bool // bytes have been appended since the last event boundary
-	mark    bool // a byte order mark may come: a later attempt begins
+	mark    bool // a later attempt begins, so a byte order mark may come
 	plain   bool // no ids are added: the upstream has its own
 	passes  bool // unkeep has been called
 	follows bool // there is a lastID
@@ -44,15 +44,15 @@ type feed struct {
 	stop     <-chan struct{} // closed when no one wants more
 	markHeld int             // how much of a byte order mark has arrived
 	lastID   string          // of this attempt, as the scanner has it
-	waits    atomic.Bool     // for room: the upstream is not read
-	useless  atomic.Bool     // the upstream's answer is; the journal only has the error
+	waits    atomic.Bool     // there is no room: the upstream is not read
+	useless  atomic.Bool     // the upstream's answer is useless; the journal only has the error
 
 	// unkeep is called when nothing may be kept any more: the upstream has ids of
 	// its own, or sends no events, or an event is too large. It returns false if
 	// there is no client that could get what follows. Once it is called, the feed
 	// continues without keeping.
 	unkeep func() bool
-	over   error // there was no client
+	over   error // not nil: there was no client
 
 	// foreign is called when the upstream commits an id of the form that this
 	// module adds.
@@ -125,7 +125,7 @@ func (f *feed) write(p []byte) (int, error) {
 	return taken, nil
 }
 
-// publish makes what there is visible to the clients.
+// publish makes everything appended so far visible to the clients.
 func (f *feed) publish() {
 	if reader := f.attached.Load(); reader == nil || !reader.publishHere(f.journal) {
 		f.journal.Publish()
@@ -308,15 +308,15 @@ func (f *feed) again() {
 	f.mark, f.markHeld = f.policy == journal.KeepUnsent, 0
 }
 
-// end says that nothing more comes, not even an LF after a last CR.
+// end records that nothing more comes, not even an LF after a last CR.
 func (f *feed) end() {
 	if f.mirror != nil && f.partial && f.splicer.AtBoundary() {
 		f.commit()
 	}
 }
 
-// upstreamPosition is where the upstream would continue; ok is false if there is
-// no such place. Any goroutine may call it.
+// upstreamPosition is the id after which the upstream can continue; ok is false
+// if there is none. Any goroutine may call it.
 func (f *feed) upstreamPosition() (id string, ok bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -14,7 +14,7 @@ import (
 	"github.com/caddy-sse/caddy-sse/store"
 )
 
-// runBegin is what a store has of a run from its beginning on.
+// runBegin is what a store gets when a run begins.
 type runBegin struct {
 	Node     store.Node  `json:"node"` // that has the run
 	Place    []byte      `json:"place"`
@@ -22,7 +22,7 @@ type runBegin struct {
 	Added    http.Header `json:"added,omitempty"`
 	Replaced http.Header `json:"replaced,omitempty"`
 	Upstream string      `json:"upstream,omitempty"`
-	Report   int         `json:"report"` // after how many bytes the node wants to know where a client is
+	Report   int         `json:"report"` // bytes after which the node wants the client's place
 }
 
 // storedEnd is how a run ended, as a store has it.
@@ -32,8 +32,8 @@ type storedEnd struct {
 	Soft   bool   `json:"soft,omitempty"`
 	Told   bool   `json:"told,omitempty"`
 
-	// Lost: there was more than the store has. A client that has all of it finds
-	// nothing to come back to.
+	// Lost: there was more than the store has. For a client that has all of that,
+	// the run is unknown.
 	Lost bool `json:"lost,omitempty"`
 }
 
@@ -49,8 +49,7 @@ func marshalEnd(end runEnd, lost bool) []byte {
 	return text
 }
 
-// withLoss is an end that says that there was more than the store has; nil: there
-// is none.
+// withLoss is an end with Lost set; it is nil if there is no end.
 func withLoss(text []byte) []byte {
 	var e storedEnd
 	if json.Unmarshal(text, &e) != nil || e.Lost {
@@ -64,8 +63,9 @@ func withLoss(text []byte) []byte {
 	return text
 }
 
-// unmarshalEnd reads how a run ended. An exit of its node is an upstream that
-// broke off to its clients, and so is an end after events that the store lacks.
+// unmarshalEnd reads how a run ended. To the run's clients, an exit of its node
+// is an upstream that broke off, and so is an end after events that the store
+// lacks.
 func unmarshalEnd(text []byte) (end runEnd, lost bool) {
 	var e storedEnd
 	if err := json.Unmarshal(text, &e); err != nil {
@@ -97,25 +97,25 @@ type follower struct {
 	d       *storeSession
 	name    string
 	key     store.Key
-	token   string // as it is in ids
+	token   string // as in the run's ids
 	begin   *runBegin
 	id      string
 	release func()
 
-	at   atomic.Uint64   // the last event that the client has been sent, or has
-	over context.Context // ends when no more comes than the store has
+	at   atomic.Uint64   // the last event that the client has
+	over context.Context // ends when the store gets nothing more
 	done context.CancelFunc
 
-	useless atomic.Bool // all that there is tells that the upstream's answer is
+	useless atomic.Bool // what the store has only says that the upstream's answer is useless
 
 	mu     sync.Mutex
 	stream *stream
-	why    reason // of an early end that was asked for before there was a stream
+	why    reason // of an early end that was requested before there was a stream
 	end    runEnd
 }
 
-// newFollower has a client read a run after event n. Its node is told, unless it
-// is dead.
+// newFollower makes a client read a run after event n, and tells the run's node,
+// unless that is dead.
 func (d *storeSession) newFollower(name string, token runToken, begin *runBegin, n uint64, dead bool) *follower {
 	release := d.hold(name)
 	if release == nil {
@@ -148,22 +148,22 @@ func (f *follower) report() {
 	f.d.post(f.begin.Node, message{Op: clientReads, Run: f.key.String(), Reader: f.id, N: f.at.Load()})
 }
 
-// leave takes the client off the run, which goes on for stay without it.
+// leave removes the client from the run, which continues without it for stay.
 func (f *follower) leave(stay time.Duration) {
 	f.d.mu.Lock()
 	delete(f.d.followers, f.id)
 	f.d.mu.Unlock()
-	if f.over.Err() == nil { // else that node has taken it off, or is dead
+	if f.over.Err() == nil { // else that node has removed it, or is dead
 		f.d.post(f.begin.Node, message{Op: clientLeft, Run: f.key.String(), Reader: f.id, N: f.at.Load(), Stay: stay})
 	}
 	f.done()
 	f.release()
 }
 
-// isOver says that no more comes than the store has.
+// isOver records that the store gets nothing more.
 func (f *follower) isOver() { f.done() }
 
-// feeds says which stream the client's is.
+// feeds tells the follower which stream is its client's.
 func (f *follower) feeds(s *stream) {
 	f.mu.Lock()
 	f.stream = s
@@ -188,7 +188,7 @@ func (f *follower) endStream(why reason) {
 	}
 }
 
-// isEnded reports whether the client's stream is to end.
+// isEnded reports whether the client's stream must end.
 func (f *follower) isEnded() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -209,25 +209,26 @@ func (f *follower) ended(end runEnd) runEnd {
 	return end
 }
 
-// tries implements feedSource: what the other node has done is told there.
+// tries implements feedSource. The other node reports its tries itself.
 func (f *follower) tries() int64 { return 0 }
 
-// hasUpstreamsIDs implements feedSource: what a store has got ids here.
+// hasUpstreamsIDs implements feedSource. Events in a store have ids of this
+// module.
 func (f *follower) hasUpstreamsIDs() bool { return false }
 
 // hasNothing implements feedSource.
 func (f *follower) hasNothing() bool { return f.useless.Load() }
 
 const (
-	// followPiece is about how much of a run is read at a time.
+	// followPiece is about how many bytes of a run are read at a time.
 	followPiece = 64 << 10
 
-	// dropPatience is how long a client waits to be told why its run is gone.
+	// dropPatience is how long a client waits for the reason why its run is gone.
 	dropPatience = time.Second
 )
 
-// read reads what the store has after an event, and waits for it while the run
-// goes on.
+// read reads what the store has after an event. While the run continues, it waits
+// for more.
 func (f *follower) read(ctx context.Context, after uint64) (events []store.Event, end []byte, err error) {
 	wait := f.d.lease / 3
 	reading, stop := context.WithCancel(ctx)
@@ -244,7 +245,7 @@ func (f *follower) read(ctx context.Context, after uint64) (events []store.Event
 	return events, end, err
 }
 
-// follow passes on what the store gets of the run, until the stream or the run
+// follow passes on the run's events from the store, until the stream or the run
 // ends.
 func (f *follower) follow(ctx context.Context, s *stream) runEnd {
 	var (
@@ -254,7 +255,7 @@ func (f *follower) follow(ctx context.Context, s *stream) runEnd {
 		failing  instant
 	)
 	for {
-		last := f.over.Err() != nil // then what there is now is all
+		last := f.over.Err() != nil // then this is the last read
 		events, end, err := f.read(ctx, f.at.Load())
 		switch {
 		case ctx.Err() != nil:
@@ -305,7 +306,7 @@ func (f *follower) follow(ctx context.Context, s *stream) runEnd {
 			}
 		}
 		if cap(piece) > largestIdleBlock {
-			piece = nil // a quiet client need not hold it
+			piece = nil // a quiet client does not need it
 		}
 		if reported += n; reported >= f.begin.Report && f.over.Err() == nil {
 			reported = 0
@@ -325,8 +326,8 @@ func (f *follower) follow(ctx context.Context, s *stream) runEnd {
 	}
 }
 
-// awaitWhy waits for the other node to tell why the run is gone, unless it has
-// told. It returns false where the client's stream has ended for that reason.
+// awaitWhy waits for the other node to say why the run is gone, unless it has
+// already. It returns false if the client's stream has ended or must end.
 func (f *follower) awaitWhy(ctx context.Context) bool {
 	select {
 	case <-time.After(dropPatience):
@@ -336,8 +337,8 @@ func (f *follower) awaitWhy(ctx context.Context) bool {
 	return ctx.Err() == nil && !f.isEnded()
 }
 
-// lookAfterFollowers tells the other nodes of their clients here, and finds out
-// which of them are dead.
+// lookAfterFollowers reports this node's clients to the nodes of their runs, and
+// finds out which of those nodes are dead.
 func (d *storeSession) lookAfterFollowers() {
 	byNode := make(map[store.Node][]*follower)
 	d.mu.Lock()

@@ -36,7 +36,7 @@ func (k *keeping) responseAround(w *relayedResponse) *keptResponse {
 	return k.response
 }
 
-// kept is the run that the handlers have been handed over to; nil: none.
+// kept is the run that gets what the handlers do; nil if there is none.
 func (w *keptResponse) kept() *run {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -73,7 +73,7 @@ func (k *keeping) handlersLeft(out outcome) bool {
 	return true
 }
 
-// endOf says how the run ended whose handlers have left.
+// endOf returns how the run ended, after its handlers have left.
 func (w *keptResponse) endOf(out outcome) runEnd {
 	cause := context.Cause(w.k.x.attempt.context.Context)
 	switch {
@@ -100,8 +100,8 @@ func (w *keptResponse) endOf(out outcome) runEnd {
 	return runEnd{reason: upstreamClosed}
 }
 
-// answer takes the upstream's late headers, after an early start. Only those of a
-// stream are usable.
+// answer handles the upstream's headers, if they arrive after an early start.
+// They must be those of a stream.
 func (w *keptResponse) answer(r *run, status int) {
 	if status < 200 && status != http.StatusSwitchingProtocols || w.answered {
 		return
@@ -117,7 +117,8 @@ func (w *keptResponse) answer(r *run, status int) {
 	}
 }
 
-// hasAnswered records who answered a run that had started early, and with what.
+// hasAnswered records which upstream answered after an early start, and with
+// which status.
 func (r *run) hasAnswered(status int, upstream string) {
 	r.mu.Lock()
 	r.answer.upstream = upstream
@@ -152,19 +153,20 @@ func (s *stream) hears(status int, upstream string) {
 }
 
 // fail tells the client of a stream that was started early that the upstream has
-// no stream for it, and ends the run. The journal stays for a client that is
+// no stream for it, and ends the run. The journal is kept for a client that is
 // away.
 func (w *keptResponse) fail(status int, message string, err error) {
 	countEarlyStartFailure(w.k.x.h, status)
 	w.end = runEnd{reason: upstreamError, err: errUnusable(err), told: true}
 	w.failed = errRunEnded
 	w.feed.useless.Store(true)
-	_, _ = w.feed.write(errorEvent(http.StatusBadGateway, "upstream_error", message)) // a client that has ended the run needs none
+	// An error means that the client has ended the run.
+	_, _ = w.feed.write(errorEvent(http.StatusBadGateway, "upstream_error", message))
 	w.k.x.attempt.cancel(errRunEnded)
 }
 
-// decide makes sure that it is known what the answer is, for handlers that write
-// or flush before they call WriteHeader. It returns the run, if there is one.
+// decide makes sure that the kind of answer is known, for handlers that write or
+// flush before they call WriteHeader. It returns the run, if there is one.
 func (w *keptResponse) decide() (r *run, ok bool) {
 	if w.aside {
 		return nil, true

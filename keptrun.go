@@ -23,21 +23,21 @@ import (
 type keptRun struct {
 	place    [sha256.Size]byte // hash of who may come back, and where
 	client   clientID          // the client for which it counts in the limits
-	added    http.Header       // header fields that the upstream has added to the site's
-	replaced http.Header       // and those that it has replaced
+	added    http.Header       // header fields that the upstream has added to those of the site
+	replaced http.Header       // header fields of the site that the upstream has replaced
 	keeping  *keeping
 	mirror   *mirror // nil: there is no store
 
 	// What follows is guarded by the run's lock.
-	newest  *runReader    // the one whose leaving counts
+	newest  *runReader    // the client that came last; stay is set when it leaves
 	stay    time.Duration // how long the run continues without a client
 	told    bool          // a client has been sent an id
 	passing bool          // nothing is kept any more
 	cut     bool          // it has ended for that reason, because its client was away
 
 	// Clients of other nodes.
-	remote   map[string]*runReader // by the nodes' names for them
-	sentAway map[string]reason     // they should end, for this reason
+	remote   map[string]*runReader // by the names that their nodes have given them
+	sentAway map[string]reason     // their streams must end, for this reason
 
 	alone *list.Element // its place among the runs without a client; guarded by the group's lock
 }
@@ -51,8 +51,8 @@ func (r *run) clientID() clientID {
 	return r.kept.client
 }
 
-// keeping is what is known of a request whose stream may outlive its client. The
-// stream begins like any other, and becomes a run's at its final header.
+// keeping is for a request whose stream may outlive its client. The stream begins
+// like any other, and becomes a run's with its final header.
 type keeping struct {
 	x    *exchange
 	site http.Header // the headers before the handlers answered
@@ -91,7 +91,7 @@ func (x *exchange) beginRun(status int, header http.Header) {
 	k.response.mu.Lock()
 	defer k.response.mu.Unlock()
 	if k.response.left {
-		return // they have just sent their whole answer
+		return // the handlers have just sent their whole answer
 	}
 	var r *run
 	f, release := x.openKept(func() { go r.giveWay() })
@@ -121,8 +121,8 @@ func (x *exchange) beginRun(status int, header http.Header) {
 	k.response.run, k.response.feed, k.response.answered = r, f, !x.startedEarly
 }
 
-// openKept opens the feed of the request's run, and takes hold of the store, if
-// there is one, until release is called. f is nil if the stream can't be kept.
+// openKept opens the feed of the request's run. If there is a store, it is held
+// until release is called. f is nil if the stream can't be kept.
 func (x *exchange) openKept(evicted func()) (f *feed, release func()) {
 	rs := x.h.resuming
 	if d := rs.session; d != nil {
@@ -175,11 +175,11 @@ func (x *exchange) makeKept(f *feed, release func(), status int, header http.Hea
 	return r
 }
 
-// causeNoRoom is why a stream can't be kept.
+// causeNoRoom is the cause in metrics for a stream that is not kept for lack of room.
 const causeNoRoom = "journal_full"
 
 // notKept counts a stream that runs without resume because the journals of the
-// name are full, and warns of it at most once a minute.
+// name are full, and logs a warning at most once a minute.
 func (h *Handler) notKept() {
 	collector.unprotected.WithLabelValues(h.Name, causeNoRoom).Inc()
 	at := time.Now().UnixNano()
@@ -194,7 +194,7 @@ func (h *Handler) notKept() {
 // isKept reports whether the request's stream has become a run's.
 func (x *exchange) isKept() bool { return x.keeps() && x.rare.reader != nil }
 
-// feedStream tells the request's reader which stream is its own.
+// feedStream tells the request's reader which stream is its client's.
 func (x *exchange) feedStream() {
 	switch {
 	case x.rare == nil:
@@ -205,9 +205,9 @@ func (x *exchange) feedStream() {
 	}
 }
 
-// difference returns what handlers have changed in the site's headers: what they
-// have added, and what they have replaced. It leaves out what belongs to one
-// client, one moment or one connection.
+// difference returns what the handlers have changed in the site's headers: the
+// values that they have added, and the fields that they have replaced. It leaves
+// out fields that belong to one client, one moment or one connection.
 func (k *keeping) difference(header http.Header) (added, replaced http.Header) {
 	added, replaced = make(http.Header), make(http.Header)
 	for field, values := range runsHeader(header) {
@@ -223,7 +223,7 @@ func (k *keeping) difference(header http.Header) (added, replaced http.Header) {
 }
 
 // runsHeader is the part of an upstream's header that later clients of its run
-// get.
+// also get.
 func runsHeader(header http.Header) http.Header {
 	header = header.Clone()
 	for _, declared := range header["Trailer"] {
@@ -265,7 +265,8 @@ func (x *exchange) handlersGoOn() bool {
 // client.
 func (r *run) unkeep() bool {
 	r.mu.Lock()
-	attached := len(r.readers) > len(r.kept.remote) // a client of another node gets what the store has
+	// Clients of other nodes only get what the store has.
+	attached := len(r.readers) > len(r.kept.remote)
 	if attached {
 		r.kept.passing = true
 		r.feed.journal.Pass()
@@ -293,9 +294,9 @@ func (r *run) staysAlone() time.Duration {
 	return k.stay
 }
 
-// bodyIsRead reports whether the handlers have read the request's body, which is
-// lost with the client's connection. A GET over HTTP/2 or HTTP/3 does not always
-// say that it has none.
+// bodyIsRead reports whether the handlers have read the request's body: what they
+// have not read is lost with the client's connection. A GET over HTTP/2 or HTTP/3
+// does not always say that it has no body.
 func (k *keeping) bodyIsRead() bool {
 	u := k.x.rare.upload
 	if u == nil || u.read.Load() {
@@ -311,7 +312,7 @@ func (k *keeping) lacksBody() bool {
 }
 
 // leaveRun removes the request's client from its run, after its stream has been
-// accounted for.
+// reported.
 func (x *exchange) leaveRun() {
 	if x.rare != nil && x.rare.follower != nil {
 		x.leaveElsewhere()
@@ -325,7 +326,7 @@ func (x *exchange) leaveRun() {
 	x.rare.reader.leave()
 }
 
-// leaveKept decides what becomes of the run when its client leaves.
+// leaveKept decides what happens to the run when its client leaves.
 func (x *exchange) leaveKept() {
 	reader := x.rare.reader
 	r := reader.run
@@ -379,7 +380,7 @@ func (x *exchange) hasCancelled() bool {
 			time.Sleep(wait)
 		}
 	case http3:
-		_, err := innermost(x.w).Write([]byte("\n")) // which no one reads
+		_, err := innermost(x.w).Write([]byte("\n")) // no one reads it
 		if stream, ok := errors.AsType[*quic.StreamError](err); ok {
 			return stream.Remote
 		}

@@ -13,24 +13,24 @@ import (
 )
 
 const (
-	// leastPending is what a run may have waiting for the store, whatever its
-	// history.
+	// leastPending is how many bytes a run may always have waiting for the store,
+	// even with a small history.
 	leastPending = 1 << 20
 
-	// mostPending is what all runs of a store may have.
+	// mostPending is the same for all runs of a store together.
 	mostPending = 64 << 20
 
-	// largestIdleBlock is how much room a run keeps for its next event.
+	// largestIdleBlock is the largest buffer that a run keeps for its next event.
 	largestIdleBlock = 4 << 10
 
-	// largestWrite is about how much of a run is written at a time.
+	// largestWrite is about how many bytes of a run are written at a time.
 	largestWrite = 256 << 10
 )
 
 // mirror is what a store has of a run, or is about to get: whole events, which
-// the run's own journal keeps, too. The handlers' goroutine adds to it and never
-// waits for the store. What the store does not take in time makes the run one as
-// without resume.
+// are also in the run's own journal. The handlers' goroutine adds to it, and
+// never waits for the store. If the store does not accept something in time, the
+// run continues as without resume.
 type mirror struct {
 	d       *storeSession
 	run     *run
@@ -42,36 +42,36 @@ type mirror struct {
 	lost atomic.Bool // the store does not have all that it should
 
 	// What follows belongs to the handlers' goroutine.
-	block   []byte // since the last event, without comments that are complete
-	started int    // where the block that is not complete begins
+	block   []byte // what came after the last event, without complete comments
+	started int    // where the incomplete block begins
 	tokenAt int    // where the run's token was cut out of block; -1: nowhere
 
 	mu      sync.Mutex
 	begin   []byte // nil: the store has it
 	waiting []store.Event
 	taken   int     // how many of them are being written
-	size    int     // bytes of all that wait
-	since   instant // since when something waits
+	size    int     // bytes of all waiting events
+	since   instant // since when something has been waiting
 	stage   mirrorStage
 	end     []byte // to be written; nil: nothing, or the store has it
-	said    []byte // the end that the store has taken
-	stored  uint64 // the newest event that it has taken
-	queued  bool   // among the session's dirty ones, or being written
+	said    []byte // the end that the store has accepted
+	stored  uint64 // the newest event that it has accepted
+	queued  bool   // among the session's dirty mirrors, or being written
 }
 
-// mirrorStage is what becomes of what a store has of a run.
+// mirrorStage is what happens to the part of a run that a store has.
 type mirrorStage uint8
 
 const (
 	mirrorOpen    mirrorStage = iota
-	mirrorEnded               // the run has ended: what there is stays for its window
-	mirrorLeft                // so has the process: it is left to the other nodes
-	mirrorDropped             // nothing stays
-	mirrorDone                // the store has been told, or can't be
+	mirrorEnded               // the run has ended: the store keeps it for its window
+	mirrorLeft                // the process exits: the run is left to the other nodes
+	mirrorDropped             // the store must keep nothing
+	mirrorDone                // nothing more is written: the store knows, or can't be told
 )
 
-// newMirror lets the store have a run, which begins.
-// release gives the session back.
+// newMirror begins to write a new run to the store. release ends the run's use of
+// the session.
 func (d *storeSession) newMirror(r *run, begin []byte, release func()) *mirror {
 	rs := r.h.resuming
 	m := &mirror{
@@ -94,11 +94,11 @@ func (d *storeSession) newMirror(r *run, begin []byte, release func()) *mirror {
 	return m
 }
 
-// add takes bytes of the upstream.
+// add appends bytes to the incomplete block.
 func (m *mirror) add(p []byte) { m.block = append(m.block, p...) }
 
-// addID takes the line with the id of an event. The token that is in it lets a
-// client come back, and stays here.
+// addID appends the line with the id of an event, but not the run's token in it.
+// With the token, a client can come back, so it does not leave this process.
 func (m *mirror) addID(line []byte) {
 	at := bytes.Index(line, []byte(runIDPrefix)) + len(runIDPrefix)
 	m.add(line[:at])
@@ -106,8 +106,8 @@ func (m *mirror) addID(line []byte) {
 	m.add(line[at+runTokenLength:])
 }
 
-// commit says that a block is complete, and whether it is an event. One that is
-// none is worth keeping only where it tells a reconnection time.
+// commit says that a block is complete, and whether it is event n. A block that
+// is not an event is kept only if it has a new reconnection time.
 func (m *mirror) commit(event bool, n uint64, retry bool) {
 	switch {
 	case event:
@@ -120,13 +120,13 @@ func (m *mirror) commit(event bool, n uint64, retry bool) {
 	}
 }
 
-// rollback drops the block that is not complete.
+// rollback drops the incomplete block.
 func (m *mirror) rollback() {
 	m.block = m.block[:m.started]
 	m.tokenAt = -1
 }
 
-// event lets the store have event n.
+// event queues event n for the store.
 func (m *mirror) event(n uint64) {
 	head := uint64(m.tokenAt+1) << 1
 	if m.run.feed.useless.Load() {
@@ -138,7 +138,7 @@ func (m *mirror) event(n uint64) {
 	m.block, m.started = m.block[:0], 0
 	m.tokenAt = -1
 	if cap(m.block) > largestIdleBlock {
-		m.block = nil // a quiet run need not hold it
+		m.block = nil // a quiet run does not need it
 	}
 	m.mu.Lock()
 	if m.stage != mirrorOpen || m.lost.Load() {
@@ -155,12 +155,13 @@ func (m *mirror) event(n uint64) {
 	}
 }
 
-// uselessMark is the lowest bit of what an event in a store begins with: it is none
-// of the upstream's, but tells that the upstream's answer is useless. The other bits
-// are one more than the place of the run's token; 0: it has none.
+// uselessMark is the lowest bit of the number that an event in a store begins
+// with. It says that the upstream's answer is useless, and the event is not from
+// the upstream. The other bits are 1 plus the place of the run's token; 0: there
+// is none.
 const uselessMark = 1
 
-// eventText is an event as clients get it: with the run's token in its id.
+// eventText appends an event as clients get it, with the run's token in its id.
 func eventText(dst, data []byte, token string) (text []byte, useless bool, err error) {
 	head, n := binary.Uvarint(data)
 	at := head >> 1
@@ -176,13 +177,13 @@ func eventText(dst, data []byte, token string) (text []byte, useless bool, err e
 	return append(dst, data[at-1:]...), useless, nil
 }
 
-// finish says how the run ended: what the store has stays for its window.
+// finish records how the run ended. The store keeps the run for its window.
 func (m *mirror) finish(end runEnd) {
 	m.moveTo(mirrorEnded, marshalEnd(end, false))
 }
 
-// forget says that nobody comes back to the run here any more. An exit leaves
-// what the store has to its clients, which come back to other nodes.
+// forget records that no client can come back to the run here any more. On an
+// exit, what the store has stays: the run's clients come back to other nodes.
 func (m *mirror) forget() {
 	if exit.exiting() {
 		m.moveTo(mirrorLeft, marshalEnd(runEnd{reason: serverClosed}, true))
@@ -191,7 +192,7 @@ func (m *mirror) forget() {
 	m.moveTo(mirrorDropped, nil)
 }
 
-// moveTo says what becomes of what the store has. The first end counts.
+// moveTo moves to a later stage. Only the first end counts.
 func (m *mirror) moveTo(stage mirrorStage, end []byte) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -207,7 +208,7 @@ func (m *mirror) moveTo(stage mirrorStage, end []byte) {
 	m.queueLocked()
 }
 
-// queueLocked has the writer call.
+// queueLocked tells the writer that this run has something to write.
 func (m *mirror) queueLocked() {
 	if m.queued {
 		return
@@ -224,8 +225,8 @@ func (m *mirror) stays() (ttl time.Duration, key store.Key, ok bool) {
 	return m.ttl, m.key, m.begin == nil && m.stage <= mirrorEnded
 }
 
-// sayAgain has the store get the end once more: a client of another node still
-// reads, so the store may have lost it, or has not taken it.
+// sayAgain writes the end once more: a client of another node still reads, so the
+// store may have lost the end, or may not have accepted it.
 func (m *mirror) sayAgain() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -235,8 +236,8 @@ func (m *mirror) sayAgain() {
 	}
 }
 
-// lose says that the store does not have what it should: the run is one as
-// without resume when its upstream sends next.
+// lose records that the store lacks something. The run continues as without
+// resume from when its upstream next sends something.
 func (m *mirror) lose() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -244,9 +245,9 @@ func (m *mirror) lose() {
 	m.queueLocked()
 }
 
-// loseLocked leaves it to the caller to have the writer call. On other nodes the run
-// is over now: its upstream may say nothing for long, and whoever reads there
-// has to know that there will be more than the store gets.
+// loseLocked does not tell the writer; its caller must. For other nodes the run
+// ends now: its upstream may send nothing for a long time, and their clients must
+// know that the store will not get everything.
 func (m *mirror) loseLocked() {
 	if m.lost.Swap(true) {
 		return
@@ -259,7 +260,7 @@ func (m *mirror) loseLocked() {
 	}
 }
 
-// dropWaitingLocked drops what waits after the first n events.
+// dropWaitingLocked drops what is waiting after the first n events.
 func (m *mirror) dropWaitingLocked(n int) {
 	dropped := 0
 	for _, event := range m.waiting[n:] {
@@ -270,8 +271,8 @@ func (m *mirror) dropWaitingLocked(n int) {
 	m.d.pending.Add(-int64(dropped))
 }
 
-// loseIfLate gives up a run for which the store has not taken anything for too
-// long: other nodes take this one for dead by now.
+// loseIfLate gives up a run if the store has accepted nothing of it for too long:
+// by now, other nodes consider this one dead.
 func (m *mirror) loseIfLate() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -280,7 +281,7 @@ func (m *mirror) loseIfLate() {
 	}
 }
 
-// take returns what is to be written next; ok is false where there is nothing.
+// take returns what must be written next; ok is false if there is nothing.
 func (m *mirror) take() (w store.Write, ok bool) {
 	gone := m.run.feed.journal.Figures().Gone
 	m.mu.Lock()
@@ -301,7 +302,7 @@ func (m *mirror) take() (w store.Write, ok bool) {
 	if !m.lost.Load() {
 		w.After = m.stored
 	}
-	if m.taken > 0 && m.stage < mirrorLeft { // of a run that is left, the journal has nothing more
+	if m.taken > 0 && m.stage < mirrorLeft { // after that, the journal has nothing any more
 		w.Oldest = min(gone+1, w.Events[m.taken-1].Number+1)
 	}
 	if m.taken == len(m.waiting) {
@@ -310,7 +311,7 @@ func (m *mirror) take() (w store.Write, ok bool) {
 	return w, w.Begin != nil || m.taken > 0 || w.End != nil
 }
 
-// settle takes note of what came of a write, or that there was nothing to write.
+// settle handles the result of a write, or that there was nothing to write.
 func (m *mirror) settle(w store.Write, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -319,7 +320,7 @@ func (m *mirror) settle(w store.Write, err error) {
 		if n := len(w.Events); n > 0 {
 			m.stored = w.Events[n-1].Number
 		}
-		m.dropTakenLocked() // which w's events are
+		m.dropTakenLocked() // w.Events is not valid any more
 		if w.Begin != nil {
 			m.begin = nil
 		}
@@ -353,14 +354,14 @@ func (m *mirror) settle(w store.Write, err error) {
 		return
 	case m.stage == mirrorOpen && late > m.d.lease:
 		m.loseLocked()
-		m.said, m.end = m.end, nil // it is said when somebody reads, or the run is over
+		m.said, m.end = m.end, nil // written when a client still reads, or when the run is over
 		return
 	case m.stage >= mirrorLeft && late > 2*m.d.lease:
-		m.doneLocked() // what is there goes by itself
+		m.doneLocked() // what the store has expires by itself
 		return
 	}
 	m.queued = true
-	m.d.queue(m) // and waits since before
+	m.d.queue(m) // m.since stays as it was
 }
 
 func (m *mirror) dropTakenLocked() {
@@ -377,7 +378,7 @@ func (m *mirror) dropTakenLocked() {
 	m.d.pending.Add(-int64(wrote))
 }
 
-// doneLocked leaves the store.
+// doneLocked ends the mirror: the store gets nothing more from it.
 func (m *mirror) doneLocked() {
 	m.stage = mirrorDone
 	m.taken = len(m.waiting)

@@ -12,13 +12,12 @@ import (
 	"github.com/caddy-sse/caddy-sse/store"
 )
 
-// Nodes tell each other who reads which run. A node that has a client of another
-// node's run says so at once and then again and again, so that a message that is
-// lost does no harm for long. The node that has the run has its client in its
-// list like any other, keeps what that has not been sent, and tells when its
-// stream is to end.
+// Nodes tell each other which client reads which run. A node that has a client of
+// another node's run reports that at once, and then repeatedly, so that a lost
+// message does no harm for long. The run's node lists that client like its own,
+// keeps the events that it has not been sent, and says when its stream must end.
 
-// outgoing is a message on its way to a node.
+// outgoing is a message that has not been sent yet.
 type outgoing struct {
 	to store.Node
 	message
@@ -30,8 +29,8 @@ type message struct {
 	Run    string        `json:"run"` // the run's key
 	Reader string        `json:"reader,omitempty"`
 	From   store.Node    `json:"from"`
-	N      uint64        `json:"n,omitempty"`    // the last event that the client has been sent, or has
-	Stay   time.Duration `json:"stay,omitempty"` // how long the run goes on without it
+	N      uint64        `json:"n,omitempty"`    // the last event that the client has
+	Stay   time.Duration `json:"stay,omitempty"` // how long the run continues without the client
 	Why    string        `json:"why,omitempty"`
 }
 
@@ -39,16 +38,17 @@ type messageOp string
 
 const (
 	// To the node that has the run.
-	clientReads messageOp = "reads" // a client is there, and has got to event n
-	clientLeft  messageOp = "left"  // it has left
-	clientStops messageOp = "stops" // the run is to end, for a reason
+	clientReads messageOp = "reads" // the client is there, and has the events up to n
+	clientLeft  messageOp = "left"  // the client has left
+	clientStops messageOp = "stops" // the run must end, for a reason
 
 	// To the node that has the client.
-	clientEnds messageOp = "ends" // its stream is to end, for a reason
+	clientEnds messageOp = "ends" // the client's stream must end, for a reason
 	runUnknown messageOp = "gone" // there is no such run, or no such event
 )
 
-// maxOutbox is how many messages may wait for the store; the oldest go first.
+// maxOutbox is how many messages may wait for the store; the oldest are dropped
+// first.
 const maxOutbox = 10_000
 
 // post sends a message to a node, without waiting for the store.
@@ -63,7 +63,7 @@ func (d *storeSession) post(to store.Node, m message) {
 	d.sendPosted()
 }
 
-// sendPosted has the sender call.
+// sendPosted wakes the sender.
 func (d *storeSession) sendPosted() {
 	select {
 	case d.posts <- struct{}{}:
@@ -71,7 +71,7 @@ func (d *storeSession) sendPosted() {
 	}
 }
 
-// send sends a message to a node, and waits for the store.
+// send sends messages to a node, and waits for the store.
 func (d *storeSession) send(ctx context.Context, to store.Node, name string, messages ...message) error {
 	texts := make([][]byte, len(messages))
 	for i, m := range messages {
@@ -91,8 +91,9 @@ func (d *storeSession) send(ctx context.Context, to store.Node, name string, mes
 	}, names...)
 }
 
-// keepSending sends what has been posted. What can't be sent is lost: it will be
-// said again. But who stops a run says so once, so that is kept until it is sent.
+// keepSending sends what has been posted. A message that can't be sent is dropped,
+// because its node repeats it anyway. Only clientStops is not repeated, so it is
+// kept until it has been sent.
 func (d *storeSession) keepSending() {
 	for {
 		select {
@@ -133,7 +134,7 @@ func (d *storeSession) keepSending() {
 	}
 }
 
-// keepReceiving takes what other nodes have to say.
+// keepReceiving receives the messages of other nodes.
 func (d *storeSession) keepReceiving() {
 	for d.ctx.Err() == nil {
 		wait := d.lease / 3
@@ -158,7 +159,7 @@ func (d *storeSession) keepReceiving() {
 	}
 }
 
-// read takes one message.
+// read handles one message.
 func (d *storeSession) read(m message) {
 	switch m.Op {
 	case clientEnds, runUnknown:
@@ -197,7 +198,7 @@ func (d *storeSession) read(m message) {
 	}
 }
 
-// keyOf names a run in a store, and in the table of runs.
+// keyOf is the name of a run in a store, and in the table of runs.
 func keyOf(token runToken) store.Key { return store.Key(hashOf(token)) }
 
 func keyFrom(text string) (key store.Key, err error) {
@@ -208,7 +209,7 @@ func keyFrom(text string) (key store.Key, err error) {
 	return key, err
 }
 
-// reasonOf is the reason with a name, notEnded where there is none.
+// reasonOf is the reason with this name; notEnded if there is none.
 func reasonOf(name string) reason {
 	for why := notEnded + 1; why < reasonCount; why++ {
 		if why.String() == name {
@@ -218,25 +219,26 @@ func reasonOf(name string) reason {
 	return notEnded
 }
 
-// remoteReader is a reader that is a client of another node.
+// remoteReader is the part of a runReader that only a client of another node
+// needs.
 type remoteReader struct {
 	d     *storeSession
 	node  store.Node
 	id    string
-	heard atomic.Int64 // when that node has told of it last, an instant
+	heard atomic.Int64 // when that node last reported the client, an instant
 }
 
-// end tells its node that its stream is to end.
+// end tells the client's node to end its stream.
 func (t *remoteReader) end(r *run, why reason) {
 	t.d.post(t.node, message{Op: clientEnds, Run: keyOf(r.token()).String(), Reader: t.id, Why: why.String()})
 }
 
-// maxSentAway is how many clients of other nodes a run remembers that it has
-// ended.
+// maxSentAway is how many clients of other nodes a run remembers after it has
+// ended their streams.
 const maxSentAway = 64
 
-// isReadElsewhere takes note of where a client of another node is. It belongs to
-// the session's receiver, as does leftElsewhere.
+// isReadElsewhere handles a report of a client of another node. Only the
+// session's receiver may call it; that is also true for leftElsewhere.
 func (r *run) isReadElsewhere(d *storeSession, m message) {
 	r.mu.Lock()
 	why, sentAway := r.kept.sentAway[m.Reader]
@@ -266,8 +268,8 @@ func (r *run) isReadElsewhere(d *storeSession, m message) {
 	}
 }
 
-// moveTo says that a client of another node has been sent the events up to n:
-// they may go.
+// moveTo records that a client of another node has the events up to n, so that
+// they may be dropped.
 func (reader *runReader) moveTo(n uint64) {
 	reader.mu.Lock()
 	defer reader.mu.Unlock()
@@ -276,7 +278,7 @@ func (reader *runReader) moveTo(n uint64) {
 	}
 }
 
-// leftElsewhere takes a client of another node off the run.
+// leftElsewhere removes a client of another node from the run.
 func (r *run) leftElsewhere(m message) {
 	r.mu.Lock()
 	reader := r.kept.remote[m.Reader]
@@ -291,8 +293,9 @@ func (r *run) leftElsewhere(m message) {
 	}
 }
 
-// sendAway has the node of a client end its stream, and remembers that for as
-// long as that node may still tell of it. Nobody waits for it.
+// sendAway tells the node of a client to end its stream, without waiting for
+// that. It remembers the client until its node says that it has left, because the
+// node may report it again until then.
 func (r *run) sendAway(reader *runReader, why reason) {
 	id := reader.remote.id
 	r.mu.Lock()
@@ -309,8 +312,8 @@ func (r *run) sendAway(reader *runReader, why reason) {
 	reader.leave()
 }
 
-// dropSilentReaders takes off the clients of nodes that have not told of them for
-// as long as a lease. It belongs to the receiver.
+// dropSilentReaders removes the clients that their nodes have not reported for as
+// long as a lease. Only the receiver may call it.
 func (d *storeSession) dropSilentReaders() {
 	if now()-d.looked < instant(d.lease/3) {
 		return

@@ -26,7 +26,7 @@ const (
 )
 
 // A run that is not in the store may not have been written yet. The node looks
-// for it again after pauses that double, as long as it may be late.
+// for it again, with pauses that double, as long as it may still appear.
 const (
 	firstLook  = 20 * time.Millisecond
 	lastLook   = 16 * firstLook
@@ -53,7 +53,7 @@ func (x *exchange) comeBackElsewhere() (outcome, remoteAnswer) {
 		case id.n > found.Last, lost && id.n == found.Last:
 			return outcome{}, notElsewhere
 		case id.n == found.Last && x.kind.eventSource:
-			return outcome{}, newElsewhere // it has everything, and comes back for what is next
+			return outcome{}, newElsewhere // it has everything, and comes back for more
 		}
 	}
 	if errors.Is(err, store.ErrUnknown) {
@@ -84,7 +84,8 @@ func (x *exchange) comeBackElsewhere() (outcome, remoteAnswer) {
 	return outcome{left: true, run: x.goOnElsewhere(id, found)}, answeredElsewhere
 }
 
-// lookElsewhere is findElsewhere for a run that may have begun a moment ago.
+// lookElsewhere repeats findElsewhere, because the run may have begun a moment
+// ago.
 func (x *exchange) lookElsewhere(token runToken) (found store.Run, begin *runBegin, err error) {
 	d := x.h.resuming.session
 	came, pause := now(), firstLook
@@ -133,7 +134,7 @@ func (x *exchange) isKnownElsewhere(token runToken) bool {
 	return err == nil
 }
 
-// marshalBegin is what the store gets about the run when it begins.
+// marshalBegin is what the store gets when the run begins.
 func (r *run) marshalBegin(status int, upstream string) []byte {
 	text, err := json.Marshal(runBegin{
 		Node:     r.h.resuming.session.node,
@@ -150,8 +151,9 @@ func (r *run) marshalBegin(status int, upstream string) []byte {
 	return text
 }
 
-// awaitReached waits for the store to have event n of a run that has not ended.
-// It returns false if the run has not reached it, or does not in time.
+// awaitReached waits until the store has event n of a run that has not ended. It
+// returns false if the run never had that event, or if the store does not get it
+// in time.
 func (f *follower) awaitReached(ctx context.Context, n uint64) bool {
 	ctx, stop := context.WithTimeout(ctx, f.d.lease)
 	defer stop()
@@ -173,7 +175,8 @@ func (f *follower) awaitReached(ctx context.Context, n uint64) bool {
 	return false
 }
 
-// goOnElsewhere makes a stream of another node's run, from the client's place on.
+// goOnElsewhere makes a stream of another node's run, beginning at the client's
+// place.
 func (x *exchange) goOnElsewhere(id runID, found store.Run) runEnd {
 	f := x.rare.follower
 	p := placing{brought: true, found: true}
@@ -203,13 +206,13 @@ func (x *exchange) leaveElsewhere() {
 		f.d.post(f.begin.Node, message{Op: clientStops, Run: f.key.String(), Why: endedByAdmin.String()})
 	}
 	if why == notEnded || why == serverClosed {
-		stay = x.h.resuming.window // it was not there yet, or comes back to another node
+		stay = x.h.resuming.window // the client was not there yet, or comes back to another node
 	}
 	f.leave(stay)
 }
 
 // storeIsAway answers a client that has come back while the store is unavailable.
-// An answer must not be paid for twice.
+// Only a GET becomes a new request, because an answer must not be paid for twice.
 func (x *exchange) storeIsAway() (outcome, remoteAnswer) {
 	if x.r.Method == http.MethodGet {
 		x.h.group.countResume(resumeUnknown)
@@ -240,7 +243,7 @@ func (x *exchange) stopElsewhere(id runID, found store.Run, begin *runBegin) (ou
 		stop := message{Op: clientStops, Run: keyOf(id.token).String(), N: id.n, Why: clientClosed.String()}
 		err = d.send(ctx, begin.Node, x.h.Name, stop)
 	}
-	if err == nil && (found.End != nil || dead) { // there is no one to drop it
+	if err == nil && (found.End != nil || dead) { // no node will drop it
 		err = d.call(ctx, storeWrite, storePatience, func(ctx context.Context) error {
 			return errors.Join(d.store.Write(ctx, []store.Write{{Run: keyOf(id.token), Drop: true}})...)
 		}, x.h.Name)

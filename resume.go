@@ -15,10 +15,10 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
-// mayBeKept reports whether resume applies to requests of this kind at all. All
-// others go to the upstream unchanged, except for an id of ours. OPTIONS is one
-// of them: the preflight of a page of another origin has the query of the request
-// that follows it, with an id perhaps (Fetch, section 4.8).
+// mayBeKept reports whether resume may apply to requests of this kind. All others
+// go to the upstream unchanged, except that an id of this module is removed.
+// OPTIONS is one of them: the preflight of a page of another origin has the query
+// of the request that follows it, and thus may have an id (Fetch, section 4.8).
 func (x *exchange) mayBeKept() bool {
 	return x.h.resuming != nil && x.r.Method != http.MethodOptions && !isMCP(x.r.Header) && !asksForUpgrade(x.r.Header)
 }
@@ -26,14 +26,15 @@ func (x *exchange) mayBeKept() bool {
 // mayComeBack reports whether the client may have come back to its stream.
 func (x *exchange) mayComeBack() bool { return x.mayBeKept() && x.broughtOurs() }
 
-// keep prepares a request whose stream may outlive its client's connection, and
-// returns whether it is one.
+// keep prepares a request whose stream may outlive its client's connection. It
+// returns whether this is such a request.
 func (x *exchange) keep(next caddyhttp.Handler) bool {
 	if !x.mayBeKept() || !x.h.resuming.any && !x.kind.resumable {
 		return false
 	}
 	if quirkOf(x.r.Header) == noFrames {
-		// It fails on an id as it does on a comment, and never comes back.
+		// The client fails on an id as it does on a comment, so it never comes
+		// back.
 		return false
 	}
 	k := &keeping{x: x, site: x.w.Header().Clone()}
@@ -50,8 +51,8 @@ func (x *exchange) keep(next caddyhttp.Handler) bool {
 // keeps reports whether the request's stream may outlive the client's connection.
 func (x *exchange) keeps() bool { return x.rare != nil && x.rare.keeping != nil }
 
-// keptPlace is a hash of what must be the same when a client comes back: the
-// name, the requested host and path, and the values of bind.
+// keptPlace is a hash of everything that must be the same when a client comes
+// back: the name, the requested host and path, and the values of bind.
 func (x *exchange) keptPlace() [sha256.Size]byte {
 	var b []byte
 	add := func(text string) {
@@ -98,8 +99,8 @@ func (x *exchange) findKept() (r *run, n uint64) {
 	return found, id.n
 }
 
-// comeBack answers a client that has come back with an id of ours. done is false
-// if the request continues as a new one.
+// comeBack answers a client that has come back with an id of this module. done is
+// false if the request continues as a new one.
 func (x *exchange) comeBack() (out outcome, done bool) {
 	r, n := x.findKept()
 	if r == nil && x.h.resuming.session != nil {
@@ -112,8 +113,8 @@ func (x *exchange) comeBack() (out outcome, done bool) {
 	}
 	if r != nil && x.kind.eventSource && r.hasNothingAfter(n) {
 		if !r.isCut() {
-			// It has everything, and comes back for what is next. The run stays: the
-			// connection may break once more before the client has another id.
+			// It has everything, and comes back for more. The run stays: the
+			// connection may break again before the client has another id.
 			return outcome{}, false
 		}
 		r = nil // it has everything that was kept, and must be told that there was more
@@ -158,8 +159,8 @@ func (x *exchange) stopKept(r *run, n uint64) error {
 	return nil
 }
 
-// goOn makes a stream of a run to which the client has come back, from its place
-// on.
+// goOn makes a stream of a run to which the client has come back, beginning at
+// its place.
 func (x *exchange) goOn(reader *runReader) runEnd {
 	r := reader.run
 	p := placing{brought: true, found: true, missed: reader.cursor.Missed()}
@@ -177,20 +178,20 @@ func (x *exchange) goOn(reader *runReader) runEnd {
 	return reader.followRun(feed.ctx, x.stream)
 }
 
-// takeDifference applies to the site's headers what the run's handlers have
-// changed in them.
+// takeDifference makes the changes in the site's headers that the run's handlers
+// have made.
 func (x *exchange) takeDifference(added, replaced http.Header) {
 	header := x.w.Header()
 	for field, values := range replaced {
 		header[field] = slices.Clone(values)
 	}
 	for field, values := range added {
-		// Handlers around this one edit values in place.
+		// Outer handlers edit values in place.
 		header[field] = slices.Concat(header[field], values)
 	}
 }
 
-// The type of the error that says that there is nothing to come back to.
+// The type and the message of the error for a client whose stream is gone.
 const (
 	streamLost        = "stream_lost"
 	streamLostMessage = "the stream is over, and what it had for its client is gone; ask again without Last-Event-ID"

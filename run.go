@@ -23,14 +23,14 @@ import (
 // Their answer goes to head first and then to feed.write. When the last one is
 // over, finish is called, once.
 type run struct {
-	h        *Handler // the configuration that began it
+	h        *Handler // the configuration that it began with
 	use      runUse
-	id       uuid.UUID // in the admin API; the token is a secret
+	id       uuid.UUID // for the admin API, because the token is a secret
 	host     string
 	path     string
 	feed     *feed
 	began    instant
-	answered chan struct{} // closed when it is known what the upstream's answer is
+	answered chan struct{} // closed when the upstream's answer is known
 
 	ctx    context.Context // of the run's attempts
 	cancel context.CancelCauseFunc
@@ -84,7 +84,7 @@ const (
 	runRetrying                 // it broke off, and will be tried again
 	runEnding                   // an early end was requested
 	runEnded                    // it has ended; what the journal has is kept for clients
-	runGone                     // accounted for
+	runGone                     // removed and reported
 )
 
 var runStageNames = [...]string{
@@ -162,11 +162,11 @@ func (h *Handler) makeRun(use runUse, f *feed, ctx context.Context, cancel conte
 	return r
 }
 
-// token is what the ids of the run begin with.
+// token is the first part of the run's ids.
 func (r *run) token() runToken { return r.feed.token }
 
 // head takes the upstream's answer. A stream opens the run; after any other
-// answer the run is over before it began.
+// answer the run ends without having been open.
 func (r *run) head(answer runAnswer) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -186,7 +186,7 @@ func (r *run) headLocked(answer runAnswer) {
 	close(r.answered)
 }
 
-// endAfter stops the run with a reason after a time; 0: never.
+// endAfter stops the run after d, with this reason; 0: never.
 func (r *run) endAfter(d time.Duration, why reason) {
 	if d <= 0 {
 		return
@@ -212,14 +212,14 @@ func (r *run) beginAttempt() context.Context {
 	defer r.mu.Unlock()
 	r.attempts++
 	if over := r.cancelAttempt; over != nil {
-		over(errRunEnded) // or it would be kept as long as the run
+		over(errRunEnded) // else it would be kept as long as the run
 	}
 	r.cancelAttempt = cancel
 	return ctx
 }
 
 // isSilent breaks off an attempt whose upstream has sent nothing for too long. If
-// its handlers ignore that, they are left behind, and the run ends.
+// its handlers do not return, the run ends without them.
 func (r *run) isSilent() {
 	r.mu.Lock()
 	attempts, cancel := r.attempts, r.cancelAttempt
@@ -240,8 +240,8 @@ func (r *run) isSilent() {
 
 // stop ends the run early: clients can't find it any more, its clients' streams
 // end at an event boundary with this reason, and then its upstream is cancelled.
-// Nothing is kept. It returns false if the run is already about to end, or has
-// ended.
+// Nothing is kept. It returns false if the run is already ending, or has been
+// removed.
 func (r *run) stop(why reason) bool {
 	r.mu.Lock()
 	if r.stage >= runEnding {
@@ -366,7 +366,8 @@ func (r *run) restIsOver() {
 	}
 }
 
-// giveWay ends a run without a client before its time, to make room.
+// giveWay ends a run that has no client: it has waited long enough, or others
+// need the room.
 func (r *run) giveWay() {
 	r.mu.Lock()
 	if len(r.readers) > 0 || r.stage == runGone {
@@ -383,7 +384,7 @@ func (r *run) giveWay() {
 	}
 }
 
-// remove accounts for the run, once.
+// remove removes a run that has ended from its group, and reports its end, once.
 func (r *run) remove() {
 	r.mu.Lock()
 	if r.stage == runGone || r.stage != runEnded {

@@ -19,7 +19,7 @@ import (
 type runWriter interface {
 	http.ResponseWriter
 
-	// asked says which request they got.
+	// asked says which request the handlers got.
 	asked(request *http.Request)
 
 	// yield leaves the answer to an inner sse handler: no client of the run gets

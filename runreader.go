@@ -6,7 +6,7 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
-// runReader is one client of a run, from the moment when it waits for the answer.
+// runReader is one client of a run, from when it begins to wait for the answer.
 type runReader struct {
 	baton  baton           // of a resumedRun
 	cursor *journal.Cursor // nil until it has a place
@@ -45,7 +45,7 @@ func (r *run) addReaderLocked(reader *runReader) {
 	r.group().dropIdle(r)
 }
 
-// turnAway takes somebody off the run who does not become one of its clients.
+// turnAway removes a reader that does not become a client of the run.
 func (reader *runReader) turnAway() {
 	reader.run.mu.Lock()
 	reader.run.joined--
@@ -53,7 +53,7 @@ func (reader *runReader) turnAway() {
 	reader.leave()
 }
 
-// leave takes the client off the run.
+// leave removes the client from the run.
 func (reader *runReader) leave() {
 	r := reader.run
 	reader.mu.Lock()
@@ -78,7 +78,7 @@ func (reader *runReader) leave() {
 	}
 }
 
-// join gives the client a place in the journal, instead of its present one.
+// join gives the client a place in the journal, which replaces its present one.
 func (reader *runReader) join(at journal.Start) bool {
 	c, ok := reader.run.feed.journal.Join(at, func() { reader.endStream(lagged) })
 	if !ok {
@@ -91,7 +91,8 @@ func (reader *runReader) join(at journal.Start) bool {
 	return true
 }
 
-// leaveJournal gives up the client's place: if it does not read, it falls behind.
+// leaveJournal gives up the client's place: a client that does not read it would
+// fall behind.
 func (reader *runReader) leaveJournal() {
 	if reader.cursor != nil {
 		reader.cursor.Leave()

@@ -23,9 +23,9 @@ func (w *runResponse) brokeOff(end runEnd) bool {
 	return isBreak(end.reason) && w.failed == nil
 }
 
-// tryAgain repeats the request to an upstream that has broken off, until it stays
-// away for too long, or ends cleanly. broken is how it broke off, and how the run
-// ends if it does not come back.
+// tryAgain repeats the request to an upstream that has broken off, until the
+// upstream ends cleanly or stays away for too long. broken is how it broke off;
+// the run ends that way if it does not come back.
 func (r *run) tryAgain(broken runEnd) runEnd {
 	waits := &retryWaits{window: r.h.UpstreamRetry.window()}
 	if waits.window == 0 {
@@ -160,7 +160,8 @@ func (t *runTry) answered(status int, w *runResponse) answerKind {
 	return answerOther
 }
 
-// unanswered treats an error of the handlers as the answer that it would become.
+// unanswered treats an error of the handlers like the answer that Caddy makes of
+// it.
 func (t *runTry) unanswered(w *runResponse, err error) {
 	status := http.StatusOK
 	if err != nil {

@@ -11,8 +11,8 @@ import (
 	"github.com/caddy-sse/caddy-sse/internal/journal"
 )
 
-// feedContext ends with the client's request, or when a stream that is fed by a
-// run is over.
+// feedContext is for a request whose stream a run feeds. It ends with the
+// client's request, or when the stream is over.
 type feedContext struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
@@ -50,15 +50,15 @@ func (x *exchange) upstream() string {
 	return ""
 }
 
-// takeID removes an id of ours from the request, before the handlers after this
-// one are called.
+// takeID records the id that the client brought. If this module has added it, it
+// is removed from the request, so that the handlers after this one do not get it.
 func (x *exchange) takeID() {
 	id := broughtID(x.r)
 	x.rarely().brought = id
 	if isRunID(id) && x.h.foreignIDs.Load() {
 		parsed, ok := parseRunID(id)
-		// The upstream may also be a site of this process, whose runs have another
-		// name.
+		// The upstream may be another site of this process, whose runs have
+		// another name.
 		r, known := x.h.runTable().get(parsed.token)
 		known = known && r.group() == x.h.group
 		if !ok || !known && !x.isKnownElsewhere(parsed.token) {
@@ -68,7 +68,7 @@ func (x *exchange) takeID() {
 	if stripped := withoutRunIDs(x.r); stripped != x.r {
 		x.rare.given, x.r = x.r, stripped
 	}
-	x.rare.taken = isRunID(id) // removed by an outer handler, perhaps
+	x.rare.taken = isRunID(id) // an outer handler may have removed it
 }
 
 // lastEventID is the id that the client brought.
@@ -79,7 +79,7 @@ func (x *exchange) lastEventID() string {
 	return x.r.Header.Get(lastEventIDHeader)
 }
 
-// broughtOurs reports whether that id is one of those that this module adds.
+// broughtOurs reports whether that id is one that this module adds.
 func (x *exchange) broughtOurs() bool {
 	return x.rare != nil && x.rare.taken
 }
@@ -99,15 +99,15 @@ func (x *exchange) findRun() {
 	x.rare.reader = x.h.sharing.find(x.rare.share.sum)
 }
 
-// turnAway takes a client that a limit refuses off the run.
+// turnAway removes a client from its run, because a limit refuses it.
 func (x *exchange) turnAway() {
 	if x.rare != nil && x.rare.reader != nil {
 		x.rare.reader.turnAway()
 	}
 }
 
-// joinRun enters it, and begins it where there is none. It returns false where
-// the request asks the upstream by itself.
+// joinRun enters the run that the request shares, and begins one if there is
+// none. It returns false if the request must ask the upstream itself.
 func (x *exchange) joinRun(next caddyhttp.Handler) bool {
 	if x.rare == nil || x.rare.share == nil {
 		return false
@@ -210,12 +210,12 @@ func (x *exchange) passFailure(answer runAnswer) error {
 		}
 	}
 	x.response.WriteHeader(answer.status)
-	_, _ = x.response.Write(answer.body) // a client that has left needs none
+	_, _ = x.response.Write(answer.body) // an error means that the client has left
 	return nil
 }
 
-// openShared makes a stream of the run, from the client's place on. It returns
-// false if the client has left.
+// openShared makes a stream of the run, beginning at the client's place. It
+// returns false if the client has left.
 func (x *exchange) openShared(reader *runReader, answer runAnswer) (p placing, open bool) {
 	p = x.placeIn(reader)
 	x.h.group.countPlace(p)
@@ -232,7 +232,7 @@ func (x *exchange) openShared(reader *runReader, answer runAnswer) (p placing, o
 		if field == "Server" {
 			delete(header, field) // as reverse_proxy does
 		}
-		// Handlers around this one edit values in place.
+		// Outer handlers edit values in place.
 		header[field] = slices.Concat(header[field], values)
 	}
 	x.rare.fed.greeting = greeting
@@ -328,7 +328,7 @@ func (x *exchange) newFedBy(source feedSource, token runToken, g greeting) *fed 
 	return f
 }
 
-// newGreeting has only the client's reconnection time.
+// newGreeting is a greeting with nothing but the client's reconnection time.
 func (x *exchange) newGreeting() greeting {
 	g := greeting{eventSource: x.kind.eventSource}
 	if x.frames.retryMin > 0 && x.kind.resumable {

@@ -3,6 +3,8 @@
 package caddysse_test
 
 import (
+	"bytes"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -122,4 +124,27 @@ func TestATimeInWhichTheProcessWasStoppedEndsNobodysWrite(t *testing.T) {
 		t.Errorf("it ended as %v", line)
 	}
 	c.stop("SIGTERM")
+}
+
+func TestACheckThatIsStoppedForAWhileFindsNothing(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes as long as a check")
+	}
+	t.Parallel()
+	c := startCaddyProcess(t, probeSite, "")
+	cmd := checkCommand([]string{"--for", "10s", "--token", "sesame", "--json", c.url + "/probe"})
+	var out bytes.Buffer
+	cmd.Stdout = &out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(2 * time.Second)
+	_ = cmd.Process.Signal(syscall.SIGSTOP)
+	time.Sleep(2 * time.Second)
+	_ = cmd.Process.Signal(syscall.SIGCONT)
+	_ = cmd.Wait()
+	var r struct{ Findings []json.RawMessage }
+	if err := json.Unmarshal(out.Bytes(), &r); err != nil || len(r.Findings) > 0 {
+		t.Errorf("%v, %s", err, out.String())
+	}
 }

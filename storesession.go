@@ -20,31 +20,31 @@ import (
 	"github.com/caddy-sse/caddy-sse/store"
 )
 
-// storeLease is after how long without a sign of life a node is dead.
+// storeLease is how long a node counts as alive after it has renewed its lease.
 var storeLease = 10 * time.Second
 
 const (
-	// storePatience bounds a call that somebody waits for.
+	// storePatience is how long the store may take to answer most calls.
 	storePatience = 2 * time.Second
 
-	// storePause is how long to wait before a store that has failed is asked
-	// again.
+	// storePause is the wait before a store that has failed is called again.
 	storePause = time.Second
 
-	// storeLastWords is how long an exit waits for what is still to be written.
+	// storeLastWords is how long an exit waits for the last writes and messages.
 	storeLastWords = time.Second
 )
 
-// storeSessions are the stores that are open, by what their configurations say. They
-// outlive a reload, and are held by the runs that began with them, too.
+// storeSessions has the open stores, by a hash of their configurations. They
+// outlive a reload: a run also holds the store that it began with.
 var storeSessions = caddy.NewUsagePool()
 
-// tableOfSession says where the runs of a store's node are found. Tests have
-// several nodes in one process.
+// tableOfSession returns the table with the runs of a store's node. Tests replace
+// it, because they have several nodes in one process.
 var tableOfSession = func(store.Opener) *runTable[*run] { return &runTokens }
 
-// storeSession is a store as this process uses it: as one node, with one goroutine each
-// that writes, sends messages, receives them, and keeps the lease.
+// storeSession is an open store as this process uses it: as one node, with one
+// goroutine each that writes, sends messages, receives them, and renews the
+// lease.
 type storeSession struct {
 	store store.Store
 	node  store.Node
@@ -56,35 +56,35 @@ type storeSession struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 
-	away                 atomic.Bool  // the last call has failed
-	refuses              atomic.Int64 // when it has refused to write something last, an instant; 0: it has not
-	back                 atomic.Int64 // since when it can be asked, an instant; 0: it has never been
-	healed               atomic.Int64 // likewise, after it was away; 0: it has not been
+	away                 atomic.Bool  // a call has failed, and the lease has not been renewed since
+	refuses              atomic.Int64 // when a write failed, an instant; 0: not since one succeeded
+	back                 atomic.Int64 // when it came back or had lost leases, an instant; 0: never
+	healed               atomic.Int64 // when it came back after a failure, an instant; 0: never
 	renew                chan struct{}
-	leasing              chan struct{} // holds one while the lease is renewed
-	renewed              instant       // when it was last; leasing
-	leaves               bool          // it is not any more; leasing
-	writePace, renewPace pace          // how long these take
+	leasing              chan struct{} // a lock: holds one element while the lease is renewed
+	renewed              instant       // when the lease was last renewed; guarded by leasing
+	leaves               bool          // the lease is not renewed any more; guarded by leasing
+	writePace, renewPace pace          // how long these calls take
 	warned               atomic.Int64  // unix nanoseconds of the last warning
-	looked               instant       // when the receiver has looked for silent readers last
+	looked               instant       // when the receiver last looked for silent readers
 
 	mu        sync.Mutex
 	names     map[string]int // of the handlers that use it
 	mirrors   map[*mirror]struct{}
-	dirty     []*mirror // have something to be written, in that order
+	dirty     []*mirror // those with something to write, in that order
 	writes    chan struct{}
 	writing   bool
 	followers map[string]*follower
 	outbox    []outgoing
 	sending   bool
 	posts     chan struct{}
-	idle      chan struct{} // closed when nothing is left to be written or sent; nil: nobody waits for it
+	idle      chan struct{} // closed when nothing is left to write or send; nil: nobody waits
 
 	pending atomic.Int64 // bytes that the store has not confirmed
 }
 
-// openStoreSession opens a store, or returns the one that is open. It is to be given
-// back to storeSessions by its key.
+// openStoreSession opens a store, or returns the session if it is open. For each
+// call, the caller must call use once, and later its release.
 func openStoreSession(module string, opener store.Opener) (*storeSession, error) {
 	sum := sha256.Sum256([]byte(module + "\x00" + opener.Identity()))
 	key := string(sum[:])
@@ -124,8 +124,8 @@ func newStoreSession(key string, s store.Store, runs *runTable[*run]) *storeSess
 	return d
 }
 
-// use takes note of one more configuration, run or client of a name that holds
-// the session. It returns what gives it back.
+// use records that one more configuration, run or client of a name uses the
+// session. release ends that.
 func (d *storeSession) use(name string) (release func()) {
 	d.mu.Lock()
 	d.names[name]++
@@ -136,19 +136,20 @@ func (d *storeSession) use(name string) (release func()) {
 			delete(d.names, name)
 		}
 		d.mu.Unlock()
-		// It may be one of the session's own goroutines that is the last to hold it.
+		// The last use may end on one of the session's own goroutines, for which
+		// Destruct waits.
 		go func() { _, _ = storeSessions.Delete(d.key) }()
 	})
 }
 
-// hold is use for a run, or a client of one: whatever reloads, it keeps the store
-// that it began with. It returns nil where the store is being closed.
+// hold is use for a run, or for a client of one: it keeps the store that it began
+// with, also after a reload. It returns nil if the store is being closed.
 func (d *storeSession) hold(name string) (release func()) {
 	value, _, err := storeSessions.LoadOrNew(d.key, func() (caddy.Destructor, error) { return nil, errSessionClosed })
 	if err != nil {
 		return nil
 	}
-	if value != d { // one that was opened again
+	if value != d { // it was closed, and opened again
 		_, _ = storeSessions.Delete(d.key)
 		return nil
 	}
@@ -157,8 +158,8 @@ func (d *storeSession) hold(name string) (release func()) {
 
 var errSessionClosed = errors.New("the store is being closed")
 
-// Destruct implements caddy.Destructor: no configuration and no run uses the
-// store any more.
+// Destruct implements caddy.Destructor. It is called when no configuration and no
+// run uses the store any more.
 func (d *storeSession) Destruct() error {
 	d.takeLeave()
 	d.cancel()
@@ -167,8 +168,8 @@ func (d *storeSession) Destruct() error {
 	return err
 }
 
-// takeLeave writes and sends what is left, if that is possible in a moment,
-// and ends the node's lease: what it has not ended is over.
+// takeLeave writes and sends what is left, if that takes only a moment, and ends
+// the node's lease. That also ends the node's runs that have not ended.
 func (d *storeSession) takeLeave() {
 	ctx, cancel := context.WithTimeout(d.ctx, storeLastWords)
 	defer cancel()
@@ -195,7 +196,7 @@ func leaveStores() {
 	leaving.Wait()
 }
 
-// storeOp is what a store is asked for, as metrics tell it.
+// storeOp is a method of the store, as metrics name it.
 type storeOp string
 
 const (
@@ -215,8 +216,9 @@ var storeOps = []storeOp{storeWrite, storeTouch, storeFind, storeRead, storeRene
 // nothing of it then.
 func (op storeOp) waits() bool { return op == storeRead || op == storeReceive }
 
-// call asks the store for something, counts what came of it, for the names given
-// or else for all that use the store, and takes note of whether it is away.
+// call calls the store. It counts failures and observes how long calls take,
+// under the given names, or else under those of all users of the store. A failure
+// marks the store as away.
 func (d *storeSession) call(ctx context.Context, op storeOp, patience time.Duration, f func(ctx context.Context) error, names ...string) error {
 	limited, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
@@ -235,13 +237,13 @@ func (d *storeSession) call(ctx context.Context, op storeOp, patience time.Durat
 		return err
 	}
 	if ctx.Err() != nil {
-		return err // whoever asked has left
+		return err // the caller has left
 	}
 	d.failed(op, err, names)
 	return err
 }
 
-// failed takes note that the store is away.
+// failed marks the store as away.
 func (d *storeSession) failed(op storeOp, err error, names []string) {
 	if !d.away.Swap(true) {
 		d.renewSoon()
@@ -249,7 +251,7 @@ func (d *storeSession) failed(op storeOp, err error, names []string) {
 	d.tell(op, err, names)
 }
 
-// tell counts a failure of the store, and warns of it at most once a minute.
+// tell counts a failure of the store, and logs at most one a minute.
 func (d *storeSession) tell(op storeOp, err error, names []string) {
 	for _, name := range names {
 		collector.storeErrors.WithLabelValues(name, string(op)).Inc()
@@ -265,7 +267,7 @@ func (d *storeSession) tell(op storeOp, err error, names []string) {
 		zap.Error(err))
 }
 
-// answers takes note of a store that can be asked.
+// answers records that the store is available.
 func (d *storeSession) answers() {
 	healed := d.away.Swap(false)
 	if healed || d.back.Load() == 0 {
@@ -276,7 +278,7 @@ func (d *storeSession) answers() {
 	}
 }
 
-// takesRuns reports whether a new run should begin with the store.
+// takesRuns reports whether new runs should use the store.
 func (d *storeSession) takesRuns() bool {
 	if d.away.Load() {
 		return false
@@ -285,14 +287,13 @@ func (d *storeSession) takesRuns() bool {
 	return refused == 0 || now()-refused > instant(d.lease/2)
 }
 
-// users are the names of the handlers that use the store.
 func (d *storeSession) users() []string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return slices.Sorted(maps.Keys(d.names))
 }
 
-// keepLease renews the lease, and does what is to be done again and again.
+// keepLease renews the lease, and does the session's other regular work.
 func (d *storeSession) keepLease() {
 	pulse := d.lease / 3
 	timer := time.NewTimer(0)
@@ -318,14 +319,14 @@ func (d *storeSession) keepLease() {
 	}
 }
 
-// renewLease says that the node lives, unless it is about to leave.
+// renewLease renews the node's lease, unless the node is about to leave.
 func (d *storeSession) renewLease() error {
 	d.leasing <- struct{}{}
 	defer func() { <-d.leasing }()
 	if d.leaves {
 		return nil
 	}
-	if d.renewed > 0 && now()-d.renewed < instant(d.lease) && !d.away.Load() { // else it may be over
+	if d.renewed > 0 && now()-d.renewed < instant(d.lease) && !d.away.Load() { // else the lease may have expired
 		if lives, err := d.lives(d.node); err == nil && !lives {
 			d.leasesAreLost()
 		}
@@ -345,7 +346,7 @@ func (d *storeSession) renewLease() error {
 // touchBatch is how many runs are touched at a time.
 const touchBatch = 500
 
-// touchRuns has the runs of this node stay.
+// touchRuns keeps this node's runs in the store.
 func (d *storeSession) touchRuns() {
 	stay := make(map[time.Duration][]store.Key)
 	for _, m := range d.allMirrors() {
@@ -362,11 +363,12 @@ func (d *storeSession) touchRuns() {
 	}
 }
 
-// isDead reports whether a node has no lease. After the store was away, or has lost
-// leases, a node that lives may not have renewed it yet.
+// isDead reports whether a node has no lease. For a while after the store was
+// away or has lost leases, it returns false: a node that is alive may not have
+// renewed its lease yet.
 func (d *storeSession) isDead(node store.Node) bool {
 	if node == d.node {
-		return true // the run was here, and is here no more
+		return true // a run of this node, which does not have it any more
 	}
 	back := instant(d.back.Load())
 	if back == 0 || d.away.Load() || now()-back < instant(d.lease/2) {
@@ -391,15 +393,15 @@ func (d *storeSession) lives(node store.Node) (lives bool, err error) {
 	return lives, err
 }
 
-// leasesAreLost takes note that the store lacks the lease of this node. It has been
-// flushed, or a replica that never had it has taken its place: it lacks those of
-// others, too.
+// leasesAreLost is called when the store does not have this node's lease. The
+// store has been flushed, or replaced by a replica that never had the lease, so
+// it lacks those of other nodes, too.
 func (d *storeSession) leasesAreLost() {
 	d.back.Store(int64(now()))
 	d.renewSoon()
 }
 
-// renewSoon has the lease be renewed.
+// renewSoon makes keepLease renew the lease now.
 func (d *storeSession) renewSoon() {
 	select {
 	case d.renew <- struct{}{}:
@@ -407,11 +409,11 @@ func (d *storeSession) renewSoon() {
 	}
 }
 
-// pace is how long the store takes for calls of one kind that follow each other.
+// pace is how long the store takes for calls of one kind.
 type pace struct {
-	since atomic.Int64 // when the call that is under way began, an instant; 0: none is
-	took  atomic.Int64 // how long the last one took, if that says something
-	until atomic.Int64 // until when it does, an instant
+	since atomic.Int64 // when the present call began, an instant; 0: there is none
+	took  atomic.Int64 // how long the last one took
+	until atomic.Int64 // until when took counts, an instant
 }
 
 func (p *pace) begin() { p.since.Store(int64(now())) }
@@ -421,7 +423,7 @@ func (p *pace) end(says time.Duration) {
 	p.until.Store(int64(now().plus(says)))
 }
 
-// takes is how long a call takes these days.
+// takes is how long a call takes at present.
 func (p *pace) takes() (took time.Duration) {
 	if now() < instant(p.until.Load()) {
 		took = time.Duration(p.took.Load())
@@ -432,12 +434,14 @@ func (p *pace) takes() (took time.Duration) {
 	return took
 }
 
-// leastLook is how long a run is looked for that the store does not have.
+// leastLook is how long at least a node looks for a run that the store does not
+// have.
 const leastLook = 600 * time.Millisecond
 
-// maySeeUntil returns until when the store may get a run that was there at an
-// instant. Another node writes it at once, after what it is writing, if the store
-// is as fast there as it is here; after the store was away, when it tries again.
+// maySeeUntil returns until when a run that existed at an instant may still
+// appear in the store. If the store is as fast for the run's node as for this one,
+// that node writes the run within two calls; after the store was away, when that
+// node tries again.
 func (d *storeSession) maySeeUntil(at instant) instant {
 	slow := max(d.writePace.takes(), d.renewPace.takes())
 	until := at.plus(leastLook + 2*min(slow, d.lease/4))
@@ -447,7 +451,6 @@ func (d *storeSession) maySeeUntil(at instant) instant {
 	return until
 }
 
-// find asks the store for a run.
 func (d *storeSession) find(ctx context.Context, key store.Key, name string) (found store.Run, err error) {
 	err = d.call(ctx, storeFind, storePatience, func(ctx context.Context) (err error) {
 		found, err = d.store.Find(ctx, key)
@@ -456,7 +459,7 @@ func (d *storeSession) find(ctx context.Context, key store.Key, name string) (fo
 	return found, err
 }
 
-// currentLogger is the logger of the configuration that is current.
+// currentLogger is the logger of the current configuration.
 func currentLogger() *zap.Logger {
 	if current := caddy.ActiveContext(); current.Context != nil {
 		return current.Logger(Handler{})

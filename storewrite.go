@@ -40,8 +40,8 @@ func (d *storeSession) dropMirror(m *mirror) {
 	delete(d.mirrors, m)
 }
 
-// allMirrors returns those that still have something for the store. A mirror's
-// lock must be taken before the session's.
+// allMirrors returns the mirrors that still have something for the store. A
+// mirror's lock must be taken before the session's.
 func (d *storeSession) allMirrors() []*mirror {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -54,7 +54,7 @@ func (d *storeSession) isIdleLocked() bool {
 	return len(d.dirty) == 0 && !d.writing && len(d.outbox) == 0 && !d.sending
 }
 
-// tellIdleLocked wakes those that wait for the session to be idle, if it is.
+// tellIdleLocked wakes the callers of awaitIdle, if the session is idle.
 func (d *storeSession) tellIdleLocked() {
 	if d.idle != nil && d.isIdleLocked() {
 		close(d.idle)
@@ -80,8 +80,8 @@ func (d *storeSession) awaitIdle(ctx context.Context) {
 	}
 }
 
-// keepWriting writes what the runs have for the store, many at a time: during one
-// call, the next batch grows.
+// keepWriting writes what the runs have for the store, many runs at a time. The
+// next batch grows during a call.
 func (d *storeSession) keepWriting() {
 	pause := firstWritePause
 	for {
@@ -179,7 +179,7 @@ func (d *storeSession) write(batch []*mirror) bool {
 	return false
 }
 
-// queueAgain postpones what is too much for one batch.
+// queueAgain postpones a run that is too much for this batch.
 func (d *storeSession) queueAgain(m *mirror) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

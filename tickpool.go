@@ -5,10 +5,10 @@ import (
 	"time"
 )
 
-// tickPool calls the tick of streams whose time has come: a few at a time, so that
-// many streams due at the same instant do not need a goroutine each. If a client
-// that does not read blocks its caller, that caller is replaced, so that no other
-// stream is delayed.
+// tickPool calls tick on streams whose time has come, a few at a time, so that
+// many streams due at the same instant do not need a goroutine each. A caller
+// that is blocked by a client that does not read is replaced, so that it delays
+// no other stream.
 type tickPool struct {
 	mu      sync.Mutex
 	waiting []*stream
@@ -17,17 +17,18 @@ type tickPool struct {
 	watched bool // the timer is running
 }
 
-// caller is a goroutine that calls streams.
+// caller is a goroutine that calls tick on one stream after another.
 type caller struct {
-	since    instant // when it began to call the present one
+	since    instant // when its present call began
 	replaced bool
 }
 
 const (
-	// tickPoolSize is how many streams are called at a time.
+	// tickPoolSize is how many callers work at a time. Those that were replaced do
+	// not count.
 	tickPoolSize = 32
 
-	// callPatience is how long a call may take until its caller is replaced.
+	// callPatience is how long a call may take before its caller is replaced.
 	callPatience = 5 * time.Millisecond
 )
 
@@ -38,8 +39,8 @@ func (p *tickPool) add(s *stream) {
 	p.employLocked()
 }
 
-// employLocked lets callers work on the waiting streams. If all callers are busy,
-// it looks again after a while.
+// employLocked starts callers for the waiting streams, and a timer to find those
+// that are blocked.
 func (p *tickPool) employLocked() {
 	for range min(len(p.waiting), tickPoolSize-len(p.callers)) {
 		member := &caller{since: now()}

@@ -192,9 +192,16 @@ func TestAnAnswerOutlivesAReload(t *testing.T) {
 	if text, _ := verdict(events(all, "chat"), chatEvents); text != "exact" || len(of(all, "chat", "error")) > 0 {
 		t.Errorf("%s, %v", text, of(all, "chat", "error"))
 	}
-	if closed := caddy.AwaitClosed(t); closed.Reason != "upstream_closed" {
+	if closed := caddy.AwaitClosed(t); !isWhole(closed) {
 		t.Errorf("%+v", closed)
 	}
+}
+
+// isWhole reports whether a stream ended when its client had the whole answer. The
+// SDK of OpenAI for Python may leave before the upstream's end: it closes the
+// response when it has read [DONE].
+func isWhole(closed harness.Closed) bool {
+	return closed.Reason == "upstream_closed" || closed.Reason == "client_closed"
 }
 
 // These SDKs ask for a stream in the request body, not in Accept. They raise an
@@ -250,11 +257,7 @@ func TestAnEarlyStartForAnSDK(t *testing.T) {
 		}
 	}
 	for _, closed := range caddy.ClosedStreams() {
-		want := "upstream_closed"
-		if strings.Contains(closed.Path, "/broken/") {
-			want = "upstream_error"
-		}
-		if closed.Reason != want {
+		if isBroken := strings.Contains(closed.Path, "/broken/"); isBroken && closed.Reason != "upstream_error" || !isBroken && !isWhole(closed) {
 			t.Errorf("%+v", closed)
 		}
 	}

@@ -11,7 +11,7 @@ import (
 	"github.com/caddy-sse/caddy-sse/store"
 )
 
-// Memory is a store in the memory of the process, with failures on demand. Each
+// Memory is a store in the memory of the process that can be made to fail. Each
 // node of a test opens its own handle.
 type Memory struct {
 	mu      sync.Mutex
@@ -39,7 +39,7 @@ func NewMemory() *Memory {
 	return m
 }
 
-// The errors of failures on demand.
+// The errors of a store that was made to fail.
 var (
 	ErrAway = errors.New("the store is away")
 	ErrFull = errors.New("the store is full")
@@ -54,7 +54,7 @@ func (m *Memory) SetAway(away bool) {
 	})
 }
 
-// SetFull makes writes fail that add something, or not.
+// SetFull makes writes fail that would add something, or not.
 func (m *Memory) SetFull(full bool) { m.change(func() { m.full = full }) }
 
 // SetDelay makes every call take this long.
@@ -63,7 +63,7 @@ func (m *Memory) SetDelay(delay time.Duration) { m.change(func() { m.delay = del
 // SetWriteDelay makes every Write take this much longer.
 func (m *Memory) SetWriteDelay(delay time.Duration) { m.change(func() { m.writeDelay = delay }) }
 
-// Flush loses everything.
+// Flush removes everything.
 func (m *Memory) Flush() {
 	m.change(func() {
 		clear(m.runs)
@@ -72,7 +72,7 @@ func (m *Memory) Flush() {
 	})
 }
 
-// LoseNewest loses the newest events of all runs, and their ends, as in a
+// LoseNewest removes the newest events of all runs, and their ends, like a
 // failover to a replica.
 func (m *Memory) LoseNewest(n uint64) {
 	m.change(func() {
@@ -84,13 +84,13 @@ func (m *Memory) LoseNewest(n uint64) {
 	})
 }
 
-// EndLease makes a node dead.
+// EndLease ends a node's lease.
 func (m *Memory) EndLease(node store.Node) { m.change(func() { delete(m.leases, node) }) }
 
-// LoseMessages loses what has been sent and not received.
+// LoseMessages removes messages that were sent and not received.
 func (m *Memory) LoseMessages() { m.change(func() { clear(m.inboxes) }) }
 
-// Runs returns the keys of the runs that are there.
+// Runs returns the keys of all runs.
 func (m *Memory) Runs() (keys []store.Key) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -102,7 +102,7 @@ func (m *Memory) Runs() (keys []store.Key) {
 	return keys
 }
 
-// Contents returns everything that is kept of all runs, as one text.
+// Contents returns everything that is kept of all runs, in one string.
 func (m *Memory) Contents() string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -129,7 +129,7 @@ func (m *Memory) changedLocked() {
 	m.changed = make(chan struct{})
 }
 
-// runLocked returns a run whose time is not over, or nil.
+// runLocked returns a run that has not expired, or nil.
 func (m *Memory) runLocked(key store.Key) *memoryRun {
 	run := m.runs[key]
 	if run != nil && !time.Now().Before(run.until) {
@@ -157,14 +157,14 @@ type Handle struct {
 	nodes []store.Node // nodes that have renewed their lease through this handle
 }
 
-// SetCut cuts off only this node, or not.
+// SetCut disconnects only this node from the store, or not.
 func (h *Handle) SetCut(cut bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.cut = cut
 }
 
-// Die cuts this node off permanently, and ends its lease.
+// Die disconnects this node permanently, and ends its lease.
 func (h *Handle) Die() {
 	h.SetCut(true)
 	h.mu.Lock()
@@ -183,8 +183,8 @@ func (h *Handle) Close() error {
 	return nil
 }
 
-// do calls f with the lock held, unless the store fails. It repeats that until f
-// says that it is done, or the wait is over.
+// do calls f with the lock held, unless the store fails. It repeats that after
+// each change until f returns true, or the wait is over.
 func (h *Handle) do(ctx context.Context, wait time.Duration, f func() (done bool)) error {
 	m := h.m
 	m.mu.Lock()
@@ -228,7 +228,7 @@ func (h *Handle) do(ctx context.Context, wait time.Duration, f func() (done bool
 	}
 }
 
-// sleep waits, for no longer than until something changes.
+// sleep waits for d, or until something changes.
 func (h *Handle) sleep(ctx context.Context, d time.Duration, changed <-chan struct{}) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()

@@ -158,7 +158,8 @@ func testContext(t *testing.T, n *nodes) {
 		}
 		cancel()
 	}
-	// A Receive that was cancelled has not taken the message that comes after it.
+	// A Receive that was cancelled has not taken the message that is sent after
+	// it.
 	a.send(node, "still")
 	if got := a.receive(node, 1); !slices.Equal(got, []string{"still"}) {
 		t.Errorf("received %q", got)

@@ -1,5 +1,5 @@
-// Package storetest checks that a store does what sse needs, and has a store in
-// memory that fails on demand.
+// Package storetest tests whether a store does what sse needs, and has a store in
+// memory that can be made to fail.
 package storetest
 
 import (
@@ -16,19 +16,19 @@ import (
 )
 
 const (
-	// patience bounds every wait for something that must happen.
+	// patience limits every wait for something that must happen.
 	patience = time.Minute
 
 	// ttl is for runs that stay.
 	ttl = 10 * time.Minute
 
-	// soon is for what must be over within a test.
+	// soon is for runs and leases that must expire within a test.
 	soon = 500 * time.Millisecond
 )
 
-// Run checks a store. Each call of open returns another handle on the same store,
-// as another node would have; the test closes it. Existing contents of the store
-// do no harm, and what the test leaves there is removed when its time is over.
+// Run tests a store. Each call of open returns another handle on the same store,
+// like another node's; the test closes it. The store need not be empty. What the
+// test leaves there expires.
 func Run(t *testing.T, open func(t *testing.T) store.Store) {
 	for name, test := range map[string]func(*testing.T, *nodes){
 		"EventsAreReadAsTheyWereWritten":           testRoundTrip,
@@ -68,7 +68,7 @@ func (n *nodes) handle() *handle {
 	return &handle{t: n.t, Store: s}
 }
 
-// handle is a store whose calls must succeed, unless said otherwise.
+// handle is a store whose calls must succeed, unless a test says otherwise.
 type handle struct {
 	t *testing.T
 	store.Store
@@ -125,7 +125,7 @@ func newKey() (key store.Key) {
 
 func newNode() store.Node { return store.Node(rand.Text()) }
 
-// events returns those with the numbers from first to last.
+// events returns the events with the numbers from first to last.
 func events(first, last uint64) []store.Event {
 	var all []store.Event
 	for n := first; n <= last; n++ {
@@ -138,7 +138,7 @@ func same(a, b []store.Event) bool {
 	return slices.EqualFunc(a, b, func(a, b store.Event) bool { return a.Number == b.Number && bytes.Equal(a.Data, b.Data) })
 }
 
-// brief tells which events there are.
+// brief says which events there are.
 func brief(events []store.Event) string {
 	if len(events) == 0 {
 		return "no events"
@@ -164,7 +164,7 @@ func testRoundTrip(t *testing.T, n *nodes) {
 	a.write(store.Write{Run: run, Begin: every, Events: wrote[:1], TTL: ttl})
 	a.write(store.Write{Run: run, Events: wrote[1:], TTL: ttl})
 	got, end := b.read(run, 0, 0)
-	for len(got) > 0 && got[len(got)-1].Number < 3 { // it may have been too much for one piece
+	for len(got) > 0 && got[len(got)-1].Number < 3 { // it may be too much for one piece
 		var more []store.Event
 		more, end = b.read(run, got[len(got)-1].Number, 0)
 		got = append(got, more...)
@@ -403,7 +403,7 @@ func testOldest(t *testing.T, n *nodes) {
 	if len(got) == 0 || got[0].Number != found.Oldest {
 		t.Errorf("a reader that has lost events does not get the oldest one")
 	}
-	// All may go. The numbers go on.
+	// All events may be removed. The numbers continue.
 	a.write(store.Write{Run: run, Oldest: all + 1, TTL: ttl})
 	if found := a.find(run); found.Last != all || found.Oldest > all+1 {
 		t.Errorf("when all may go there are events %d to %d", found.Oldest, found.Last)

@@ -12,49 +12,48 @@ import (
 )
 
 const (
-	// mostUnsent is how much may wait for a server that does not read.
+	// mostUnsent is how many bytes may wait for a server that does not read.
 	mostUnsent = 16 << 20
 
-	// sendPiece is how much is written at a time: a server has connPatience for
-	// each.
+	// sendPiece is how many bytes are written at a time. The server has
+	// connPatience for each piece.
 	sendPiece = 64 << 10
 
-	// mostPending is how many calls may wait for their replies, those of callers
-	// that have left among them: a server that answers now and then is not given
-	// up.
+	// mostPending is how many calls may wait for their replies. Those of callers
+	// that have left count, too: a server that replies only now and then keeps
+	// its connection.
 	mostPending = 100_000
 )
 
-// conn is one connection, over which many goroutines call at a time: what they
-// ask goes out in one order, and the server answers in the same. What they ask
-// while something is written goes out together after it.
+// conn is one connection, shared by many goroutines. Their commands are sent in
+// one order, and the server replies in the same order. Commands that are posted
+// during a write are sent together after it.
 type conn struct {
 	net     net.Conn
-	address string // that was dialled
+	address string // to which it was dialled
 	in      *bufio.Reader
 	made    time.Time
-	unsent  chan struct{} // holds one while there may be something in out
-	broken  chan struct{} // closed when the connection is of no use any more
+	unsent  chan struct{} // holds one element while out may not be empty
+	broken  chan struct{} // closed when the connection can't be used any more
 
 	mu      sync.Mutex
 	out     []byte
 	pending []*call       // oldest first
 	err     error         // why it is broken
-	lived   time.Duration // until then
+	lived   time.Duration // how long it was usable
 }
 
-// call is some commands of one caller.
+// call is the commands that one caller sends together.
 type call struct {
 	replies []any
-	left    int           // replies that have not come
-	done    chan struct{} // closed when none is left
+	left    int           // replies that have not arrived
+	done    chan struct{} // closed when all have arrived
 }
 
 var (
 	errBroken = errors.New("redis: the connection broke")
 
-	// errBehind is what callers get while the server reads too little, or answers
-	// too little.
+	// errBehind is what callers get while the server reads or replies too slowly.
 	errBehind = errors.New("redis: the server does not keep up with what it is sent")
 )
 
@@ -68,7 +67,7 @@ func newConn(c net.Conn) *conn {
 	}
 }
 
-// fail closes the connection. Calls that are under way get the error.
+// fail closes the connection. Calls in progress get the error.
 func (c *conn) fail(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -91,7 +90,7 @@ func (c *conn) failure() error {
 	return c.err
 }
 
-// do sends commands at once and returns the replies, each a string, an int64, a
+// do sends commands together and returns the replies, each a string, an int64, a
 // []any, nil or a replyError.
 func (c *conn) do(ctx context.Context, commands ...[]string) ([]any, error) {
 	if len(commands) == 0 {
@@ -107,11 +106,12 @@ func (c *conn) do(ctx context.Context, commands ...[]string) ([]any, error) {
 	case <-c.broken:
 		return nil, c.failure()
 	case <-ctx.Done():
-		return nil, ctx.Err() // the replies are read, and dropped
+		return nil, ctx.Err() // the replies will be read and dropped
 	}
 }
 
-// post has commands written. k gets the replies; nil: they are none of a call.
+// post queues commands for send. k gets the replies; nil if no call waits for
+// them.
 func (c *conn) post(k *call, commands [][]string) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -140,7 +140,7 @@ func (c *conn) post(k *call, commands [][]string) error {
 // expectLocked gives the server a limited time for the next reply.
 func (c *conn) expectLocked() { _ = c.net.SetReadDeadline(time.Now().Add(connPatience)) }
 
-// send writes what is posted until the connection breaks.
+// send writes what was posted, until the connection breaks.
 func (c *conn) send() {
 	var p []byte
 	for {
@@ -157,7 +157,7 @@ func (c *conn) send() {
 			return
 		}
 		if cap(p) > 4*sendPiece {
-			p = nil // a quiet connection need not hold it
+			p = nil // a quiet connection does not need it
 		}
 	}
 }
@@ -177,7 +177,8 @@ func (c *conn) write(p []byte) error {
 	return nil
 }
 
-// stillOwes gives the server more time: it has not got all that it is to answer.
+// stillOwes gives the server more time, because it has not yet received
+// everything.
 func (c *conn) stillOwes() {
 	c.mu.Lock()
 	defer c.mu.Unlock()

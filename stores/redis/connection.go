@@ -15,13 +15,14 @@ import (
 )
 
 const (
-	// firstDialPause is how long a server is left alone that could not be reached,
-	// or broke the connection at once. The pause doubles up to lastDialPause, and
-	// half of it is random: nodes come back one by one.
+	// firstDialPause is the pause after a first attempt to connect that failed,
+	// or after a first connection that broke early. It doubles up to
+	// lastDialPause. Half of it is random, so that nodes do not all reconnect at
+	// the same time.
 	firstDialPause = 250 * time.Millisecond
 	lastDialPause  = 2 * time.Second
 
-	// steadyAfter is how long a connection has to live for the next one to be made
+	// steadyAfter is how long a connection must last so that the next one is made
 	// without a pause.
 	steadyAfter = 5 * time.Second
 )
@@ -31,7 +32,7 @@ var (
 	errReplica = errors.New("it is a replica, which takes no writes")
 )
 
-// pauses says how long a server is left alone.
+// pauses is the pause between attempts to connect.
 type pauses time.Duration
 
 // next returns the pause after a dial.
@@ -41,9 +42,8 @@ func (p *pauses) next() time.Duration {
 	return d/2 + rand.N(d/2)
 }
 
-// connection is the way to the server: what calls go over. It is made when it is
-// first wanted, and anew after it has broken: the server may come later than
-// Caddy.
+// connection is the connection for calls. It is made when it is first needed, and
+// again after it has broken, so the server may start later than Caddy.
 type connection struct {
 	r       *Redis
 	ctx     context.Context
@@ -53,11 +53,11 @@ type connection struct {
 
 	mu     sync.Mutex
 	conn   *conn         // nil: there is none
-	dials  chan struct{} // closed when the dial that is under way is over; nil: none is
+	dials  chan struct{} // closed when the present dial is over; nil: there is none
 	failed error         // why there is none
 	pauses pauses
-	until  time.Time // until when it is not dialled again
-	shy    string    // the address that has refused to write last: it is tried last
+	until  time.Time // it is not dialled again before
+	shy    string    // the address that last refused to write: it is tried last
 }
 
 func newConnection(r *Redis) *connection {
@@ -66,8 +66,8 @@ func newConnection(r *Redis) *connection {
 	return c
 }
 
-// dial connects to the first server that answers, and is none that takes no
-// writes. A replica that does not say that it is one is known by what it refused.
+// dial connects to the first server that answers and is not a replica. A replica
+// that does not say so is recognized when it refuses a write.
 func (c *connection) dial(ctx context.Context) (*conn, error) {
 	c.mu.Lock()
 	addresses := slices.Clone(c.r.Address)
@@ -78,7 +78,7 @@ func (c *connection) dial(ctx context.Context) (*conn, error) {
 	return c.r.dial(ctx, addresses...)
 }
 
-// dial connects to one of some addresses.
+// dial connects to the first of these addresses that can be used.
 func (r *Redis) dial(ctx context.Context, addresses ...string) (*conn, error) {
 	var failures []error
 	for _, address := range addresses {
@@ -129,7 +129,7 @@ func (r *Redis) dialOne(ctx context.Context, address string) (*conn, error) {
 	return c, nil
 }
 
-// greet logs in, and asks the server whether it may be used.
+// greet logs in, and checks whether the server can be used.
 func (c *conn) greet(r *Redis) error {
 	var commands [][]string
 	switch {
@@ -157,19 +157,19 @@ func (c *conn) greet(r *Redis) error {
 		switch {
 		case err != nil && failure != nil:
 			return fmt.Errorf("%w: %w", failure, err)
-		case err != nil && refused != "": // why it takes no connection
+		case err != nil && refused != "": // this says why it takes no connection
 			return fmt.Errorf("%w: %w", refused, err)
 		case err != nil:
 			return err
 		}
 		refused, _ = reply.(replyError)
 		switch {
-		case failure != nil: // the first one says what is wrong
+		case failure != nil: // the first one counts
 		case command[0] == "HELLO":
 			if isReplica(reply) {
 				failure = errReplica
 			}
-		case command[0] == "CLIENT": // a name is no more than good to have
+		case command[0] == "CLIENT": // the name is optional
 		case command[0] == "PING":
 			if refused.isOf("LOADING", "MASTERDOWN", "NOAUTH") {
 				failure = refused
@@ -181,8 +181,8 @@ func (c *conn) greet(r *Redis) error {
 	return failure
 }
 
-// isReplica reads the answer to HELLO. Who does not know the command, as a proxy
-// may not, is taken at its word when it refuses to write.
+// isReplica reads the reply to HELLO. A server that does not know the command,
+// such as a proxy, counts as a primary until it refuses a write.
 func isReplica(reply any) bool {
 	fields, _ := reply.([]any)
 	for i := 0; i+1 < len(fields); i += 2 {
@@ -204,7 +204,7 @@ func (e replyError) isOf(codes ...string) bool {
 	return false
 }
 
-// get returns the connection, and makes it where there is none.
+// get returns the connection, and makes it if there is none.
 func (c *connection) get(ctx context.Context) (*conn, error) {
 	for {
 		c.mu.Lock()
@@ -236,7 +236,7 @@ func (c *connection) get(ctx context.Context) (*conn, error) {
 	}
 }
 
-// dropLocked forgets a connection that has broken.
+// dropLocked drops the connection if it has broken.
 func (c *connection) dropLocked(failure error) {
 	if failure == nil {
 		return
@@ -247,7 +247,6 @@ func (c *connection) dropLocked(failure error) {
 	c.conn, c.failed = nil, failure
 }
 
-// open makes it.
 func (c *connection) open(over chan struct{}) {
 	conn, err := c.dial(c.ctx)
 	c.mu.Lock()
@@ -267,7 +266,7 @@ func (c *connection) open(over chan struct{}) {
 	}
 }
 
-// do sends commands at once and returns their replies.
+// do sends commands together and returns their replies.
 func (c *connection) do(ctx context.Context, commands ...[]string) ([]any, error) {
 	conn, err := c.get(ctx)
 	if err != nil {
@@ -275,8 +274,8 @@ func (c *connection) do(ctx context.Context, commands ...[]string) ([]any, error
 	}
 	replies, err := conn.do(ctx, commands...)
 	for _, reply := range replies {
-		// A server that has become a replica, or gets all its data from another one,
-		// will be one for long: another has to be found.
+		// The server has become a replica, and may be loading all its data from
+		// another server. That does not change soon, so another server is needed.
 		if refused, ok := reply.(replyError); ok && refused.isOf("READONLY", "MASTERDOWN", "LOADING") {
 			c.mu.Lock()
 			c.shy = conn.address
@@ -301,7 +300,7 @@ func (c *connection) one(ctx context.Context, command ...string) (any, error) {
 	return replies[0], nil
 }
 
-// close ends it and what is under way.
+// close closes the connection, and ends calls in progress.
 func (c *connection) close() {
 	c.cancel(errClosed)
 	c.mu.Lock()

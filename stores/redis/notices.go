@@ -10,21 +10,21 @@ import (
 )
 
 const (
-	// noticeLinger is how long a channel stays subscribed to that nobody waits on:
-	// a reader that has got something comes again.
+	// noticeLinger is how long a channel on which nobody waits stays subscribed:
+	// a reader that has received something usually comes back.
 	noticeLinger = 15 * time.Second
 
-	// lookAgain is how often who waits looks without a notice: one may be lost
-	// with its connection, or forbidden.
+	// lookAgain is how often a waiting caller looks without a notice. Notices may
+	// be lost with their connection, or be forbidden.
 	lookAgain = 2 * time.Second
 
-	// noticePulse is how often the connection for notices is tried.
+	// noticePulse is how often the connection for notices is tested.
 	noticePulse = 5 * time.Second
 )
 
-// notices tell who waits that there is something new: whoever changes a run, or
-// sends messages to a node, publishes on its channel. All waits of a node share
-// one connection. Events that are small come with their notice.
+// notices tell waiting callers that there is something new. Whoever changes a
+// run, or sends messages to a node, publishes a notice on its channel. All
+// callers of a node share one connection. Small events are part of the notice.
 type notices struct {
 	connection *connection
 	work       sync.WaitGroup
@@ -36,12 +36,12 @@ type notices struct {
 	size     int           // bytes of all tails
 }
 
-// channel is one that somebody waits on, or has waited on a moment ago.
+// channel is a channel on which somebody waits, or was waiting a moment ago.
 type channel struct {
 	waiters int
-	idle    time.Time     // since when there is none
-	heard   bool          // the server sends its notices
-	notice  chan struct{} // closed at the next notice; nil: nobody waits for it
+	idle    time.Time     // since when nobody has been waiting
+	heard   bool          // it is subscribed
+	notice  chan struct{} // closed by the next notice; nil: nobody waits for it
 	tail    tail
 }
 
@@ -52,7 +52,7 @@ func newNotices(c *connection) *notices {
 	return n
 }
 
-// enter has the caller wait on a channel, until it leaves.
+// enter makes the caller a waiter on a channel, until it calls leave.
 func (n *notices) enter(name string) (leave func()) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -72,8 +72,9 @@ func (n *notices) enter(name string) (leave func()) {
 	}
 }
 
-// next returns what is closed at the next notice on a channel that has been
-// entered. What was there before must be looked for after this call.
+// next returns what the next notice on a channel closes. The caller must have
+// entered the channel. It must call next before it looks for news, so that it
+// misses no notice.
 func (n *notices) next(name string) <-chan struct{} {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -84,8 +85,8 @@ func (n *notices) next(name string) <-chan struct{} {
 	return ch.notice
 }
 
-// tell has those look who wait on a channel, or lets them have what a notice
-// says.
+// tell handles a notice: it wakes those who wait on the channel, and keeps the
+// events in the notice for them.
 func (n *notices) tell(name, text string) {
 	events := unmarshalTold(text)
 	n.mu.Lock()
@@ -104,16 +105,17 @@ func (n *notices) tell(name, text string) {
 	ch.tellLocked()
 }
 
-// changeLocked changes a tail, and counts what it holds. Meanwhile size is that of
-// the others.
+// changeLocked changes a tail, and counts its bytes. During the change, size is
+// the size of the others.
 func (n *notices) changeLocked(ch *channel, change func(*tail)) {
 	n.size -= ch.tail.size
 	change(&ch.tail)
 	n.size += ch.tail.size
 }
 
-// told returns what notices have told of a run after an event, on a channel that
-// has been entered. ask says that only the server knows; doubts is for found.
+// told returns the events that notices have brought after an event, on a channel
+// that was entered. ask says that the caller must ask the server. doubts is for
+// found.
 func (n *notices) told(name string, after uint64, maxBytes int) (events []store.Event, ask bool, doubts uint64) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -122,7 +124,7 @@ func (n *notices) told(name string, after uint64, maxBytes int) (events []store.
 	return events, ask, ch.tail.doubts
 }
 
-// found takes note of what the server had.
+// found records what the server had.
 func (n *notices) found(name string, after, last uint64, doubts uint64) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -143,7 +145,7 @@ func (n *notices) kick() {
 	}
 }
 
-// listen keeps a connection for notices.
+// listen keeps a connection for notices open.
 func (n *notices) listen() {
 	ctx := n.connection.ctx
 	var pauses pauses
@@ -162,7 +164,7 @@ func (n *notices) listen() {
 	}
 }
 
-// renew has the connection be made anew.
+// renew closes the connection, so that a new one is made.
 func (n *notices) renew() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -171,8 +173,8 @@ func (n *notices) renew() {
 	}
 }
 
-// deaf says that no channel is subscribed to any more. A reader that waits
-// looks by itself.
+// deaf records that no channel is subscribed any more. Waiting callers look
+// without a notice.
 func (n *notices) deaf() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -184,7 +186,7 @@ func (n *notices) deaf() {
 	}
 }
 
-// hear subscribes to what is wanted on one connection, until that breaks.
+// hear subscribes to channels on one connection, until it breaks.
 func (n *notices) hear(ctx context.Context, c *conn) {
 	n.mu.Lock()
 	n.conn = c
@@ -211,7 +213,7 @@ func (n *notices) hear(ctx context.Context, c *conn) {
 		select {
 		case <-n.changed:
 		case <-pulse.C:
-			if c.post(nil, [][]string{{"PING"}}) != nil { // the answer shows that the server lives
+			if c.post(nil, [][]string{{"PING"}}) != nil { // the reply shows that the server is alive
 				return
 			}
 		case <-c.broken:
@@ -222,7 +224,7 @@ func (n *notices) hear(ctx context.Context, c *conn) {
 	}
 }
 
-// receive passes on what the server sends on a connection for notices.
+// receive handles what the server sends on a connection for notices.
 func (n *notices) receive(c *conn) {
 	for {
 		_ = c.net.SetReadDeadline(time.Now().Add(noticePulse + connPatience))
@@ -244,7 +246,7 @@ func (n *notices) receive(c *conn) {
 		case "message":
 			text, _ := message[2].(string)
 			n.tell(name, text)
-		case "subscribe": // what came before it has not been told
+		case "subscribe": // earlier notices did not arrive
 			n.tell(name, "")
 		}
 	}
@@ -271,15 +273,14 @@ func (n *notices) difference() (wanted, unwanted []string) {
 	return wanted, unwanted
 }
 
-// wait calls look, at once and after each notice on a channel, until it is done,
-// fails, or the time is over. Now and then it says that notices may have been
-// lost. A wait of 0 needs no notices.
+// wait calls look, at once and after each notice on a channel, until it is done
+// or fails, or the time is over. lost says that notices may have been lost.
 func (n *notices) wait(ctx context.Context, name string, wait time.Duration, look func(lost bool) (done bool, err error)) error {
-	// A reader that comes again soon is still on the channel.
+	// A reader that soon comes back is still on the channel.
 	leave := n.enter(name)
 	defer leave()
 	until := time.Now().Add(wait)
-	var timer *time.Timer // many a reader need not wait
+	var timer *time.Timer // many readers need not wait
 	for lost := false; ; {
 		notice := n.next(name)
 		if done, err := look(lost); done || err != nil {

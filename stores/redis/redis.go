@@ -1,6 +1,6 @@
 // Package redis keeps the events of `resume` in Redis, so that a client can come
 // back to any of several nodes. It is the Caddy module
-// `http.handlers.sse.stores.redis`, for Redis from 7.0 on and for Valkey.
+// `http.handlers.sse.stores.redis`, for Redis 7.0 or later and for Valkey.
 package redis
 
 import (
@@ -30,13 +30,12 @@ const (
 	defaultPrefix  = "sse"
 )
 
-// Redis is a store for `resume` of the `sse` handler. Texts take global
+// Redis is a store for `resume` of the `sse` handler. Text values take global
 // placeholders, such as `{env.REDIS_PASSWORD}` and `{file./run/secrets/redis}`.
 type Redis struct {
-	// The servers, as host:port or unix//path. They are tried in this order when
-	// a connection is made, and replicas are left out: give the addresses of one
-	// server and of those that stand in for it, not those of a cluster. Default:
-	// `localhost:6379`.
+	// The servers, as `host:port` or `unix//path`. The first one that answers and
+	// is not a replica is used. Give the addresses of one server and of its
+	// replicas; Redis Cluster is not supported. Default: `localhost:6379`.
 	Address []string `json:"address,omitempty"`
 
 	// The user and the password to log in with. Default: no login.
@@ -46,21 +45,21 @@ type Redis struct {
 	// The number of the database. Default: 0.
 	DB int `json:"db,omitempty"`
 
-	// What keys and channels begin with. All nodes need the same. Default: `sse`.
+	// What keys and channels begin with; the same on all nodes. Default: `sse`.
 	Prefix string `json:"prefix,omitempty"`
 
-	// Encrypts connections. Default: they are not.
+	// Encrypts connections. Default: not encrypted.
 	TLS *TLS `json:"tls,omitempty"`
 
 	secured *tls.Config       // nil: connections are not encrypted
-	files   [sha256.Size]byte // a hash of what the files of TLS hold
+	files   [sha256.Size]byte // a hash of the certificates in the files of TLS
 }
 
-// TLS is how connections are encrypted. Files are read when the configuration is
-// loaded.
+// TLS is how connections are encrypted. The files are read when the configuration
+// is loaded.
 type TLS struct {
-	// A file of certificates (PEM) by which the server's is checked. Default: the
-	// system's.
+	// A file with the certificates (PEM) that the server's certificate is checked
+	// by. Default: those of the system.
 	CA string `json:"ca,omitempty"`
 
 	// Files with this client's certificate and key (PEM). Default: none.
@@ -80,8 +79,7 @@ func (Redis) CaddyModule() caddy.ModuleInfo {
 	}
 }
 
-// Provision replaces placeholders and reads certificates. The server need not be
-// there.
+// Provision replaces placeholders and reads certificates. It needs no server.
 func (r *Redis) Provision(caddy.Context) error {
 	replacer := caddy.NewReplacer()
 	for i, address := range r.Address {
@@ -150,7 +148,7 @@ func (r *Redis) prepareTLS() error {
 	return nil
 }
 
-// network reads an address.
+// network parses an address.
 func network(address string) (caddy.NetworkAddress, error) {
 	parsed, err := caddy.ParseNetworkAddress(address)
 	if err == nil && !parsed.IsUnixNetwork() && !strings.HasPrefix(parsed.Network, "tcp") {
@@ -165,8 +163,8 @@ func network(address string) (caddy.NetworkAddress, error) {
 	return parsed, nil
 }
 
-// Identity implements [store.Opener]. Certificates that have been renewed make
-// another one.
+// Identity implements [store.Opener]. It changes when a certificate has been
+// renewed.
 func (r *Redis) Identity() string {
 	text, err := json.Marshal(r)
 	if err != nil {
@@ -175,7 +173,7 @@ func (r *Redis) Identity() string {
 	return fmt.Sprintf("%s %x", text, r.files)
 }
 
-// Open implements [store.Opener]. It dials nobody.
+// Open implements [store.Opener]. It does not connect.
 func (r *Redis) Open() (store.Store, error) {
 	return newRedisStore(r), nil
 }
@@ -274,11 +272,11 @@ func (r *Redis) unmarshalTLS(d *caddyfile.Dispenser) error {
 }
 
 const (
-	// dialPatience bounds the making of a connection.
+	// dialPatience limits how long it takes to make a connection.
 	dialPatience = 2 * time.Second
 
-	// connPatience is how long a server may take to read, or to answer, before
-	// its connection is given up.
+	// connPatience is how long a server may take to read or to reply, before its
+	// connection is closed.
 	connPatience = 5 * time.Second
 )
 

@@ -7,22 +7,20 @@ import (
 	"strconv"
 )
 
-// What is sent and read is RESP2
-// (https://redis.io/docs/latest/develop/reference/protocol-spec/).
+// This is RESP2 (https://redis.io/docs/latest/develop/reference/protocol-spec/).
 
-// replyError is an error that the server replied with.
+// replyError is an error that the server sent as a reply.
 type replyError string
 
 func (e replyError) Error() string { return "redis: " + string(e) }
 
 var (
-	// errProtocol is what a server that speaks something else is met with.
+	// errProtocol is the error for a server that speaks another protocol.
 	errProtocol = errors.New("redis: the server does not speak RESP")
 
 	errReply = errors.New("redis: the server's answer is none of a store")
 )
 
-// appendCommand appends one command.
 func appendCommand(out []byte, command []string) []byte {
 	line := func(kind byte, n int) {
 		out = append(out, kind)
@@ -39,24 +37,24 @@ func appendCommand(out []byte, command []string) []byte {
 }
 
 const (
-	// largestReply bounds the bytes of a reply.
+	// largestReply is the most bytes that a reply may have.
 	largestReply = 64 << 20
 
-	// elementCost is what an element of a list counts for, besides its bytes.
+	// elementCost is what an element of a reply counts for, in addition to its
+	// bytes.
 	elementCost = 32
 
-	// deepestReply is how far lists may be in lists: the answer to HELLO has
+	// deepestReply is how deeply lists may be nested: the reply to HELLO has
 	// modules with arguments.
 	deepestReply = 8
 )
 
-// readReply reads one reply.
 func readReply(in *bufio.Reader) (any, error) {
 	room := int64(largestReply)
 	return readReplyIn(in, &room, deepestReply)
 }
 
-// readReplyIn reads one for which there is so much room.
+// readReplyIn reads a reply of at most room bytes.
 func readReplyIn(in *bufio.Reader, room *int64, depth int) (any, error) {
 	line, err := in.ReadSlice('\n')
 	if err != nil {
@@ -121,7 +119,7 @@ func readList(in *bufio.Reader, room *int64, n int64, depth int) (any, error) {
 	return all, nil
 }
 
-// texts are the strings of a reply.
+// texts returns the strings of a reply.
 func texts(reply any) ([]string, error) {
 	all, ok := reply.([]any)
 	if !ok {

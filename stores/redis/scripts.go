@@ -5,11 +5,11 @@ import (
 	"encoding/hex"
 )
 
-// A run is two keys: a hash with what it began with (b), the number of its newest
-// event (l) and its end (e), and a stream with an entry <n>-0 for event n. Scripts
-// change both at once.
+// A run has two keys. The first is a hash with the run's begin (b), the number of
+// its newest event (l) and its end (e). The second is a stream with an entry
+// <n>-0 for event n. Scripts change both at once.
 
-// script is one that the server knows by its hash.
+// script is a script that the server knows by its hash.
 type script struct {
 	text string
 	sha  string
@@ -21,11 +21,11 @@ func newScript(text string) script {
 }
 
 // writeScript changes a run. Keys: hash, stream. Arguments: channel, milliseconds
-// to stay, oldest event to keep, what it begins with or nothing, end or nothing,
-// how many bytes a notice may have, the event that there must be, then numbers and
-// data of events. It returns 0, and changes nothing, where there is no such run, or
-// not all of it. Its notice has the number of the first new event, and of each its
-// length and data, or nothing.
+// to stay, oldest event to keep, begin or nothing, end or nothing, the most bytes
+// of events for a notice, the event that must be there, then numbers and data of
+// events. It returns 0 and changes nothing if the run is not there, or if events
+// are missing. Its notice has the number of the first new event, and the length
+// and data of each; or nothing.
 var writeScript = newScript(`
 local last = redis.call('HGET', KEYS[1], 'l')
 local before = tonumber(last or 0)
@@ -71,7 +71,7 @@ redis.call('PUBLISH', ARGV[1], '')
 return 1
 `)
 
-// touchScript has keys stay. Argument: milliseconds.
+// touchScript makes keys stay. Argument: milliseconds.
 var touchScript = newScript(`
 for _, key in ipairs(KEYS) do
 	redis.call('PEXPIRE', key, ARGV[1])
@@ -79,9 +79,9 @@ end
 return 1
 `)
 
-// findScript returns what a run began with, the number of its newest event, the
-// number of the oldest one that is kept or nothing, and its end or nothing. Keys:
-// hash, stream.
+// findScript returns a run's begin, the number of its newest event, the number of
+// the oldest event that is kept or nothing, and its end or nothing. Keys: hash,
+// stream.
 var findScript = newScript(`
 local run = redis.call('HMGET', KEYS[1], 'b', 'l', 'e')
 if not run[2] then
@@ -91,9 +91,10 @@ local first = redis.call('XRANGE', KEYS[2], '-', '+', 'COUNT', 1)
 return {run[1], run[2], first[1] and string.match(first[1][1], '^%d+') or '', run[3] or ''}
 `)
 
-// readScript returns the end of a run or nothing, and after it numbers and data
-// of events. Keys: hash, stream. Arguments: the number after which they begin, and
-// how many bytes are about enough. The end comes with the last event.
+// readScript returns the end of a run or nothing, and then numbers and data of
+// events. It returns the end together with the last event. Keys: hash, stream.
+// Arguments: the number after which the events begin, and about how many bytes to
+// return.
 var readScript = newScript(`
 local run = redis.call('HMGET', KEYS[1], 'l', 'e')
 local last, enough = run[1], tonumber(ARGV[2])
@@ -123,8 +124,8 @@ end
 return found
 `)
 
-// renewScript has a node live. A server that is full sets no key, but lets one
-// stay. Key: the lease. Argument: milliseconds.
+// renewScript renews the lease of a node. A server that is full sets no key, but
+// can extend the life of one. Key: the lease. Argument: milliseconds.
 var renewScript = newScript(`
 if redis.call('PEXPIRE', KEYS[1], ARGV[1]) == 0 then
 	redis.call('SET', KEYS[1], '1', 'PX', ARGV[1])
@@ -132,8 +133,8 @@ end
 return 1
 `)
 
-// sendScript leaves messages for a node. Key: the stream of them. Arguments: channel,
-// milliseconds to stay, how many may wait, messages.
+// sendScript leaves messages for a node. Key: its stream of messages. Arguments:
+// channel, milliseconds to stay, how many messages may wait, messages.
 var sendScript = newScript(`
 for i = 4, #ARGV do
 	redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[3], '*', 'm', ARGV[i])
@@ -143,11 +144,12 @@ redis.call('PUBLISH', ARGV[1], '')
 return 1
 `)
 
-// receiveScript removes the messages for a node before the last one that has come,
-// and returns the ids and texts of those after it. That one stays. Where it is not
-// there, all others are new: the server has forgotten the older ones, and may have
-// another clock now. A call whose answer was lost can be made again. Key: the stream.
-// Arguments: the id of the last one that has come, how many to return.
+// receiveScript returns the ids and texts of the messages after the last one that
+// the node has received, and removes those before that one. If its reply is lost,
+// the call can be repeated. The last received message stays in the stream. If it
+// is missing, the server has lost its older messages and may have another clock
+// now, so all messages are new. Key: the stream. Arguments: the id of the last
+// received message, how many messages to return.
 var receiveScript = newScript(`
 local from = '-'
 if #redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1]) > 0 then

@@ -13,18 +13,18 @@ import (
 )
 
 const (
-	// messagesStay is how long messages wait for a node that does not fetch them,
-	// and mostMessages how many.
+	// messagesStay is how long messages wait for a node that does not receive
+	// them, and mostMessages how many may wait.
 	messagesStay = time.Minute
 	mostMessages = 20_000
 
-	// someMessages is how many are fetched at a time.
+	// someMessages is how many are received at a time.
 	someMessages = 1000
 )
 
 var told = strconv.Itoa(mostTold)
 
-// redisStore is the store, with two connections: one for calls, many at a time,
+// redisStore is the store. It has two connections: one for calls, many at a time,
 // and one for notices.
 type redisStore struct {
 	connection *connection
@@ -32,7 +32,7 @@ type redisStore struct {
 	prefix     string
 
 	mu       sync.Mutex
-	lastCame map[store.Node]string // the id of the last message that has come
+	lastCame map[store.Node]string // the id of the last message that was received
 }
 
 func newRedisStore(r *Redis) *redisStore {
@@ -48,7 +48,7 @@ func (s *redisStore) Close() error {
 	return nil
 }
 
-// The two keys of a run are in one slot of a cluster, should there be one.
+// The braces put both keys of a run into the same slot of a cluster.
 
 func (s *redisStore) hashOf(run store.Key) string   { return s.prefix + ":{" + run.String() + "}" }
 func (s *redisStore) streamOf(run store.Key) string { return s.hashOf(run) + ":events" }
@@ -57,14 +57,14 @@ func (s *redisStore) leaseOf(node store.Node) string {
 }
 func (s *redisStore) inboxOf(node store.Node) string { return s.leaseOf(node) + ":inbox" }
 
-// evaluate is a call of a script.
+// evaluate returns the command that calls a script.
 func evaluate(sc script, keys []string, args ...string) []string {
 	command := make([]string, 0, 3+len(keys)+len(args))
 	command = append(command, "EVALSHA", sc.sha, strconv.Itoa(len(keys)))
 	return append(append(command, keys...), args...)
 }
 
-// run calls a script, which the server gets where it does not know it.
+// run calls a script, and loads it first if the server does not know it.
 func (s *redisStore) run(ctx context.Context, sc script, keys []string, args ...string) (any, error) {
 	reply, err := s.connection.one(ctx, evaluate(sc, keys, args...)...)
 	if isUnknownScript(err) {
@@ -90,7 +90,7 @@ func isUnknownScript(err error) bool {
 	return ok && refused.isOf("NOSCRIPT")
 }
 
-// milliseconds is a time that Redis takes: at least one.
+// milliseconds formats a time for Redis: at least 1.
 func milliseconds(d time.Duration) string {
 	return strconv.FormatInt(max(d.Milliseconds(), 1), 10)
 }
@@ -104,7 +104,7 @@ func (s *redisStore) Write(ctx context.Context, writes []store.Write) []error {
 	if err := s.load(ctx, writeScript, dropScript); err != nil {
 		return allFailed(writes, err)
 	}
-	return s.writeAll(ctx, writes) // what has been done is skipped
+	return s.writeAll(ctx, writes) // writes that were applied are skipped
 }
 
 func allFailed(writes []store.Write, err error) []error {
@@ -115,7 +115,7 @@ func allFailed(writes []store.Write, err error) []error {
 	return errs
 }
 
-// writeAll returns nil where all is written.
+// writeAll returns nil if all writes were applied.
 func (s *redisStore) writeAll(ctx context.Context, writes []store.Write) (errs []error) {
 	commands := make([][]string, len(writes))
 	for i := range writes {
@@ -130,7 +130,7 @@ func (s *redisStore) writeAll(ctx context.Context, writes []store.Write) (errs [
 		run := writes[i].Run
 		refused, isRefused := reply.(replyError)
 		switch {
-		case failures[run] != nil: // what comes after it is not whole
+		case failures[run] != nil: // an earlier write of the run has failed
 		case isRefused:
 			failures[run] = refused
 		case reply == int64(0):
@@ -148,7 +148,7 @@ func (s *redisStore) writeAll(ctx context.Context, writes []store.Write) (errs [
 	return errs
 }
 
-// command is the call that does a write.
+// command is the command for a write.
 func (s *redisStore) command(w *store.Write) []string {
 	keys := []string{s.hashOf(w.Run), s.streamOf(w.Run)}
 	if w.Drop {
@@ -172,7 +172,7 @@ func (s *redisStore) Touch(ctx context.Context, ttl time.Duration, runs ...store
 	return err
 }
 
-// ask calls a script that returns texts of a run.
+// ask calls a script that returns strings about a run.
 func (s *redisStore) ask(ctx context.Context, sc script, run store.Key, args ...string) ([]string, error) {
 	reply, err := s.run(ctx, sc, []string{s.hashOf(run), s.streamOf(run)}, args...)
 	switch {
@@ -286,8 +286,8 @@ func (s *redisStore) Send(ctx context.Context, to store.Node, messages ...[]byte
 	return err
 }
 
-// Receive implements [store.Store]. The server has the messages until the next call
-// says that they have come.
+// Receive implements [store.Store]. The server keeps the messages until the next
+// call confirms them.
 func (s *redisStore) Receive(ctx context.Context, node store.Node, wait time.Duration) (messages [][]byte, err error) {
 	look := func(bool) (done bool, err error) {
 		reply, err := s.run(ctx, receiveScript, []string{s.inboxOf(node)}, s.cameLast(node), strconv.Itoa(someMessages))
@@ -322,7 +322,7 @@ func (s *redisStore) cameLast(node store.Node) string {
 	if id, some := s.lastCame[node]; some {
 		return id
 	}
-	return "0-0" // which no message has
+	return "0-0" // no message has this id
 }
 
 func (s *redisStore) came(node store.Node, id string) {

@@ -8,38 +8,39 @@ import (
 )
 
 const (
-	// mostTold is how many bytes of events a notice may have with it. Of a write
-	// with more it says only that there is something.
+	// mostTold is how many bytes of events a notice may contain. If a write has
+	// more, its notice contains none.
 	mostTold = 16 << 10
 
-	// longestTail bounds what is kept for a reader that has not come yet, and
-	// mostTails that of all readers of a node. Above that, readers ask the server.
+	// longestTail limits what is kept for a reader that has not read it yet, and
+	// mostTails what is kept for all readers of a node. Above that, readers ask
+	// the server.
 	longestTail = 64 << 10
 	mostTails   = 16 << 20
 
-	// toldCost is what an event counts for, besides its bytes.
+	// toldCost is what an event counts for, in addition to its bytes.
 	toldCost = 64
 )
 
-// tail is what notices have told of a run, so that who reads it need not ask the
-// server for each event.
+// tail is the events of a run that notices have brought, so that readers need not
+// ask the server for each event.
 type tail struct {
-	// sure: the server has nothing after the newest event but what notices will
-	// tell.
+	// sure: the server has nothing after the newest event except what notices
+	// will bring.
 	sure bool
 
-	newest uint64        // that has been told, or found; 0: none
-	events []store.Event // up to the newest one; what nobody has read yet
+	newest uint64        // number of the newest event brought by a notice, or found; 0: none
+	events []store.Event // up to the newest one; those that nobody has read yet
 	size   int           // bytes of them, with toldCost for each
-	doubts uint64        // how often there was something that notices did not tell
+	doubts uint64        // how often notices may have been missed
 }
 
-// doubt says that there may be more than notices have told.
+// doubt records that there may be more than notices have brought.
 func (t *tail) doubt() {
 	*t = tail{doubts: t.doubts + 1}
 }
 
-// add takes events that a notice has told. room is how many bytes there may be.
+// add adds events from a notice. room is how many bytes the tail may have.
 func (t *tail) add(events []store.Event, room int) {
 	if events[0].Number != t.newest+1 {
 		t.clear()
@@ -56,8 +57,8 @@ func (t *tail) add(events []store.Event, room int) {
 
 func (t *tail) clear() { t.events, t.size = nil, 0 }
 
-// take returns the events after one, and no longer keeps them. ask says that only
-// the server knows what comes after it.
+// take returns and removes the events after an event. ask says that the caller
+// must ask the server.
 func (t *tail) take(after uint64, maxBytes int) (events []store.Event, ask bool) {
 	switch {
 	case !t.sure:
@@ -83,8 +84,8 @@ func (t *tail) take(after uint64, maxBytes int) (events []store.Event, ask bool)
 	return events, false
 }
 
-// found says what the server had when it was asked, at so many doubts: events up
-// to last, none after after where these two are the same.
+// found records what the server returned: events after after, up to last, or none
+// if last equals after. doubts is the number of doubts when it was asked.
 func (t *tail) found(after, last uint64, doubts uint64) {
 	switch {
 	case t.doubts != doubts:
@@ -96,8 +97,8 @@ func (t *tail) found(after, last uint64, doubts uint64) {
 	}
 }
 
-// unmarshalTold reads the events of a notice; none: it says only that there is
-// something.
+// unmarshalTold reads the events of a notice; none if it only says that there is
+// something new.
 func unmarshalTold(text string) (events []store.Event) {
 	first, rest, _ := bytes.Cut([]byte(text), []byte(" "))
 	number, err := strconv.ParseUint(string(first), 10, 64)
