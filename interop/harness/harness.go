@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"io"
 	"io/fs"
 	"math/rand/v2"
 	"net"
@@ -169,7 +170,7 @@ func writeSources(files map[string][]byte, dir string) error {
 
 var (
 	portsMutex sync.Mutex
-	portsGiven = make(map[int]bool)
+	portsGiven = make(map[int]io.Closer) // and their reservations
 )
 
 // FreePort returns a port on loopback on which nothing listens. It is below the
@@ -181,15 +182,20 @@ func FreePort(t testing.TB) int {
 	defer portsMutex.Unlock()
 	for range 1000 {
 		port := 15000 + rand.IntN(17000)
-		if portsGiven[port] {
+		if portsGiven[port] != nil {
+			continue
+		}
+		reservation, err := reservePort(port)
+		if err != nil {
 			continue
 		}
 		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		if err != nil {
+			reservation.Close()
 			continue
 		}
 		listener.Close()
-		portsGiven[port] = true
+		portsGiven[port] = reservation
 		return port
 	}
 	t.Fatal("no free port on loopback")
