@@ -36,12 +36,12 @@ func (p *tickPool) add(s *stream) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.waiting = append(p.waiting, s)
-	p.employLocked()
+	p.startCallersLocked()
 }
 
-// employLocked starts callers for the waiting streams, and a timer to find those
+// startCallersLocked starts callers for the waiting streams, and a timer to find those
 // that are blocked.
-func (p *tickPool) employLocked() {
+func (p *tickPool) startCallersLocked() {
 	for range min(len(p.waiting), tickPoolSize-len(p.callers)) {
 		member := &caller{since: now()}
 		p.callers = append(p.callers, member)
@@ -66,7 +66,7 @@ func (p *tickPool) work(member *caller) {
 			return
 		}
 		if len(p.waiting) == 0 {
-			p.dismissLocked(member)
+			p.removeLocked(member)
 			p.mu.Unlock()
 			return
 		}
@@ -82,7 +82,7 @@ func (p *tickPool) work(member *caller) {
 	}
 }
 
-func (p *tickPool) dismissLocked(member *caller) {
+func (p *tickPool) removeLocked(member *caller) {
 	for i, other := range p.callers {
 		if other == member {
 			last := len(p.callers) - 1
@@ -112,5 +112,5 @@ func (p *tickPool) replace() {
 	}
 	clear(p.callers[len(kept):])
 	p.callers = kept
-	p.employLocked()
+	p.startCallersLocked()
 }
