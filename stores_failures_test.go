@@ -45,10 +45,7 @@ func TestAStoreThatIsAwayHarmsNoStream(t *testing.T) {
 	}
 	checkLeaks(t)
 	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1m", "")
-	_, one, call, token := n.begin(t, "a", "/")
-	call.send(plainEvent(1))
-	one.expect(t, eventOf(token, 1))
-	n.waitForEvents(t, 1)
+	_, one, call, token := n.beginStored(t, 1)
 	n.SetAway(true)
 	call.send(plainEvent(2))
 	one.expect(t, eventOf(token, 2)) // the store may be back in a moment
@@ -303,10 +300,7 @@ func TestAnExitLeavesWhatItIsAboutToWriteToTheOtherNodes(t *testing.T) {
 	checkLeaks(t)
 	t.Cleanup(func() { caddysse.SeemToExit(false) })
 	n := startNodes(t, "5s", "")
-	res, one, call, token := n.begin(t, "a", "/")
-	call.send(plainEvent(1))
-	one.expect(t, eventOf(token, 1))
-	n.waitForEvents(t, 1)
+	res, one, call, token := n.beginStored(t, 1)
 	n.SetDelay(time.Second)
 	call.send(plainEvent(2))
 	one.expect(t, eventOf(token, 2))

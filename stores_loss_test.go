@@ -158,10 +158,7 @@ func TestALossThatTheStoreCouldNotBeToldOfIsToldToWhoComesBack(t *testing.T) {
 	}
 	checkLeaks(t)
 	n := startNodesOn(t, storetest.NewMemory(), shortLease, "1m", "")
-	_, one, call, token := n.begin(t, "a", "/")
-	call.send(plainEvent(1))
-	one.expect(t, eventOf(token, 1))
-	n.waitForEvents(t, 1)
+	_, one, call, token := n.beginStored(t, 1)
 	n.SetFull(true)
 	call.send(plainEvent(2))
 	one.expect(t, eventOf(token, 2))
@@ -193,10 +190,7 @@ func TestANodeIsNotDeadBecauseTheStoreHasLostItsLease(t *testing.T) {
 	time.Sleep(shortLease) // what nodes know about the store's return is outdated after this
 	for range 3 {
 		n.Flush()
-		res, one, call, token := n.begin(t, "a", "/")
-		call.send(plainEvents(1, 2))
-		one.expect(t, events(token, 1, 2))
-		n.waitForEvents(t, 2)
+		res, _, call, token := n.beginStored(t, 2)
 		res.leave()
 		two := n.back(t, "b", "/", token+".1").follow()
 		two.expect(t, eventOf(token, 2))

@@ -148,6 +148,17 @@ func (n *cluster) begin(t testing.TB, node, path string) (*reply, *follower, *up
 	return res, f, call, f.expectFirst(t, 0)
 }
 
+// beginStored opens a stream on node a, and returns when its client and the store have
+// the first events.
+func (n *cluster) beginStored(t testing.TB, count int) (*reply, *follower, *upstreamCall, string) {
+	t.Helper()
+	res, f, call, token := n.begin(t, "a", "/")
+	call.send(plainEvents(1, count))
+	f.expect(t, events(token, 1, count))
+	n.waitForEvents(t, uint64(count))
+	return res, f, call, token
+}
+
 // back comes back to a node.
 func (n *cluster) back(t testing.TB, node, path, id string, header ...string) *reply {
 	t.Helper()
@@ -381,10 +392,7 @@ func TestAnotherNodeKnowsWhoseARunIs(t *testing.T) {
 func TestAnIDThatTheStoreDoesNotHaveYetIsWaitedFor(t *testing.T) {
 	checkLeaks(t)
 	n := startNodes(t, "1m", "")
-	res, one, call, token := n.begin(t, "a", "/")
-	call.send(plainEvent(1))
-	one.expect(t, eventOf(token, 1))
-	n.waitForEvents(t, 1)
+	res, one, call, token := n.beginStored(t, 1)
 
 	n.SetFull(true) // so that the store lacks what the client has
 	call.send(plainEvent(2))
@@ -432,10 +440,7 @@ func TestARunThatTheStoreDoesNotHaveYetIsWaitedFor(t *testing.T) {
 func TestOneWhoIsOvertakenBeforeItsHeadersGetsAStreamThatEnds(t *testing.T) {
 	checkLeaks(t)
 	n := startNodes(t, "1m", "")
-	_, one, call, token := n.begin(t, "a", "/")
-	call.send(plainEvent(1))
-	one.expect(t, eventOf(token, 1))
-	n.waitForEvents(t, 1)
+	_, one, call, token := n.beginStored(t, 1)
 	n.SetFull(true)
 	call.send(plainEvent(2))
 	one.expect(t, eventOf(token, 2))
@@ -471,10 +476,7 @@ func TestAnyNodeStopsARun(t *testing.T) {
 			t.Errorf("DELETE of %s on %s is answered with %d, want %d", id, node, res.StatusCode, want)
 		}
 	}
-	_, one, call, token := n.begin(t, "a", "/")
-	call.send(plainEvent(1))
-	one.expect(t, eventOf(token, 1))
-	n.waitForEvents(t, 1)
+	_, one, call, token := n.beginStored(t, 1)
 	stop("b", token+".1", 204)
 	call.expectGone()
 	one.expectEnd(t)
@@ -574,10 +576,7 @@ func TestTheClientsOfADeadNodeGetWhatThereIsAndThenAnAbort(t *testing.T) {
 func TestKeysHoldAHashAndNothingHoldsTheToken(t *testing.T) {
 	checkLeaks(t)
 	n := startNodes(t, "1m", "")
-	res, one, call, token := n.begin(t, "a", "/")
-	call.send(plainEvents(1, 3))
-	one.expect(t, events(token, 1, 3))
-	n.waitForEvents(t, 3)
+	res, _, call, token := n.beginStored(t, 3)
 	contents := n.Contents()
 	if !strings.Contains(contents, "data: 2") || strings.Contains(contents, strings.TrimPrefix(token, "sse1-")) {
 		t.Errorf("the store has %q", contents)
@@ -592,10 +591,7 @@ func TestKeysHoldAHashAndNothingHoldsTheToken(t *testing.T) {
 func TestAWindowMayBeAsLongAsCanBe(t *testing.T) {
 	checkLeaks(t)
 	n := startNodes(t, "2562047h47m16s", "")
-	res, one, call, token := n.begin(t, "a", "/")
-	call.send(plainEvents(1, 2))
-	one.expect(t, events(token, 1, 2))
-	n.waitForEvents(t, 2)
+	res, _, call, token := n.beginStored(t, 2)
 	res.leave()
 	two := n.back(t, "b", "/", token+".1").follow()
 	two.expect(t, eventOf(token, 2))
