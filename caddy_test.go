@@ -822,7 +822,8 @@ type upstreamCall struct {
 	body  string
 	left  <-chan struct{} // closed when Caddy cancels the request
 	steps chan func(http.ResponseWriter)
-	done  chan struct{} // closed when the answer has ended
+	done  chan struct{}  // closed when the answer has ended
+	doing sync.WaitGroup // calls of do
 	over  bool
 	err   error // what a handler inside Caddy returns
 }
@@ -830,6 +831,8 @@ type upstreamCall struct {
 // do runs one step of the answer in the upstream's handler.
 func (c *upstreamCall) do(step func(w http.ResponseWriter)) {
 	c.t.Helper()
+	c.doing.Add(1)
+	defer c.doing.Done()
 	done := make(chan struct{})
 	select {
 	case c.steps <- func(w http.ResponseWriter) { defer close(done); step(w) }:
@@ -871,7 +874,10 @@ func (c *upstreamCall) send(text string) {
 func (c *upstreamCall) end() {
 	if !c.over {
 		c.over = true
-		close(c.steps)
+		go func() { // a step may be on a goroutine of its own
+			c.doing.Wait()
+			close(c.steps)
+		}()
 		select {
 		case <-c.done:
 		case <-time.After(patience):

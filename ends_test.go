@@ -167,7 +167,7 @@ func TestAllEndsAtOnceGiveEachStreamOneEnd(t *testing.T) {
 	const streams = 60
 	abrupt := map[string]bool{ // whether the client sees an abort; without an entry, it has left and can't tell
 		"upstream_closed": false, "drained": false, "max_duration": false, "admin": false,
-		"upstream_error": true, "write_timeout": true, "dead_client": true, "server_closed": true,
+		"upstream_error": true, "dead_client": true, "server_closed": true,
 	}
 	for seed := range rounds {
 		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
@@ -215,7 +215,7 @@ func TestAllEndsAtOnceGiveEachStreamOneEnd(t *testing.T) {
 					prelude 10ms
 					drain 1ms
 					upstream_timeout 600ms
-					write_timeout 600ms
+					write_timeout 1m
 					max_duration 600ms
 					max_streams_per_client 1000
 					` + more + `
@@ -278,9 +278,8 @@ func TestAllEndsAtOnceGiveEachStreamOneEnd(t *testing.T) {
 				if reason == "upstream_timeout" || reason == "admin" {
 					want, known = line["method"] == "POST", true // clean for an EventSource
 				}
-				// On a very slow machine, a write can take longer than
-				// write_timeout, and is interrupted after the end was
-				// requested.
+				// On a very slow machine, an event or a write can take longer
+				// than an early end waits for it, and is broken off.
 				if late := seconds(line["duration"]) > 800*time.Millisecond; late && err != io.EOF {
 					continue
 				}

@@ -11,7 +11,9 @@ import (
 	"github.com/caddy-sse/caddy-sse/store/storetest"
 )
 
-// waitForEnds waits until the store has the end of every run that it has.
+// waitForEnds waits until the store has the end of every run that it has, and until
+// the nodes know of it: after a failed write, they keep no new run in the store until
+// a write has succeeded.
 func (n *cluster) waitForEnds(t testing.TB) {
 	t.Helper()
 	handle := n.Open()
@@ -22,7 +24,7 @@ func (n *cluster) waitForEnds(t testing.TB) {
 				return false
 			}
 		}
-		return true
+		return caddysse.StoresAreIdle()
 	})
 }
 

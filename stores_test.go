@@ -408,6 +408,7 @@ func TestAnIDThatTheStoreDoesNotHaveYetIsWaitedFor(t *testing.T) {
 	n.up.expectNoCall(t)
 	call.end()
 	two.expectEnd(t)
+	n.waitForEnds(t)
 
 	// A place that the run has not reached is unknown.
 	res, one, call, token = n.begin(t, "a", "/")
