@@ -127,7 +127,8 @@ const (
 	// of an upstream are not worth the memory.
 	keptStops = 8
 
-	// resumePatience is how long a write has to make progress after a stop.
+	// resumePatience is how long a write has to make progress after a stop, and an
+	// event that delays an early end has to arrive.
 	resumePatience = 500 * time.Millisecond
 )
 
@@ -158,10 +159,11 @@ func (a *agenda) stoppedSince(moment instant) (stopped time.Duration) {
 	return stopped
 }
 
-// writeGrace returns how much longer a write may take, whatever its time limit
-// says, because the process was stopped: the client may have taken all there was,
-// but timers fire before sockets are read.
-func (a *agenda) writeGrace() time.Duration {
+// stopGrace returns how much longer a write or an event may take, whatever its time
+// limit says, because the process was stopped: the client may have taken all there
+// was, and the upstream may have sent the rest, but timers fire before sockets are
+// read.
+func (a *agenda) stopGrace() time.Duration {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.resumed == 0 {

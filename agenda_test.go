@@ -121,6 +121,62 @@ func TestAWriteHasAMomentToGetFurtherAfterAStop(t *testing.T) {
 	}
 }
 
+// While the process was stopped, the rest of the event may have arrived.
+func TestAnEarlyEndWaitsAMomentForItsEventAfterAStop(t *testing.T) {
+	for stop, want := range map[time.Duration]time.Duration{
+		0:               endPatience,
+		stopSlack - 1:   endPatience,
+		stopSlack:       endPatience + resumePatience,
+		7 * time.Second: endPatience + resumePatience, // longer than leavePatience
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			h := quietHandler()
+			s := openStream(h, new(beaten), 0)
+			s.body = eventStreamBody
+			cut := make(chan time.Duration, 1)
+			began := time.Now()
+			s.cancel = func(error) { cut <- time.Since(began) }
+			s.write([]byte("data: ha"))
+			s.end(drained)
+			time.Sleep(endPatience - 1)
+			h.agenda.mu.Lock()
+			h.agenda.armed -= instant(stop) // as if it fired that late
+			h.agenda.mu.Unlock()
+			if got := <-cut; got < want || got > want+time.Millisecond {
+				t.Errorf("after a stop of %v, the event was cut at %v, want %v", stop, got, want)
+			}
+			synctest.Wait()
+			h.agenda.drop(s)
+		})
+	}
+}
+
+// A machine that is overloaded looks like a process that is stopped again and
+// again.
+func TestAnEarlyEndDoesNotWaitForEverForAMachineThatIsTooBusy(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := quietHandler()
+		s := openStream(h, new(beaten), 0)
+		s.body = eventStreamBody
+		var cut atomic.Bool
+		began := time.Now()
+		s.cancel = func(error) { cut.Store(true) }
+		s.write([]byte("data: ha"))
+		s.end(drained)
+		for !cut.Load() && time.Since(began) < time.Minute {
+			h.agenda.mu.Lock()
+			h.agenda.armed -= instant(stopSlack)
+			h.agenda.mu.Unlock()
+			time.Sleep(resumePatience / 2)
+			synctest.Wait()
+		}
+		if got, most := time.Since(began), endPatience+leavePatience+resumePatience; got > most {
+			t.Errorf("the event was cut at %v, want at most %v", got, most)
+		}
+		h.agenda.drop(s)
+	})
+}
+
 // Only the timer notices a stop, so it fires often if an upstream's silence is
 // limited, and not once more than needed if it is not.
 func TestAnAgendaLooksForStopsOnlyWhereSilenceIsLimited(t *testing.T) {

@@ -40,6 +40,10 @@ const (
 	// moment, and only one that blocks is broken off.
 	writePatience = 200 * time.Millisecond
 
+	// stuckPatience is how long an HTTP/2 connection may take nothing before it is
+	// closed for the early end of one of its streams: that ends the others, too.
+	stuckPatience = 5 * time.Second
+
 	// leavePatience is how long the handlers of a stream that was ended may take to
 	// return. Handlers may ignore their context, as FastCGI's do while they wait
 	// for the upstream; after this time, their client is let go without them.
@@ -160,11 +164,11 @@ func (s *stream) breakOff() {
 	s.h.agenda.hasten(s, s.due)
 }
 
-// isStuck reports whether a write has made no progress for the time that it takes
-// to break it off.
+// isStuck reports whether a write has made no progress for so long that nothing
+// else on its connection can have made any.
 func (s *stream) isStuck() bool {
 	moved := time.Duration(s.moved.Load())
-	return moved > 0 && s.age()-moved >= endPatience
+	return moved > 0 && s.age()-moved >= stuckPatience
 }
 
 // breakWriteLocked makes a write that blocks return, unless the handlers have
@@ -247,6 +251,9 @@ func (s *stream) accountWithoutHandlers() {
 func (s *stream) tickEnding() {
 	s.facts.Lock()
 	at, left := s.at(), time.Duration(s.due-now())
+	if at < stageCut && -left < leavePatience { // else the process is stopped again and again
+		left = max(left, s.h.agenda.stopGrace())
+	}
 	if left > 0 && at < stageAbandoned {
 		s.callIn(left)
 	}

@@ -290,7 +290,7 @@ func (s *stream) untilEndLocked(age time.Duration, writing bool) (wait time.Dura
 	if timeout := s.h.writeTimeout; timeout > 0 {
 		left := timeout
 		if moved := time.Duration(s.moved.Load()); writing && moved > 0 {
-			left = max(sum(moved, timeout)-age, s.h.agenda.writeGrace())
+			left = max(sum(moved, timeout)-age, s.h.agenda.stopGrace())
 		}
 		if left < wait {
 			wait, why = left, writeTimeout
