@@ -232,6 +232,10 @@ func throughTwoTiers(t *testing.T, outer, inner string, shared bool) {
 
 	var there, all sync.WaitGroup
 	there.Add(clients)
+	// Before its first event, the outer tier has no place in the inner one's stream
+	// to come back to, so nothing is cut.
+	var placed sync.WaitGroup
+	placed.Add(clients)
 	failed := make(chan error, clients)
 	for i := range clients {
 		path := "/"
@@ -241,6 +245,8 @@ func throughTwoTiers(t *testing.T, outer, inner string, shared bool) {
 		all.Go(func() {
 			tc := new(tierClient)
 			var once sync.Once
+			place := sync.OnceFunc(placed.Done)
+			defer place()
 			for ctx.Err() == nil && tc.seen < last {
 				on, cut := context.WithCancel(ctx)
 				if tc.seen > 0 {
@@ -249,6 +255,9 @@ func throughTwoTiers(t *testing.T, outer, inner string, shared bool) {
 				err := tc.visit(on, c.addr, path, last, func() {
 					if shared || tc.seen > 0 {
 						once.Do(there.Done)
+					}
+					if tc.seen > 0 {
+						place()
 					}
 				})
 				cut()
@@ -267,6 +276,7 @@ func throughTwoTiers(t *testing.T, outer, inner string, shared bool) {
 	}
 	there.Wait()
 	close(ready)
+	placed.Wait()
 	finished := make(chan struct{})
 	go func() {
 		all.Wait()
