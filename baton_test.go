@@ -103,9 +103,7 @@ func TestAClientThatDoesNotReadDoesNotHoldItsHandlersUp(t *testing.T) {
 		}
 	}
 	conn.Close()
-	for _, run := range c.runs("").Runs {
-		c.admin("DELETE", "/sse/runs/"+run.ID)
-	}
+	c.stopRuns()
 	call.expectGone()
 	<-flooded
 }

@@ -199,14 +199,8 @@ func testModel(t *testing.T, seed uint64) {
 			}
 		}
 	}
-	for _, run := range c.runs("").Runs {
-		c.admin("DELETE", "/sse/runs/"+run.ID)
-	}
-	for deadline := time.Now().Add(patience); c.runs("").Total > 0; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("runs are left: %+v", c.runs(""))
-		}
-	}
+	c.stopRuns()
+	c.waitForNoRun()
 }
 
 // act does one random thing that a client or an operator might do.

@@ -242,9 +242,7 @@ func everyClientHasEveryEvent(t *testing.T, ids bool, rng *rand.Rand) {
 		case 3:
 			c.reload(site, withAdmin())
 		case 4:
-			for _, run := range c.runs("").Runs {
-				c.admin("DELETE", "/sse/runs/"+run.ID)
-			}
+			c.stopRuns()
 		case 5:
 			src.add(60) // more than a journal can hold
 		}

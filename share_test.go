@@ -88,6 +88,24 @@ func (c *testCaddy) runs(query string) (list struct {
 	return list
 }
 
+// stopRuns asks for the end of every run.
+func (c *testCaddy) stopRuns() {
+	c.t.Helper()
+	for _, run := range c.runs("").Runs {
+		c.admin("DELETE", "/sse/runs/"+run.ID)
+	}
+}
+
+// waitForNoRun waits until there is no run.
+func (c *testCaddy) waitForNoRun() {
+	c.t.Helper()
+	for deadline := time.Now().Add(patience); c.runs("").Total > 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			c.t.Fatalf("runs are left: %+v", c.runs(""))
+		}
+	}
+}
+
 func TestClientsOfOneKeyShareOneUpstreamStream(t *testing.T) {
 	checkLeaks(t)
 	up := newUpstream(t)

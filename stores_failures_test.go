@@ -440,6 +440,8 @@ func TestWhoeverComesBackToAnyNodeGetsEveryEventOnceAndInOrder(t *testing.T) {
 	close(stop)
 	losing.Wait()
 	n.up.expectNoCall(t)
+	n.stopRuns() // the message that a client has everything may be lost, too
+	n.waitForNoRun()
 }
 
 // comeBackAtRandom reads a run to its end, on one node after the other.

@@ -195,16 +195,6 @@ func (n *cluster) waitForRuns(t testing.TB, want int) {
 	}
 }
 
-// waitForNoRun waits until the nodes have no run.
-func (n *cluster) waitForNoRun(t testing.TB) {
-	t.Helper()
-	for deadline := time.Now().Add(patience); n.runs("").Total > 0; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("runs are left: %+v", n.runs(""))
-		}
-	}
-}
-
 func events(token string, first, last int) string {
 	var all strings.Builder
 	for n := first; n <= last; n++ {
@@ -534,7 +524,7 @@ func TestTheWindowOfARunDoesNotMindWhereItsClientIs(t *testing.T) {
 	n.waitForRun("open", 0)
 	call.expectGone()
 	n.waitForRuns(t, 0)
-	n.waitForNoRun(t)
+	n.waitForNoRun()
 }
 
 func TestTheClientsOfADeadNodeGetWhatThereIsAndThenAnAbort(t *testing.T) {

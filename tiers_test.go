@@ -304,9 +304,7 @@ func throughTwoTiers(t *testing.T, outer, inner string, shared bool) {
 		t.Errorf("the upstream has had %d requests, want %d", got, want)
 	}
 	t.Logf("the way between the tiers was cut %d times", way.cuts)
-	for _, run := range c.runs("").Runs {
-		c.admin("DELETE", "/sse/runs/"+run.ID)
-	}
+	c.stopRuns()
 }
 
 // A load balancer ends TLS, and says so in its headers. Clients share one
