@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -123,26 +124,46 @@ var (
 	ports     atomic.Int64
 )
 
-// freeAddress returns an address on which nothing listens, for TCP and UDP. Its
-// port is below the ephemeral ports of common systems, so no connection can
-// take it before the process does.
+// freeAddress returns an address on which nothing listens. Its port is below the
+// ephemeral ports of common systems, so no connection can take it before the process
+// does.
 func freeAddress(t testing.TB) string {
 	t.Helper()
 	for range 100 {
 		addr := fmt.Sprint("127.0.0.1:", 10_000+(firstPort+int(ports.Add(1)))%22_000)
-		tcp, err := net.Listen("tcp", addr)
-		if err != nil {
-			continue
-		}
-		udp, err := net.ListenPacket("udp", addr)
-		tcp.Close()
-		if err == nil {
-			udp.Close()
+		if reservePort(t, addr) && !inUse(addr) {
 			return addr
 		}
 	}
 	t.Fatal("no port is free")
 	return ""
+}
+
+// reservePort keeps an address for this test, and reports whether that succeeded:
+// other processes of the tests look for addresses at the same time. The socket is in
+// the abstract namespace of Linux, so that nothing is left of it (unix(7)).
+func reservePort(t testing.TB, addr string) bool {
+	if runtime.GOOS != "linux" {
+		return true
+	}
+	reservation, err := net.Listen("unix", "@caddy-sse-test-"+addr)
+	if err != nil {
+		return false
+	}
+	t.Cleanup(func() { reservation.Close() })
+	return true
+}
+
+// inUse reports whether something listens on an address. It does not try to listen
+// there: a process that is being started shares all sockets of this one until it runs
+// its program, so the address could stay taken for a moment.
+func inUse(addr string) bool {
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
+		return false
+	}
+	conn.Close()
+	return true
 }
 
 func (c *caddyProcess) command(args ...string) *exec.Cmd {

@@ -204,10 +204,12 @@ func newReplayUpstream(t *testing.T) *replayUpstream {
 
 func (up *replayUpstream) start() {
 	up.t.Helper()
-	ln, err := net.Listen("tcp", up.addr)
-	if err != nil {
-		up.t.Fatal(err)
-	}
+	var ln net.Listener
+	eventually(up.t, "no process that is being started shares the closed listener", func() (ok bool) {
+		var err error
+		ln, err = net.Listen("tcp", up.addr)
+		return err == nil
+	})
 	server := &http.Server{Handler: up, ErrorLog: discardLog}
 	up.mu.Lock()
 	defer up.mu.Unlock()

@@ -5,7 +5,6 @@ package clients
 import (
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"strconv"
 	"strings"
@@ -39,10 +38,7 @@ func serveCounter(t *testing.T) *counter {
 
 func (c *counter) up(t *testing.T) {
 	t.Helper()
-	listener, err := net.Listen("tcp", c.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
+	listener := harness.Listen(t, c.addr)
 	c.mutex.Lock()
 	defer c.mutex.Unlock()
 	c.server = &http.Server{Handler: c}

@@ -189,17 +189,42 @@ func FreePort(t testing.TB) int {
 		if err != nil {
 			continue
 		}
-		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
-		if err != nil {
+		if inUse(fmt.Sprintf("127.0.0.1:%d", port)) {
 			reservation.Close()
 			continue
 		}
-		listener.Close()
 		portsGiven[port] = reservation
 		return port
 	}
 	t.Fatal("no free port on loopback")
 	return 0
+}
+
+// inUse reports whether something listens on an address. It does not try to listen
+// there: a process that is being started shares all sockets of this one until it runs
+// its program, so the address could stay taken for a moment.
+func inUse(addr string) bool {
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
+		return false
+	}
+	conn.Close()
+	return true
+}
+
+// Listen listens on an address of FreeAddr, also if a listener there was closed just
+// now, which a process that is being started may still share.
+func Listen(t testing.TB, addr string) net.Listener {
+	t.Helper()
+	for deadline := time.Now().Add(Patience); ; time.Sleep(time.Millisecond) {
+		listener, err := net.Listen("tcp", addr)
+		if err == nil {
+			return listener
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+	}
 }
 
 // FreeAddr returns 127.0.0.1 with a free port.

@@ -46,6 +46,14 @@ func (d diagnosis) codes() string {
 	return strings.Join(codes, " ")
 }
 
+// ran reports whether the machine let the doctor run all the time. Otherwise it says
+// so, and has to be asked again.
+func (d diagnosis) ran() bool {
+	return !slices.ContainsFunc(d.Untold, func(what string) bool {
+		return strings.Contains(what, "did not run all the time")
+	})
+}
+
 func (d diagnosis) evidence(code, key string) any {
 	for _, finding := range d.Findings {
 		if finding.Code == code {
@@ -184,12 +192,21 @@ func TestTheDoctorNamesWhatIsWrongOnTheWay(t *testing.T) {
 	// All checks at once, and not as parallel tests, where they would keep
 	// other tests from running.
 	var running []*checking
+	var urls []string
 	for _, test := range tests {
-		running = append(running, startCheck(t, test.url(t), test.flags...))
+		url := test.url(t)
+		urls = append(urls, url)
+		running = append(running, startCheck(t, url, test.flags...))
 	}
 	for i, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			d := running[i].diagnosis(t)
+			for range 2 {
+				if d.ran() {
+					break
+				}
+				d = startCheck(t, urls[i], test.flags...).diagnosis(t)
+			}
 			if got := d.codes(); got != test.codes {
 				t.Errorf("found %q, want %q", got, test.codes)
 			}

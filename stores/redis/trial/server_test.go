@@ -72,10 +72,13 @@ func freeAddress(t testing.TB) string {
 		if _, taken := addresses.LoadOrStore(addr, true); taken {
 			continue
 		}
-		if l, err := net.Listen("tcp", addr); err == nil {
-			l.Close()
+		// Not by listening there: a process that is being started would share the
+		// socket, and keep the address taken.
+		conn, err := net.Dial("tcp", addr)
+		if err != nil {
 			return addr
 		}
+		conn.Close()
 	}
 	t.Fatal("no port is free")
 	return ""
