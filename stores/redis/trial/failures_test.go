@@ -87,6 +87,16 @@ func (v *viewer) withoutID() {
 	v.until("an event without an id", func(m message) bool { return m.id == "" })
 }
 
+// stored waits until the server has the stream, so that it can lose it. A write that
+// is under way does not count.
+func (v *viewer) stored(n *node) {
+	v.t.Helper()
+	writes := func() float64 { return n.metric("caddy_sse_store_duration_seconds_count", `op="write"`) }
+	for before := writes(); writes() < before+2; {
+		v.more(1)
+	}
+}
+
 // waitForIDs waits until new streams of a node have ids.
 func waitForIDs(t testing.TB, n *node, host string) {
 	t.Helper()
@@ -123,12 +133,7 @@ func TestAServerThatIsAwayHarmsNoStream(t *testing.T) {
 	waitForIDs(t, n, host(n))
 	two := view(t, n, host(n), "")
 	two.withID()
-	// Make sure that the server has the stream before it loses it; writes that
-	// are under way do not count.
-	writes := func() float64 { return n.metric("caddy_sse_store_duration_seconds_count", `op="write"`) }
-	for before := writes(); writes() < before+2; {
-		two.more(1)
-	}
+	two.stored(n)
 	for range 2 {
 		s.kill()
 		s.start()
@@ -140,6 +145,7 @@ func TestAServerThatIsAwayHarmsNoStream(t *testing.T) {
 	waitForIDs(t, n, host(n))
 	three := view(t, n, host(n), "")
 	three.withID()
+	three.stored(n)
 	s.kill()
 	three.withoutID()
 	three.more(20)
@@ -194,6 +200,7 @@ func TestAServerThatIsFlushedHarmsNoStream(t *testing.T) {
 	waitForIDs(t, a, host(a))
 	one := view(t, a, host(a), "")
 	one.withID()
+	one.stored(a)
 	s.must("FLUSHALL")
 	one.withoutID()
 	one.more(20)
