@@ -215,7 +215,7 @@ func TestAllEndsAtOnceGiveEachStreamOneEnd(t *testing.T) {
 					prelude 10ms
 					drain 1ms
 					upstream_timeout 600ms
-					write_timeout 1m
+					write_timeout 4s
 					max_duration 600ms
 					max_streams_per_client 1000
 					` + more + `
