@@ -109,7 +109,9 @@ func (s *stream) sendChunkLocked(chunk []byte) error {
 	s.moves(s.lastBytes)
 	if _, err := s.chunks.Write(chunk); err != nil {
 		s.failLocked(err)
-		_ = s.chunks.Close() // as net/http does: more bytes would not be a chunk
+		// More bytes would not be a chunk. The end of TLS would be some.
+		s.breakConnection()
+		_ = s.chunks.Close()
 		return err
 	}
 	s.lastHeard = s.age()

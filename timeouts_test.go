@@ -717,6 +717,49 @@ func (c *cutting) Write(p []byte) (int, error) {
 // NetConn returns the inner connection.
 func (c *cutting) NetConn() net.Conn { return c.Conn }
 
+// A write that fails by itself is not broken off by the module, but its connection is
+// closed at once.
+func TestNothingFollowsATLSRecordWhoseWriteFails(t *testing.T) {
+	if apart(t) {
+		return
+	}
+	checkLeaks(t)
+	var fails atomic.Bool
+	around := func(conn net.Conn) net.Conn { return &failing{conn, &fails} }
+	aroundAccepted.Store(&around)
+	defer aroundAccepted.Store(nil)
+	up := newUpstream(t)
+	c := startCaddy(t, "sse 1h {\nprelude off\n}\nreverse_proxy "+up.addr)
+	exchange, call := open(t, c.client("h2").overTLS(), up, "/")
+	call.start(eventStream)
+	stream := exchange.headers(t).follow()
+	call.send("data: 1\n\n")
+	stream.expect(t, "data: 1\n\n")
+	fails.Store(true)
+	call.send("data: 2\n\n")
+	if _, err := stream.rest(); err == nil || strings.Contains(err.Error(), "tls: ") {
+		t.Errorf("the stream ends with %v", err)
+	}
+}
+
+// failing is a connection on which the next write takes all but the last bytes, and
+// fails.
+type failing struct {
+	net.Conn
+	next *atomic.Bool
+}
+
+func (c *failing) Write(p []byte) (int, error) {
+	if !c.next.CompareAndSwap(true, false) {
+		return c.Conn.Write(p)
+	}
+	n, _ := c.Conn.Write(p[:len(p)-10])
+	return n, os.ErrDeadlineExceeded
+}
+
+// NetConn returns the inner connection.
+func (c *failing) NetConn() net.Conn { return c.Conn }
+
 // startFlooded runs a site with a write timeout and an upstream that floods.
 func startFlooded(t testing.TB, writeTimeout string, options ...siteOption) *testCaddy {
 	t.Helper()
