@@ -21,7 +21,7 @@ import (
 // continues, timers fire before sockets are read.
 func TestATimeInWhichTheProcessWasStoppedIsNoSilenceOfItsUpstreams(t *testing.T) {
 	t.Parallel()
-	const timeout = time.Second
+	const timeout = 2 * time.Second // for a busy machine
 	up := newUpstreamFunc(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", eventStream)
 		for r.Context().Err() == nil {
@@ -51,7 +51,7 @@ func TestATimeInWhichTheProcessWasStoppedIsNoSilenceOfItsUpstreams(t *testing.T)
 	if err := c.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(3 * timeout) // the stop itself
+	time.Sleep(2 * timeout) // the stop itself
 	if err := c.cmd.Process.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
