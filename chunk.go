@@ -109,7 +109,7 @@ func (s *stream) sendChunkLocked(chunk []byte) error {
 	s.moves(s.lastBytes)
 	if _, err := s.chunks.Write(chunk); err != nil {
 		s.failLocked(err)
-		// More bytes would not be a chunk. The end of TLS would be some.
+		// More bytes would not be a chunk, and the alert that ends TLS is more bytes.
 		s.breakConnection()
 		_ = s.chunks.Close()
 		return err

@@ -92,8 +92,8 @@ func (d *drain) awaitIdle(over <-chan time.Time, stop <-chan struct{}) {
 }
 
 // graceIsOver reports whether the grace period of the handler's server is over,
-// or about to be. Caddy's clock for it starts slightly earlier than ours, on a busy
-// machine by some hundred milliseconds.
+// or about to be. Caddy's clock for it starts earlier than ours: on a busy
+// machine, by a few hundred milliseconds.
 func (d *drain) graceIsOver() bool {
 	ends := instant(d.graceEnds.Load())
 	return ends != 0 && now() > ends-instant(lastWords)

@@ -69,6 +69,9 @@ func (s *stream) moveLocked(to stage, patience time.Duration) bool {
 	}
 	s.stage.Store(uint32(to))
 	s.due = now() + instant(patience)
+	if s.rare != nil {
+		s.rare.excused = false
+	}
 	if to < stageAbandoned && !s.gone {
 		s.h.agenda.hasten(s, s.due)
 	}
@@ -247,12 +250,25 @@ func (s *stream) accountWithoutHandlers() {
 	}
 }
 
+// excuseLocked makes a stage that is over longer, if the process was stopped just now,
+// and returns by how much. It does so once in a stage: a machine that is too busy looks
+// like one that stops again and again. The caller must hold facts.
+func (s *stream) excuseLocked() time.Duration {
+	grace := s.h.agenda.stopGrace()
+	if grace <= 0 || s.rarely().excused {
+		return 0
+	}
+	s.rare.excused = true
+	s.due = now().plus(grace)
+	return grace
+}
+
 // tickEnding is tick for a stream that is ending: its stage may be over.
 func (s *stream) tickEnding() {
 	s.facts.Lock()
 	at, left := s.at(), time.Duration(s.due-now())
-	if at < stageCut && -left < leavePatience { // else the process is stopped again and again
-		left = max(left, s.h.agenda.stopGrace())
+	if left <= 0 && at < stageCut {
+		left = s.excuseLocked()
 	}
 	if left > 0 && at < stageAbandoned {
 		s.callIn(left)

@@ -110,6 +110,7 @@ type rareStream struct {
 	tries    *tries                   // nil: no upstream_retry; set before the stream starts
 	letGo    func()                   // lets the request continue without its handlers; nil: impossible
 	drainDue instant                  // when a drain ends it; 0: none does; facts
+	excused  bool                     // a stop of the process has made its stage longer; facts
 }
 
 // rarely returns the rare part, and makes it if there is none. Once the stream
